@@ -1,0 +1,169 @@
+"""What can go wrong, and how each of it looks on the wire.
+
+    FusionRouteError
+    ├── InvalidRequest        the caller sent something impossible
+    ├── SessionStateError     the session is not where the caller believes it to be
+    ├── OutOfRoom             no capacity now; try again later
+    ├── Unavailable           a part is not there now; try again later
+    ├── ModelRejected         a model or checkpoint cannot be served
+    └── InternalFault         our own doing
+
+`Reason` is what programs act on; the message is for people and names field, value and limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum, IntEnum
+
+
+class StatusCode(IntEnum):
+    """The canonical status codes (google.rpc.Code) that FusionRoute uses."""
+
+    CANCELLED = 1
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+
+
+class Reason(Enum):
+    """Machine-readable reason; the value is the status code it travels with."""
+
+    def __new__(cls, code: StatusCode, text: str) -> Reason:
+        member = object.__new__(cls)
+        member._value_ = text
+        member.code = code
+        return member
+
+    code: StatusCode
+
+    # the caller sent something impossible
+    INVALID_FIELD = StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"
+    TOKEN_OUT_OF_RANGE = StatusCode.INVALID_ARGUMENT, "TOKEN_OUT_OF_RANGE"
+    EMPTY_PROMPT = StatusCode.INVALID_ARGUMENT, "EMPTY_PROMPT"
+    CONTEXT_FULL = StatusCode.OUT_OF_RANGE, "CONTEXT_FULL"
+    UNKNOWN_SLOT = StatusCode.INVALID_ARGUMENT, "UNKNOWN_SLOT"
+    RULE_NOT_AVAILABLE = StatusCode.FAILED_PRECONDITION, "RULE_NOT_AVAILABLE"
+
+    # the session is not where the caller believes it to be
+    SESSION_UNKNOWN = StatusCode.NOT_FOUND, "SESSION_UNKNOWN"
+    POSITION_AHEAD = StatusCode.FAILED_PRECONDITION, "POSITION_AHEAD"
+    DIGEST_MISMATCH = StatusCode.FAILED_PRECONDITION, "DIGEST_MISMATCH"
+    EPOCH_MISMATCH = StatusCode.FAILED_PRECONDITION, "EPOCH_MISMATCH"
+    STALE_FENCE = StatusCode.FAILED_PRECONDITION, "STALE_FENCE"
+    SESSION_BUSY = StatusCode.ABORTED, "SESSION_BUSY"
+    LEASE_LOST = StatusCode.ABORTED, "LEASE_LOST"
+    LEASE_EXPIRED = StatusCode.NOT_FOUND, "LEASE_EXPIRED"
+    REVISION_CONFLICT = StatusCode.ABORTED, "REVISION_CONFLICT"
+    CHECKPOINT_CHANGED = StatusCode.FAILED_PRECONDITION, "CHECKPOINT_CHANGED"
+
+    # no capacity now
+    KV_MEMORY_FULL = StatusCode.RESOURCE_EXHAUSTED, "KV_MEMORY_FULL"
+    QUEUE_FULL = StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"
+    DEADLINE_PASSED = StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"
+
+    # a part is not there now
+    EXPERT_UNAVAILABLE = StatusCode.UNAVAILABLE, "EXPERT_UNAVAILABLE"
+    STORE_UNAVAILABLE = StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"
+    DRAINING = StatusCode.UNAVAILABLE, "DRAINING"
+
+    # a model or checkpoint cannot be served
+    MODEL_NOT_FOUND = StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"
+    MODEL_UNSUPPORTED = StatusCode.FAILED_PRECONDITION, "MODEL_UNSUPPORTED"
+    MODEL_BROKEN = StatusCode.FAILED_PRECONDITION, "MODEL_BROKEN"
+    CHECKPOINT_INCOMPLETE = StatusCode.FAILED_PRECONDITION, "CHECKPOINT_INCOMPLETE"
+    VOCABULARY_MISMATCH = StatusCode.FAILED_PRECONDITION, "VOCABULARY_MISMATCH"
+
+    # our own doing
+    NON_FINITE_LOGITS = StatusCode.INTERNAL, "NON_FINITE_LOGITS"
+    INTERNAL = StatusCode.INTERNAL, "INTERNAL"
+
+
+class FusionRouteError(Exception):
+    """Base of all errors that FusionRoute raises on purpose.
+
+    Args:
+        reason: what happened, for programs.
+        message: what happened, for people.
+        metadata: facts for programs, for example ``cached_length``.
+        retry_after_seconds: when trying again makes sense; None when it does not.
+    """
+
+    def __init__(
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.metadata: dict[str, str] = dict(metadata or {})
+        self.retry_after_seconds = retry_after_seconds
+
+    @property
+    def code(self) -> StatusCode:
+        """The status code this error travels with."""
+        return self.reason.code
+
+    @property
+    def cached_length(self) -> int | None:
+        """Tokens that the answering side has cached, where it said so."""
+        value = self.metadata.get("cached_length")
+        return int(value) if value is not None else None
+
+
+class InvalidRequest(FusionRouteError):
+    """The caller sent something impossible; sending it again cannot help."""
+
+
+class SessionStateError(FusionRouteError):
+    """The session is not where the caller believes it to be."""
+
+
+class OutOfRoom(FusionRouteError):
+    """No capacity now; the same request may succeed later."""
+
+
+class Unavailable(FusionRouteError):
+    """A part is not there now; the same request may succeed later."""
+
+
+class ModelRejected(FusionRouteError):
+    """A model or checkpoint cannot be served as it is."""
+
+
+class InternalFault(FusionRouteError):
+    """A fault of the service itself."""
+
+
+CLASS_BY_CODE: dict[StatusCode, type[FusionRouteError]] = {
+    StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    StatusCode.OUT_OF_RANGE: InvalidRequest,
+    StatusCode.NOT_FOUND: SessionStateError,
+    StatusCode.FAILED_PRECONDITION: SessionStateError,
+    StatusCode.ABORTED: SessionStateError,
+    StatusCode.RESOURCE_EXHAUSTED: OutOfRoom,
+    StatusCode.DEADLINE_EXCEEDED: Unavailable,
+    StatusCode.UNAVAILABLE: Unavailable,
+    StatusCode.INTERNAL: InternalFault,
+}
+
+
+def invalid(field: str, value: object, limit: str) -> InvalidRequest:
+    """An INVALID_FIELD error that names the field, its value and what is allowed."""
+    return InvalidRequest(
+        Reason.INVALID_FIELD,
+        f"{field} = {value!r} is not allowed: {limit}",
+        metadata={"field": field, "limit": limit},
+    )
