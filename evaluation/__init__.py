@@ -1,0 +1,1 @@
+"""How well a router checkpoint answers: items, systems, paired statistics, tables, speed."""
