@@ -1,0 +1,1 @@
+"""The lab: small tasks and a character tokenizer that show the method on a CPU in minutes."""
