@@ -1,0 +1,77 @@
+"""From ready to stopped: what a daemon does around its server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
+if TYPE_CHECKING:
+    from fusionroute.grpc_runtime import RunningServer
+
+log = structlog.get_logger(__name__)
+
+
+def write_ready_file(path: Path, address: str) -> None:
+    """Writes "HOST:PORT\\n" so that a reader sees all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(address + "\n", encoding="ascii")
+    temporary.replace(path)
+
+
+async def serve_until_signalled(
+    running: RunningServer,
+    *,
+    drain: Callable[[float], Awaitable[None]],
+    drain_seconds: float,
+    ready_file: Path | None = None,
+) -> None:
+    """Says ready, waits for SIGTERM or SIGINT, drains, stops. A second signal ends the process at once.
+
+    Args:
+        running: the server.
+        drain: gets the seconds it has; refuses new work and returns when the running work is done.
+        drain_seconds: most time for it.
+        ready_file: receives HOST:PORT while we serve.
+    """
+    loop = asyncio.get_running_loop()
+    signalled: asyncio.Future[signal.Signals] = loop.create_future()
+
+    def note(number: signal.Signals) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(each)
+            # The default action needs no event loop, so it works even when ours is stuck.
+            signal.signal(each, signal.SIG_DFL)
+        if not signalled.done():
+            signalled.set_result(number)
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(each, note, each)
+    print(f"ready on {running.address}", flush=True)
+    log.info("ready", address=running.address)
+    if ready_file is not None:
+        write_ready_file(ready_file, running.address)
+    number = await signalled
+    log.info(
+        "draining", signal=number.name, drain_seconds=drain_seconds, note="a second signal stops at once"
+    )
+    if ready_file is not None:
+        ready_file.unlink(missing_ok=True)  # noqa: ASYNC240 - one small local file
+    await running.begin_drain()
+    started_at = time.monotonic()
+    try:
+        async with asyncio.timeout(drain_seconds):
+            await drain(drain_seconds)
+    except TimeoutError:
+        log.warning("drain_incomplete", drain_seconds=drain_seconds)
+    except Exception:
+        log.exception("drain_failed")
+    left_seconds = max(0.5, drain_seconds - (time.monotonic() - started_at))
+    await running.stop(min(left_seconds, 5.0))
+    log.info("stopped", seconds=round(time.monotonic() - started_at, 3))

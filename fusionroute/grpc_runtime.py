@@ -1,0 +1,255 @@
+"""How every service runs on gRPC: server with honest health, channel, rich errors, and an orderly stop."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from fusionroute.daemon import serve_until_signalled, write_ready_file
+from fusionroute.rpc_errors import ErrorInterceptor, error_from_rpc
+
+__all__ = [
+    "MAX_MESSAGE_BYTES",
+    "ErrorInterceptor",
+    "PortTaken",
+    "Progress",
+    "ProgressWatch",
+    "RunningServer",
+    "Service",
+    "backoff_seconds",
+    "channel",
+    "deadline_of",
+    "error_from_rpc",
+    "serve_until_signalled",
+    "server",
+    "write_ready_file",
+]
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+KEEPALIVE_SECONDS = 20.0
+KEEPALIVE_TIMEOUT_SECONDS = 10.0
+MAX_CONNECTION_AGE_SECONDS = 600.0
+
+log = structlog.get_logger(__name__)
+
+
+class PortTaken(Exception):
+    """The address cannot be bound; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A servicer to serve: its full protobuf name and how it is added to a server."""
+
+    name: str
+    register: Callable[[grpc.aio.Server], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A service's pulse: `tick` must change while `pending`."""
+
+    pending: bool
+    tick: int
+
+
+class ProgressWatch:
+    """Tells busy from frozen: idle is healthy, busy is healthy, pending without progress for long is not."""
+
+    def __init__(self, frozen_after_seconds: float) -> None:
+        self._frozen_after_seconds = frozen_after_seconds
+        self._tick: int | None = None
+        self._moved_at = 0.0
+
+    def is_healthy(self, progress: Progress, now: float) -> bool:
+        """Takes one look at the pulse at the monotonic time `now`."""
+        if not progress.pending or progress.tick != self._tick:
+            self._tick = progress.tick
+            self._moved_at = now
+        return now - self._moved_at < self._frozen_after_seconds
+
+
+def _message_options(max_message_bytes: int) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+    ]
+
+
+def channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
+    """An insecure channel, to be used as an async context manager.
+
+    Args:
+        address: host:port.
+        max_message_bytes: as on the server.
+    """
+    options = [
+        *_message_options(max_message_bytes),
+        ("grpc.keepalive_time_ms", int(KEEPALIVE_SECONDS * 1000)),
+        ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_SECONDS * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # We retry ourselves, knowing which calls are idempotent.
+        ("grpc.enable_retries", 0),
+        ("grpc.enable_http_proxy", 0),
+        # Each channel has its own connection, so a restarted peer is found again at our pace.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+    ]
+    return grpc.aio.insecure_channel(address, options=options)
+
+
+def backoff_seconds(attempt: int, *, first: float = 0.2, most: float = 10.0) -> float:
+    """Wait after failed try `attempt` (from 0): doubles from `first` up to `most`, half of it jitter."""
+    full: float = min(most, first * 2.0 ** min(attempt, 30))
+    return full * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
+
+
+def deadline_of(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
+    """The call's deadline on the clock of time.monotonic(), None when the caller set none."""
+    remaining: float | None = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+class RunningServer:
+    """A server that serves; `address` is host:port with the port that was bound."""
+
+    def __init__(
+        self, grpc_server: grpc.aio.Server, host: str, port: int, health_servicer: health.aio.HealthServicer
+    ) -> None:
+        self.host = host
+        self.port = port
+        self._server = grpc_server
+        self._health = health_servicer
+
+    @property
+    def address(self) -> str:
+        """host:port, IPv6 hosts in brackets."""
+        return _join_address(self.host, self.port)
+
+    async def begin_drain(self) -> None:
+        """Health says NOT_SERVING from now on; calls are still taken."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Takes no further calls and gives the running ones `grace_seconds`."""
+        await self.begin_drain()
+        await self._server.stop(grace_seconds)
+
+
+@asynccontextmanager
+async def server(
+    services: Sequence[Service],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    progress: Callable[[], Progress] | None = None,
+    frozen_after_seconds: float = 120.0,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    max_connection_age_seconds: float = MAX_CONNECTION_AGE_SECONDS,
+    stop_grace_seconds: float = 2.0,
+) -> AsyncIterator[RunningServer]:
+    """Serves within the context: the services, health (grpc.health.v1) and reflection.
+
+    Args:
+        services: what to serve.
+        host: address to listen on.
+        port: 0 = any free one; `RunningServer.port` has the real one.
+        progress: the pulse behind health; None = healthy while the event loop runs.
+        frozen_after_seconds: pending work without a tick for so long turns health to NOT_SERVING.
+        max_message_bytes: both directions; the same on the clients.
+        max_connection_age_seconds: clients are asked to connect anew after so long, to find new replicas.
+        stop_grace_seconds: for running calls when the context ends.
+
+    Raises:
+        PortTaken: naming the address.
+    """
+    grpc_server = grpc.aio.server(
+        interceptors=[ErrorInterceptor()],
+        options=_server_options(max_message_bytes, max_connection_age_seconds),
+    )
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, grpc_server)
+    for service in services:
+        service.register(grpc_server)
+    names = [service.name for service in services]
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], grpc_server)
+    bound_port = _bind(grpc_server, host, port)
+    for name in ["", *names]:
+        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    await grpc_server.start()
+    running = RunningServer(grpc_server, host, bound_port, health_servicer)
+    watching = (
+        asyncio.create_task(_watch_progress(health_servicer, ["", *names], progress, frozen_after_seconds))
+        if progress is not None
+        else None
+    )
+    try:
+        yield running
+    finally:
+        if watching is not None:
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+        await running.stop(stop_grace_seconds)
+
+
+def _server_options(max_message_bytes: int, max_connection_age_seconds: float) -> list[tuple[str, Any]]:
+    return [
+        *_message_options(max_message_bytes),
+        # Else a second daemon binds the same port without complaint and takes half of the calls.
+        ("grpc.so_reuseport", 0),
+        # Clients ping every KEEPALIVE_SECONDS, also during a long prefill and while idle.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(KEEPALIVE_SECONDS * 1000 / 2)),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.keepalive_time_ms", int(KEEPALIVE_SECONDS * 3 * 1000)),
+        ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_SECONDS * 1000)),
+        ("grpc.max_connection_age_ms", int(max_connection_age_seconds * 1000)),
+    ]
+
+
+def _join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _bind(grpc_server: grpc.aio.Server, host: str, port: int) -> int:
+    address = _join_address(host, port)
+    try:
+        bound_port = grpc_server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise PortTaken(f"cannot listen on {address}: is the port taken by another process?") from error
+    if bound_port == 0:
+        raise PortTaken(f"cannot listen on {address}: is the port taken by another process?")
+    return bound_port
+
+
+async def _watch_progress(
+    health_servicer: health.aio.HealthServicer,
+    names: Sequence[str],
+    progress: Callable[[], Progress],
+    frozen_after_seconds: float,
+) -> None:
+    watch = ProgressWatch(frozen_after_seconds)
+    was_healthy = True
+    while True:
+        healthy = watch.is_healthy(progress(), time.monotonic())
+        if healthy != was_healthy:
+            log.log(20 if healthy else 40, "health_changed", serving=healthy)
+            status = health_pb2.HealthCheckResponse
+            for name in names:
+                await health_servicer.set(name, status.SERVING if healthy else status.NOT_SERVING)
+            was_healthy = healthy
+        await asyncio.sleep(min(1.0, frozen_after_seconds / 4))

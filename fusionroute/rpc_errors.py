@@ -1,0 +1,219 @@
+"""The error tree on the gRPC wire: google.rpc.Status with ErrorInfo, RetryInfo, BadRequest, and back."""
+
+from __future__ import annotations
+
+import inspect
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+from google.protobuf import duration_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+
+from fusionroute.errors import (
+    CLASS_BY_CODE,
+    FusionRouteError,
+    InternalFault,
+    InvalidRequest,
+    ModelRejected,
+    OutOfRoom,
+    Reason,
+    StatusCode,
+    Unavailable,
+)
+
+ERROR_DOMAIN = "fusionroute"
+DETAILS_KEY = "grpc-status-details-bin"
+# Trailing metadata is limited to 8 KiB by default and carries the message twice.
+MAX_MESSAGE_CHARACTERS = 1500
+
+log = structlog.get_logger(__name__)
+
+_MODEL_REASONS = frozenset(
+    {
+        Reason.MODEL_NOT_FOUND,
+        Reason.MODEL_UNSUPPORTED,
+        Reason.MODEL_BROKEN,
+        Reason.CHECKPOINT_INCOMPLETE,
+        Reason.VOCABULARY_MISMATCH,
+    }
+)
+_GRPC_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def make_error(
+    code: int,
+    reason: str,
+    message: str,
+    metadata: Mapping[str, str] | None = None,
+    retry_after_seconds: float | None = None,
+) -> FusionRouteError:
+    """The error of our tree for what a peer said.
+
+    Args:
+        code: google.rpc.Code.
+        reason: ErrorInfo.reason; an unknown or empty one falls back on what the code alone allows to say.
+        message: for people.
+        metadata: ErrorInfo.metadata.
+        retry_after_seconds: RetryInfo, None where there was none.
+    """
+    known = Reason.__members__.get(reason)
+    if known is None:
+        return _error_without_reason(code, message, metadata, retry_after_seconds)
+    error_class = ModelRejected if known in _MODEL_REASONS else CLASS_BY_CODE.get(known.code, InternalFault)
+    return error_class(known, message, metadata=metadata, retry_after_seconds=retry_after_seconds)
+
+
+def _error_without_reason(
+    code: int, message: str, metadata: Mapping[str, str] | None, retry_after_seconds: float | None
+) -> FusionRouteError:
+    """For peers that gave no reason of ours: gRPC itself, a proxy, or a newer version."""
+    table: dict[int, tuple[type[FusionRouteError], Reason]] = {
+        StatusCode.INVALID_ARGUMENT: (InvalidRequest, Reason.INVALID_FIELD),
+        StatusCode.OUT_OF_RANGE: (InvalidRequest, Reason.INVALID_FIELD),
+        StatusCode.RESOURCE_EXHAUSTED: (OutOfRoom, Reason.QUEUE_FULL),
+        StatusCode.DEADLINE_EXCEEDED: (Unavailable, Reason.DEADLINE_PASSED),
+        StatusCode.UNAVAILABLE: (Unavailable, Reason.EXPERT_UNAVAILABLE),
+        StatusCode.CANCELLED: (Unavailable, Reason.EXPERT_UNAVAILABLE),
+    }
+    error_class, reason = table.get(code, (InternalFault, Reason.INTERNAL))
+    name = _GRPC_CODES[code].name if code in _GRPC_CODES else str(code)
+    text = message if error_class is not InternalFault else f"the peer answered {name}: {message}"
+    return error_class(reason, text, metadata=metadata, retry_after_seconds=retry_after_seconds)
+
+
+def error_to_status(error: FusionRouteError) -> status_pb2.Status:
+    """The google.rpc.Status of an error: ErrorInfo always, RetryInfo and BadRequest where they apply."""
+    status = status_pb2.Status(code=int(error.code), message=error.message[:MAX_MESSAGE_CHARACTERS])
+    info = error_details_pb2.ErrorInfo(
+        reason=error.reason.value, domain=ERROR_DOMAIN, metadata=error.metadata
+    )
+    status.details.add().Pack(info)
+    if error.retry_after_seconds is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    field = error.metadata.get("field")
+    if field is not None:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=field, description=error.metadata.get("limit", status.message)
+        )
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    return status
+
+
+def error_from_rpc(error: grpc.aio.AioRpcError, peer: str = "") -> FusionRouteError:
+    """What a failed call means in our tree.
+
+    Args:
+        error: as grpc.aio raised it.
+        peer: host:port for messages that gRPC itself made, such as a refused connection.
+    """
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            found = _error_from_details(status_pb2.Status.FromString(value))
+            if found is not None:
+                return found
+    code = int(error.code().value[0])
+    message = error.details() or error.code().name
+    if code == StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
+        return InvalidRequest(
+            Reason.INVALID_FIELD,
+            f"{message}: the message exceeds max_message_bytes; ask for fewer rows or tokens in one call, "
+            "or raise max_message_bytes on both ends",
+            metadata={"field": "max_message_bytes", "limit": message},
+        )
+    return make_error(code, "", f"{peer}: {message}" if peer else message)
+
+
+def _error_from_details(status: status_pb2.Status) -> FusionRouteError | None:
+    """The error within rich details, or None when they are not ours."""
+    info = error_details_pb2.ErrorInfo()
+    retry = error_details_pb2.RetryInfo()
+    retry_after_seconds: float | None = None
+    ours = False
+    for detail in status.details:
+        if detail.Is(info.DESCRIPTOR):
+            detail.Unpack(info)
+            ours = info.domain == ERROR_DOMAIN
+        elif detail.Is(retry.DESCRIPTOR):
+            detail.Unpack(retry)
+            retry_after_seconds = retry.retry_delay.ToNanoseconds() / 1e9
+    if not ours:
+        return None
+    return make_error(status.code, info.reason, status.message, dict(info.metadata), retry_after_seconds)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns what our servicers raise into statuses: our errors with their details, all else INTERNAL."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        handler = await continuation(handler_call_details)
+        method: str = handler_call_details.method
+        if handler is None or not method.startswith("/fusionroute."):
+            return handler
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                _guard_unary(handler.unary_unary, method),
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                _guard_stream(handler.unary_stream, method),
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
+        return handler
+
+
+def _guard_unary(behaviour: Callable[[Any, Any], Awaitable[Any]], method: str) -> Callable[[Any, Any], Any]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await behaviour(request, context)
+        except Exception as error:
+            await _abort(context, error, method)
+
+    return guarded
+
+
+def _guard_stream(
+    behaviour: Callable[[Any, Any], AsyncGenerator[Any, None]], method: str
+) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    assert inspect.isasyncgenfunction(behaviour), f"{method} must be an async generator"
+
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        stream = behaviour(request, context)
+        try:
+            async for response in stream:
+                yield response
+        except Exception as error:
+            await _abort(context, error, method)
+        finally:
+            # A client that leaves cancels us; the servicer's cleanup must run now, not at garbage collection.
+            with suppress(Exception):
+                await stream.aclose()
+
+    return guarded
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str) -> NoReturn:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, FusionRouteError):
+        fault = uuid.uuid4().hex[:12]
+        log.error("rpc_failed", rpc=method, fault=fault, exc_info=error)
+        error = InternalFault(
+            Reason.INTERNAL,
+            f"{method} failed with {type(error).__name__}; the service's log has it as fault {fault}",
+            metadata={"fault": fault},
+        )
+    elif error.code == StatusCode.INTERNAL:
+        log.error("rpc_failed", rpc=method, reason=error.reason.value, message=error.message)
+    status = error_to_status(error)
+    details = ((DETAILS_KEY, status.SerializeToString()),)
+    await context.abort(_GRPC_CODES[status.code], status.message, details)
+    raise AssertionError("context.abort raises")

@@ -1,0 +1,155 @@
+"""Tensors and facts of an engine as messages, and back; sizes are checked before anything is allocated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fusionroute.errors import FusionRouteError, invalid
+from fusionroute.rpc_errors import make_error
+from fusionroute.v1 import common_pb2, expert_pb2
+
+if TYPE_CHECKING:
+    from fusionroute.engine import EngineLoad, ModelFacts
+
+_TORCH_DTYPES: dict[common_pb2.Dtype.ValueType, torch.dtype] = {
+    common_pb2.DTYPE_FLOAT32: torch.float32,
+    common_pb2.DTYPE_FLOAT16: torch.float16,
+    common_pb2.DTYPE_BFLOAT16: torch.bfloat16,
+}
+_DTYPES_BY_NAME: dict[str, common_pb2.Dtype.ValueType] = {
+    "float32": common_pb2.DTYPE_FLOAT32,
+    "float16": common_pb2.DTYPE_FLOAT16,
+    "bfloat16": common_pb2.DTYPE_BFLOAT16,
+}
+
+
+def dtype_of(name: str) -> common_pb2.Dtype.ValueType:
+    """The wire's number for a model's dtype, "float32", "float16" or "bfloat16".
+
+    Raises:
+        KeyError: for any other name; engines have no others.
+    """
+    return _DTYPES_BY_NAME[name]
+
+
+def dtype_name(dtype: common_pb2.Dtype.ValueType) -> str:
+    """ "float32", "float16", "bfloat16", or "unspecified"."""
+    return next((name for name, value in _DTYPES_BY_NAME.items() if value == dtype), "unspecified")
+
+
+def bytes_per_number(dtype: common_pb2.Dtype.ValueType) -> int:
+    """Bytes of one number.
+
+    Raises:
+        InvalidRequest: for DTYPE_UNSPECIFIED and unknown values.
+    """
+    if dtype not in _TORCH_DTYPES:
+        raise invalid("dtype", dtype, "one of FLOAT32, FLOAT16, BFLOAT16")
+    return _TORCH_DTYPES[dtype].itemsize
+
+
+def rows_to_matrix(
+    rows: torch.Tensor, dtype: common_pb2.Dtype.ValueType = common_pb2.DTYPE_UNSPECIFIED
+) -> common_pb2.Matrix:
+    """Packs logits rows, copying them once.
+
+    Args:
+        rows: [n, V], on the CPU, float32, float16 or bfloat16.
+        dtype: format on the wire; unspecified keeps that of `rows`.
+
+    Raises:
+        InvalidRequest: when the wire has no such format.
+    """
+    assert rows.ndim == 2, rows.shape
+    if dtype == common_pb2.DTYPE_UNSPECIFIED:
+        dtype = _DTYPES_BY_NAME[str(rows.dtype).removeprefix("torch.")]
+    bytes_per_number(dtype)
+    packed = rows.detach().to(_TORCH_DTYPES[dtype]).contiguous()
+    return common_pb2.Matrix(
+        dtype=dtype,
+        num_rows=packed.shape[0],
+        width=packed.shape[1],
+        # numpy has no bfloat16, so the bytes go through an integer view.
+        data=packed.view(torch.uint8).numpy().tobytes(),
+    )
+
+
+def matrix_to_numpy(matrix: common_pb2.Matrix, expected_width: int) -> NDArray[np.float32]:
+    """Unpacks logits rows to float32 [n, V]; the array may be read-only.
+
+    Args:
+        matrix: from a peer, so nothing about it is believed.
+        expected_width: V as the peer's identity promised it.
+
+    Raises:
+        InvalidRequest: when the width is another, or the bytes are not num_rows * width * bytes-per-number.
+    """
+    itemsize = bytes_per_number(matrix.dtype)
+    if matrix.width != expected_width:
+        raise invalid("matrix.width", matrix.width, f"the logits width is {expected_width}")
+    data = matrix.data  # every read of a bytes field copies it
+    wanted = matrix.num_rows * matrix.width * itemsize
+    if len(data) != wanted:
+        raise invalid("matrix.data", f"{len(data)} bytes", f"{matrix.num_rows} rows need {wanted} bytes")
+    shape = (matrix.num_rows, matrix.width)
+    if matrix.dtype == common_pb2.DTYPE_FLOAT32:
+        return np.frombuffer(data, dtype="<f4").reshape(shape)
+    if not data:
+        return np.empty(shape, dtype=np.float32)
+    # torch converts 16-bit floats several times faster than numpy, but asks for a writable buffer.
+    halves = torch.frombuffer(bytearray(data), dtype=_TORCH_DTYPES[matrix.dtype])
+    converted: NDArray[np.float32] = halves.float().numpy().reshape(shape)
+    return converted
+
+
+def identity_to_message(facts: ModelFacts) -> common_pb2.ModelIdentity:
+    """Which model answers."""
+    return common_pb2.ModelIdentity(
+        name=facts.name,
+        weights_fingerprint=facts.weights_fingerprint,
+        tokenizer_fingerprint=facts.tokenizer_fingerprint,
+        logits_width=facts.logits_width,
+        family=facts.family,
+        dtype=dtype_of(facts.dtype),
+        max_context_tokens=facts.max_context_tokens,
+        epoch=facts.epoch,
+    )
+
+
+def load_to_message(load: EngineLoad) -> common_pb2.Load:
+    """What the engine has to do."""
+    return common_pb2.Load(
+        num_sessions=load.num_sessions,
+        queue_depth=load.queue_depth,
+        queue_limit=load.queue_limit,
+        kv_tokens_used=load.kv_tokens_used,
+        kv_tokens_limit=load.kv_tokens_limit,
+        num_forwards=load.num_forwards,
+        num_evictions=load.num_evictions,
+    )
+
+
+def step_error_to_message(error: FusionRouteError) -> expert_pb2.StepError:
+    """Why one item of a StepBatch failed."""
+    return expert_pb2.StepError(
+        code=int(error.code),
+        reason=error.reason.value,
+        message=error.message,
+        metadata=error.metadata,
+        retry_after_seconds=error.retry_after_seconds or 0.0,
+    )
+
+
+def step_error_from_message(message: expert_pb2.StepError) -> FusionRouteError:
+    """The error that an item of a StepBatch carries."""
+    return make_error(
+        message.code,
+        message.reason,
+        message.message,
+        dict(message.metadata),
+        message.retry_after_seconds or None,
+    )
