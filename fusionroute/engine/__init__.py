@@ -1,0 +1,20 @@
+"""One Hugging Face causal LM with the caches of many sessions; runs experts and routers alike."""
+
+from fusionroute.engine.batcher import Engine, EngineLimits, EngineLoad, StepOutcome
+from fusionroute.engine.digest import digest
+from fusionroute.engine.model import LoadedModel, ModelFacts, load_model, prepare_model
+from fusionroute.engine.sessions import SessionView, StepCall
+
+__all__ = [
+    "Engine",
+    "EngineLimits",
+    "EngineLoad",
+    "LoadedModel",
+    "ModelFacts",
+    "SessionView",
+    "StepCall",
+    "StepOutcome",
+    "digest",
+    "load_model",
+    "prepare_model",
+]

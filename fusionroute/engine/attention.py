@@ -1,0 +1,158 @@
+"""Attention over ragged batches: tokens of many sessions packed in one row, each against its own cache.
+
+Registered with transformers' `AttentionInterface`, so that the models' own code stays unchanged. The batch travels
+through the model's forward as the keyword argument `ragged_batch`. It supports grouped-query attention, soft-capped
+scores and sliding windows; any other argument that a model hands to its attention function is refused rather than
+ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from fusionroute.engine.kv_cache import SessionCache
+
+IMPLEMENTATION = "fusionroute_ragged"
+
+_HARMLESS_ARGUMENTS = frozenset(
+    {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal", "cache_position"}
+)
+
+
+@dataclass(slots=True)
+class Segment:
+    """Tokens of one session within the row: columns [start, stop), positions from `past` on."""
+
+    cache: SessionCache
+    past: int
+    start: int
+    stop: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this session in the row."""
+        return self.stop - self.start
+
+
+@dataclass(slots=True)
+class RaggedBatch:
+    """What the attention function must know of the row."""
+
+    segments: list[Segment]
+    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def mask(self, index: int, window: int | None, first_key: int, device: torch.device) -> Tensor:
+        """Who may see whom, bool [tokens, keys from first_key on]; the same in all layers, so made once."""
+        key = (index, window)
+        if key not in self.masks:
+            segment = self.segments[index]
+            queries = torch.arange(segment.past, segment.past + segment.num_tokens, device=device)[:, None]
+            keys = torch.arange(first_key, segment.past + segment.num_tokens, device=device)[None, :]
+            seen = keys <= queries
+            if window is not None:
+                seen &= keys > queries - window
+            self.masks[key] = seen
+        return self.masks[key]
+
+
+class UnsupportedAttention(Exception):
+    """The model needs something of its attention function that this one does not do."""
+
+
+def ragged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    ragged_batch: RaggedBatch | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each segment's tokens over its own session.
+
+    Args:
+        module: the attention layer; its `layer_idx` names the cache.
+        query: [1, query heads, row length, head size].
+        key, value: [1, key-value heads, row length, head size] of the new tokens.
+        attention_mask: must be None; the segments say who sees whom.
+        scaling: factor of the scores; default 1 / sqrt(head size).
+        ragged_batch: the segments of the row.
+        sliding_window: keys seen, the token itself included; None = all.
+        softcap: scores become softcap * tanh(scores / softcap).
+
+    Returns:
+        [1, row length, query heads, head size] and None for the weights.
+
+    Raises:
+        UnsupportedAttention: an argument that this function does not know.
+    """
+    _refuse_unknown(ragged_batch, attention_mask, others)
+    assert ragged_batch is not None
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    output = query.new_empty((query.shape[2], query.shape[1], value.shape[-1]))
+    for index, segment in enumerate(ragged_batch.segments):
+        columns = slice(segment.start, segment.stop)
+        keys, values = segment.cache.extend(layer, segment.past, key[0, :, columns], value[0, :, columns])
+        first_key = 0
+        if sliding_window is not None:
+            first_key = max(0, segment.past - sliding_window + 1)
+            keys, values = keys[:, first_key:], values[:, first_key:]
+        mask = None
+        if segment.num_tokens > 1:
+            mask = ragged_batch.mask(index, sliding_window, first_key, query.device)
+        output[columns] = _attend(query[0, :, columns], keys, values, mask, scale, softcap)
+    return output[None], None
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """[query heads, n, size] over [key-value heads, t, size] -> [n, query heads, size].
+
+    The query heads that share a key-value head are laid side by side as if they were tokens, so that the cache is
+    read as it is instead of being repeated.
+    """
+    num_heads, num_tokens, size = query.shape
+    groups = num_heads // keys.shape[0]
+    grouped = query.reshape(keys.shape[0], groups * num_tokens, size)
+    if mask is not None and groups > 1:
+        mask = mask.repeat(groups, 1)
+    if softcap is None:
+        attended = scaled_dot_product_attention(
+            grouped[None], keys[None], values[None], attn_mask=mask, scale=scale
+        )[0]
+    else:
+        scores = torch.matmul(grouped, keys.transpose(1, 2)) * scale
+        scores = torch.tanh(scores / softcap) * softcap
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        attended = torch.matmul(weights, values)
+    return attended.reshape(num_heads, num_tokens, values.shape[-1]).transpose(0, 1)
+
+
+def _refuse_unknown(batch: RaggedBatch | None, attention_mask: Tensor | None, others: dict[str, Any]) -> None:
+    if batch is None:
+        raise UnsupportedAttention("the model does not hand keyword arguments down to its attention function")
+    if attention_mask is not None:
+        raise UnsupportedAttention("the model makes an attention mask of its own")
+    unknown = {name for name, value in others.items() if value is not None} - _HARMLESS_ARGUMENTS
+    if unknown:
+        raise UnsupportedAttention(f"the model's attention takes {', '.join(sorted(unknown))}")
+
+
+def register() -> None:
+    """Makes transformers know this attention function; calling it again changes nothing."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(IMPLEMENTATION, ragged_attention)

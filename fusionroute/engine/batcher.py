@@ -1,0 +1,461 @@
+"""The engine: one worker thread that packs the waiting steps of many sessions into one forward after another.
+
+    callers (event loop)            worker thread
+    step() -> inbox ----------> admit -> compose a tick -> forward -> commit -> answer
+
+Prefill chunks, decode steps, catch-ups and replays are the same thing here: tokens of a session that are to be fed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self, TypeVar
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from fusionroute.engine.attention import RaggedBatch, Segment
+from fusionroute.engine.kv_cache import KVCache
+from fusionroute.engine.model import ForwardOutput, LoadedModel, ModelFacts
+from fusionroute.engine.sessions import NoRoomYet, Session, SessionTable, SessionView, StepCall, room_taken
+from fusionroute.errors import FusionRouteError, InternalFault, OutOfRoom, Reason, Unavailable
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What an engine may use.
+
+    Attributes:
+        kv_tokens: tokens for which there is key-value memory, all sessions together.
+        max_batch_tokens: tokens in one forward.
+        prefill_chunk_tokens: tokens of one session in one forward.
+        max_queue: steps waiting or running.
+        max_sessions: sessions cached at a time.
+        room_wait_seconds: how long a step waits for running sessions to give room.
+    """
+
+    kv_tokens: int = 65536
+    max_batch_tokens: int = 2048
+    prefill_chunk_tokens: int = 512
+    max_queue: int = 256
+    max_sessions: int = 4096
+    room_wait_seconds: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy an engine is; `Load` on the wire."""
+
+    num_sessions: int
+    queue_depth: int
+    queue_limit: int
+    kv_tokens_used: int
+    kv_tokens_limit: int
+    num_forwards: int
+    num_evictions: int
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What a step gave.
+
+    Attributes:
+        rows: logits [num_rows, logits width] of the last tokens, on the CPU, in the model's number format.
+        head_scores: scores of a router's heads [num_rows, k], float32.
+        position: cached length after the step.
+        num_computed_tokens: tokens that were fed, the others being cached already.
+        queue_seconds: from arrival to the first forward.
+        forward_seconds: within forwards.
+        num_forwards: forwards that computed this step.
+        max_batch_sessions: most sessions that shared one of them.
+    """
+
+    rows: Tensor
+    head_scores: Tensor | None
+    position: int
+    num_computed_tokens: int
+    queue_seconds: float
+    forward_seconds: float
+    num_forwards: int
+    max_batch_sessions: int
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A step on its way through the worker."""
+
+    call: StepCall
+    arrived: float
+    future: Future[StepOutcome] = field(default_factory=Future)
+    session: Session | None = None
+    num_cached: int = 0
+    num_fed: int = 0
+    started: float | None = None
+    forward_seconds: float = 0.0
+    num_forwards: int = 0
+    max_batch_sessions: int = 0
+    rows: list[Tensor] = field(default_factory=list)
+    head_scores: list[Tensor] = field(default_factory=list)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens still to be fed."""
+        return len(self.call.token_ids) - self.num_fed
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """The part of a job that goes into one forward."""
+
+    job: _Job
+    start: int
+    stop: int
+
+    @property
+    def wanted(self) -> range:
+        """Token indices within the call whose rows are wanted."""
+        first = len(self.job.call.token_ids) - self.job.call.num_rows
+        return range(max(self.start, first), self.stop)
+
+
+class Engine:
+    """One model with the caches of many sessions.
+
+    Use as an asynchronous context manager; it owns a worker thread in between.
+    """
+
+    def __init__(self, model: LoadedModel, limits: EngineLimits | None = None) -> None:
+        self.limits = limits or EngineLimits()
+        self._model = model
+        self._cache = KVCache()
+        self._table = SessionTable(
+            kv_tokens=self.limits.kv_tokens,
+            max_sessions=self.limits.max_sessions,
+            max_context_tokens=model.facts.max_context_tokens,
+            logits_width=model.facts.logits_width,
+            epoch=model.facts.epoch,
+            free=self._cache.free,
+        )
+        self._wake = threading.Condition()
+        self._inbox: deque[_Job | Callable[[], None]] = deque()
+        self._waiting: deque[_Job] = deque()  # for room
+        self._running: deque[_Job] = deque()  # admitted, not all fed
+        self._num_unfinished = 0
+        self._num_forwards = 0
+        self._draining = False
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Which model this is."""
+        return self._model.facts
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model itself, for its tokenizer and end ids."""
+        return self._model
+
+    async def __aenter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    async def step(self, call: StepCall) -> StepOutcome:
+        """Feeds tokens to a session.
+
+        Raises:
+            InvalidRequest, SessionStateError, OutOfRoom, Unavailable, InternalFault: see `ExpertService.Step`.
+        """
+        return await asyncio.wrap_future(self._enqueue(call))
+
+    async def step_batch(self, calls: Sequence[StepCall]) -> list[StepOutcome | FusionRouteError]:
+        """Steps of several sessions; one that fails does not hinder the others."""
+
+        async def settled(call: StepCall) -> StepOutcome | FusionRouteError:
+            try:
+                return await self.step(call)
+            except FusionRouteError as error:
+                return error
+
+        return list(await asyncio.gather(*(settled(call) for call in calls)))
+
+    async def score(
+        self, token_ids: Sequence[int], chunk_tokens: int = 256
+    ) -> AsyncIterator[tuple[int, Tensor]]:
+        """Rows of a whole sequence without keeping a session: (first position, rows [n, logits width]) in order."""
+        session_id = f"score:{uuid4().hex}"
+        try:
+            for start in range(0, len(token_ids), chunk_tokens):
+                chunk = token_ids[start : start + chunk_tokens]
+                yield start, (await self.step(StepCall(session_id, start, chunk, len(chunk)))).rows
+        finally:
+            await self.close_session(session_id)
+
+    async def close_session(self, session_id: str, fence: int = 0) -> bool:
+        """Forgets a session; returns whether it existed. Raises SessionStateError STALE_FENCE."""
+        return await self._ask(lambda: self._table.close(session_id, fence))
+
+    async def list_sessions(self, limit: int) -> tuple[list[SessionView], int]:
+        """The most recently used sessions, and how many there are in all."""
+        return await self._ask(lambda: (self._table.views(limit, time.monotonic()), len(self._table)))
+
+    def load(self) -> EngineLoad:
+        """How busy the engine is."""
+        return EngineLoad(
+            num_sessions=len(self._table),
+            queue_depth=self._num_unfinished,
+            queue_limit=self.limits.max_queue,
+            kv_tokens_used=self._table.kv_tokens_used,
+            kv_tokens_limit=self.limits.kv_tokens,
+            num_forwards=self._num_forwards,
+            num_evictions=self._table.num_evictions,
+        )
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Refuses new steps with DRAINING and waits for the others, at most so long."""
+        self._draining = True
+        give_up = time.monotonic() + timeout_seconds
+        while self._num_unfinished and time.monotonic() < give_up:
+            await asyncio.sleep(0.01)
+
+    # --- callers' side ------------------------------------------------------------------------------------------
+
+    def _enqueue(self, call: StepCall) -> Future[StepOutcome]:
+        job = _Job(call, time.monotonic())
+        with self._wake:
+            if self._draining or self._stopping:
+                raise Unavailable(Reason.DRAINING, "the service is about to stop", retry_after_seconds=1.0)
+            if self._num_unfinished >= self.limits.max_queue:
+                raise OutOfRoom(
+                    Reason.QUEUE_FULL,
+                    f"{self._num_unfinished} steps are waiting, the limit is {self.limits.max_queue}",
+                    retry_after_seconds=0.1,
+                )
+            self._num_unfinished += 1
+            self._inbox.append(job)
+            self._wake.notify()
+        return job.future
+
+    async def _ask(self, question: Callable[[], T]) -> T:
+        """Runs `question` in the worker thread, between forwards."""
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(question())
+            except Exception as error:
+                answer.set_exception(error)
+
+        with self._wake:
+            if self._stopping:
+                raise Unavailable(Reason.DRAINING, "the service is about to stop", retry_after_seconds=1.0)
+            self._inbox.append(run)
+            self._wake.notify()
+        return await asyncio.wrap_future(answer)
+
+    # --- worker thread ------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        with torch.inference_mode():
+            while self._collect():
+                self._admit_waiting()
+                chunks = self._compose()
+                if chunks:
+                    self._execute(chunks)
+        for job in [*self._running, *self._waiting]:
+            self._fail(job, Unavailable(Reason.DRAINING, "the service has stopped", retry_after_seconds=1.0))
+
+    def _collect(self) -> bool:
+        """Takes what has arrived, waiting if there is nothing to do; False once the engine stops."""
+        with self._wake:
+            while not (self._inbox or self._running or self._waiting or self._stopping):
+                self._wake.wait()
+            if self._waiting and not (self._inbox or self._running):
+                self._wake.wait(timeout=0.01)
+            arrived = list(self._inbox)
+            self._inbox.clear()
+        for item in arrived:
+            if isinstance(item, _Job):
+                self._waiting.append(item)
+            else:
+                item()
+        return not self._stopping
+
+    def _admit_waiting(self) -> None:
+        """Readies the sessions of waiting steps; those without room go on waiting for a while."""
+        for _ in range(len(self._waiting)):
+            job = self._waiting.popleft()
+            now = time.monotonic()
+            if not self._is_wanted(job, now):
+                continue
+            try:
+                job.session, job.num_cached = self._table.begin(job.call, now)
+            except NoRoomYet:
+                if now - job.arrived > self.limits.room_wait_seconds:
+                    self._fail(job, room_taken(self.limits.room_wait_seconds, self.limits.kv_tokens))
+                else:
+                    self._waiting.append(job)
+                continue
+            except FusionRouteError as error:
+                self._fail(job, error)
+                continue
+            self._cache.room(job.call.session_id, job.session.reserved_tokens, job.session.cached_length)
+            job.num_fed = job.num_cached
+            self._running.append(job)
+
+    def _compose(self) -> list[_Chunk]:
+        """The next forward: every session's next tokens, oldest first, within the token budget."""
+        room = self.limits.max_batch_tokens
+        chunks: list[_Chunk] = []
+        now = time.monotonic()
+        for job in list(self._running):
+            if not self._is_wanted(job, now):
+                self._running.remove(job)
+                continue
+            if job.num_left == 0:  # all cached, no rows wanted
+                self._running.remove(job)
+                self._succeed(job)
+                continue
+            count = min(job.num_left, self.limits.prefill_chunk_tokens, room)
+            if count == 0:
+                break
+            room -= count
+            chunks.append(_Chunk(job, job.num_fed, job.num_fed + count))
+        return chunks
+
+    def _execute(self, chunks: list[_Chunk]) -> None:
+        started = time.monotonic()
+        try:
+            output = self._forward(chunks)
+        except Exception as error:
+            fault = InternalFault(Reason.INTERNAL, f"the forward failed: {type(error).__name__}: {error}")
+            for chunk in chunks:
+                self._running.remove(chunk.job)
+                self._fail(chunk.job, fault)
+            return
+        finally:
+            self._num_forwards += 1
+        seconds = time.monotonic() - started
+        row = 0
+        for chunk in chunks:
+            count = len(chunk.wanted)
+            self._commit(chunk, output, slice(row, row + count), started, seconds, len(chunks))
+            row += count
+
+    def _forward(self, chunks: list[_Chunk]) -> ForwardOutput:
+        segments: list[Segment] = []
+        token_ids: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        for chunk in chunks:
+            call, session = chunk.job.call, chunk.job.session
+            assert session is not None
+            past, column = session.cached_length, len(token_ids)
+            cache = self._cache.room(call.session_id, session.reserved_tokens, past)
+            count = chunk.stop - chunk.start
+            segments.append(Segment(cache, past, column, column + count))
+            token_ids.extend(call.token_ids[chunk.start : chunk.stop])
+            positions.extend(range(past, past + count))
+            wanted.extend(column + index - chunk.start for index in chunk.wanted)
+        return self._model.forward(RaggedBatch(segments), token_ids, positions, wanted)
+
+    def _commit(
+        self,
+        chunk: _Chunk,
+        output: ForwardOutput,
+        rows: slice,
+        started: float,
+        seconds: float,
+        batch_sessions: int,
+    ) -> None:
+        """Remembers what a forward has fed to a session, unless its logits are not finite."""
+        job, session = chunk.job, chunk.job.session
+        assert session is not None
+        self._running.remove(job)
+        mine = output.rows[rows]
+        if not torch.isfinite(mine).all():
+            self._fail(
+                job,
+                InternalFault(
+                    Reason.NON_FINITE_LOGITS,
+                    f"the model gave logits that are not finite for session {job.call.session_id!r} at position"
+                    f" {session.cached_length}; nothing was cached of this step",
+                ),
+            )
+            return
+        session.extend(job.call.token_ids[chunk.start : chunk.stop])
+        job.num_fed = chunk.stop
+        job.started = started if job.started is None else job.started
+        job.forward_seconds += seconds
+        job.num_forwards += 1
+        job.max_batch_sessions = max(job.max_batch_sessions, batch_sessions)
+        if rows.stop > rows.start:
+            job.rows.append(mine)
+            if output.head_scores is not None:
+                job.head_scores.append(output.head_scores[rows])
+        if job.num_left:
+            self._running.append(job)
+        else:
+            self._succeed(job)
+
+    def _is_wanted(self, job: _Job, now: float) -> bool:
+        """Whether anybody still waits for the step; ends it if not."""
+        if job.future.cancelled():
+            self._finish(job)
+            return False
+        if job.call.deadline is not None and now > job.call.deadline:
+            late = Unavailable(Reason.DEADLINE_PASSED, "the deadline passed before the step's turn came")
+            self._fail(job, late)
+            return False
+        return True
+
+    def _succeed(self, job: _Job) -> None:
+        session = job.session
+        assert session is not None
+        if job.rows:
+            rows = job.rows[0] if len(job.rows) == 1 else torch.cat(job.rows)
+        else:
+            rows = torch.empty((0, self.facts.logits_width), dtype=self._model.model.dtype)
+        outcome = StepOutcome(
+            rows=rows,
+            head_scores=torch.cat(job.head_scores) if job.head_scores else None,
+            position=session.cached_length,
+            num_computed_tokens=len(job.call.token_ids) - job.num_cached,
+            queue_seconds=(job.started or time.monotonic()) - job.arrived,
+            forward_seconds=job.forward_seconds,
+            num_forwards=job.num_forwards,
+            max_batch_sessions=job.max_batch_sessions,
+        )
+        self._finish(job)
+        if job.future.set_running_or_notify_cancel():
+            job.future.set_result(outcome)
+
+    def _fail(self, job: _Job, error: FusionRouteError) -> None:
+        self._finish(job)
+        if job.future.set_running_or_notify_cancel():
+            job.future.set_exception(error)
+
+    def _finish(self, job: _Job) -> None:
+        if job.session is not None:
+            self._table.end(job.session, time.monotonic())
+        with self._wake:
+            self._num_unfinished -= 1
