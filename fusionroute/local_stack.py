@@ -1,0 +1,220 @@
+"""The whole stack as plain processes on one machine: a router with its Redis, and the experts.
+
+The daemons get ordinary settings, so anything that their environment variables can say holds here too.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fusionroute import processes
+from fusionroute.stack_state import (
+    AlreadyUp,
+    NotUp,
+    ProcessDied,
+    StackError,
+    StackState,
+    forget_state,
+    load_state,
+    locked,
+)
+
+DEFAULT_ROUTER_PORT = 50050
+START_DEADLINE_SECONDS = 300.0
+STOP_DEADLINE_SECONDS = 25.0
+POLL_SECONDS = 0.1
+ROUTER = "router"
+
+AskRegistry = Callable[[str], Mapping[str, str]]
+"""Router address -> state by slot, for example {"math": "ready"}; raises nothing, {} when not reachable."""
+
+OnProgress = Callable[[str, str], None]
+"""Told a process name and what it has come to: "starting", "serving on HOST:PORT", "ready"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """How to run the daemons: absolute program paths, with leading arguments if any."""
+
+    router: tuple[str, ...]
+    expert: tuple[str, ...]
+
+    @classmethod
+    def installed(cls) -> Programs:
+        """The console scripts of this environment."""
+        return cls((processes.program("router-service"),), (processes.program("expert-service"),))
+
+
+@dataclass(frozen=True, slots=True)
+class StackPlan:
+    """What to start."""
+
+    router_checkpoint: str
+    # path or hub id by slot
+    experts: Mapping[str, str]
+    host: str = "127.0.0.1"
+    # of the router; 0 = any free one
+    port: int = DEFAULT_ROUTER_PORT
+    device: str = "cpu"
+    dtype: str = "auto"
+    # torch threads of each process
+    threads: int = 1
+
+
+def threads_for(num_processes: int, num_cores: int | None = None) -> int:
+    """Torch threads for each of so many processes: the cores shared out, at least one each."""
+    cores = num_cores if num_cores is not None else len(os.sched_getaffinity(0))
+    return max(1, cores // num_processes)
+
+
+def start(
+    plan: StackPlan,
+    folder: Path,
+    *,
+    ask_registry: AskRegistry,
+    programs: Programs | None = None,
+    die_with_parent: bool = False,
+    on_progress: OnProgress = lambda name, phase: None,
+    deadline_seconds: float = START_DEADLINE_SECONDS,
+) -> StackState:
+    """Starts router and experts and returns once the registry has every expert ready.
+
+    On any failure, and when interrupted, whatever was started is stopped again and the state removed; the
+    logs stay.
+
+    Raises:
+        AlreadyUp: processes of an earlier start still run.
+        ProcessDied: a daemon ended.
+        StackError: not ready within the deadline, or another start or stop is at work.
+    """
+    with locked(folder):
+        earlier = load_state(folder)
+        if earlier is not None and earlier.alive:
+            raise AlreadyUp(f"the stack {folder.name!r} is up, its router on {earlier.router_address}")
+        launch = _Launch(plan, folder, programs or Programs.installed(), die_with_parent, on_progress)
+        launch.deadline = time.monotonic() + deadline_seconds
+        try:
+            launch.start_router()
+            launch.start_experts()
+            launch.wait_for_registry(ask_registry)
+        except BaseException:
+            processes.stop(launch.state.processes, STOP_DEADLINE_SECONDS)
+            forget_state(folder)
+            raise
+        return launch.state
+
+
+def stop(folder: Path, deadline_seconds: float = STOP_DEADLINE_SECONDS) -> list[str]:
+    """Stops all processes of a stack within one deadline.
+
+    Returns:
+        The names of the processes that had to be killed.
+
+    Raises:
+        NotUp: nothing was started there.
+    """
+    with locked(folder):
+        state = load_state(folder)
+        if state is None:
+            raise NotUp(f"no stack {folder.name!r} is up")
+        killed = processes.stop(state.processes, deadline_seconds)
+        forget_state(folder)
+        return killed
+
+
+class _Launch:
+    """One start in progress."""
+
+    def __init__(
+        self,
+        plan: StackPlan,
+        folder: Path,
+        programs: Programs,
+        die_with_parent: bool,
+        on_progress: OnProgress,
+    ) -> None:
+        self.plan, self.folder, self.programs = plan, folder, programs
+        self.die_with_parent, self.on_progress = die_with_parent, on_progress
+        self.deadline = 0.0
+        self.state = StackState(folder.name, time.time(), "", ())
+        for old in (*folder.glob("logs/*.log"), *folder.glob("ready/*")):
+            old.unlink()
+        (folder / "ready").mkdir(parents=True, exist_ok=True)
+
+    def start_router(self) -> None:
+        options = {"checkpoint": self.plan.router_checkpoint, "port": str(self.plan.port)}
+        self._spawn(ROUTER, self.programs.router, options)
+        self._remember(router_address=self._wait_for_address(ROUTER))
+
+    def start_experts(self) -> None:
+        for slot, model in self.plan.experts.items():
+            options = {"model": model, "slot": slot, "port": "0", "router": self.state.router_address}
+            self._spawn(expert_process(slot), self.programs.expert, options)
+        for slot in self.plan.experts:
+            self._wait_for_address(expert_process(slot))
+
+    def wait_for_registry(self, ask_registry: AskRegistry) -> None:
+        missing = set(self.plan.experts)
+        while missing:
+            states = ask_registry(self.state.router_address)
+            for slot in sorted(slot for slot in missing if states.get(slot) == "ready"):
+                missing.discard(slot)
+                self.on_progress(expert_process(slot), "ready")
+            if missing:
+                self._pause(f"{', '.join(sorted(missing))} not in the registry of the router")
+        self.on_progress(ROUTER, "ready")
+
+    def _spawn(self, name: str, program: Sequence[str], options: Mapping[str, str]) -> None:
+        common = {
+            "host": self.plan.host,
+            "device": self.plan.device,
+            "dtype": self.plan.dtype,
+            "threads": str(self.plan.threads),
+            "ready-file": str(self.folder / "ready" / name),
+        }
+        arguments = [text for key, value in {**options, **common}.items() for text in (f"--{key}", value)]
+        record = processes.spawn(
+            name,
+            [*program, *arguments],
+            log=self.folder / "logs" / f"{name}.log",
+            environment={"OMP_NUM_THREADS": str(self.plan.threads), "PYTHONUNBUFFERED": "1"},
+            die_with_parent=self.die_with_parent,
+        )
+        self._remember(processes=(*self.state.processes, record))
+        self.on_progress(name, "starting")
+
+    def _wait_for_address(self, name: str) -> str:
+        ready_file = self.folder / "ready" / name
+        while not (address := _first_line(ready_file)):
+            self._pause(f"{name} does not serve")
+        self._remember(addresses={**self.state.addresses, name: address})
+        self.on_progress(name, f"serving on {address}")
+        return address
+
+    def _pause(self, waiting_for: str) -> None:
+        for record in self.state.processes:
+            if processes.find(record) is None:
+                raise ProcessDied(record, processes.exit_code(record))
+        if time.monotonic() > self.deadline:
+            raise StackError(f"gave up waiting: {waiting_for}; see {self.folder / 'logs'}")
+        time.sleep(POLL_SECONDS)
+
+    def _remember(self, **changes: object) -> None:
+        self.state = replace(self.state, **changes)  # type: ignore[arg-type]  # replace checks the names
+        self.state.save(self.folder)
+
+
+def expert_process(slot: str) -> str:
+    """The name of the process that serves a slot."""
+    return f"expert-{slot}"
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text().partition("\n")[0].strip()
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,238 @@
+"""The local stack's processes, with daemons that only pretend to serve."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fusionroute import local_stack, processes
+from fusionroute.local_stack import Programs, StackPlan
+from fusionroute.processes import ProcessRecord
+from fusionroute.stack_state import (
+    AlreadyUp,
+    NotUp,
+    ProcessDied,
+    StackError,
+    StackState,
+    load_state,
+    locked,
+    stack_folder,
+    tail,
+)
+
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_daemon.py")))
+PROGRAMS = Programs(FAKE, FAKE)
+
+
+def everyone_is_ready(address: str) -> Mapping[str, str]:
+    return {"math": "ready", "code": "ready"}
+
+
+def plan_of(router: str = "good", **experts: str) -> StackPlan:
+    return StackPlan(router_checkpoint=router, experts=experts or {"math": "good", "code": "good"}, port=7)
+
+
+def start(folder: Path, plan: StackPlan, **options: object) -> StackState:
+    arguments = {"ask_registry": everyone_is_ready, "programs": PROGRAMS, "deadline_seconds": 20.0, **options}
+    return local_stack.start(plan, folder, **arguments)  # type: ignore[arg-type]
+
+
+def survivors(folder: Path) -> list[int]:
+    """Processes whose command line names the folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(str(folder) in word for word in process.cmdline()) and process.pid != os.getpid():
+                found.append(process.pid)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "stack"
+    yield path
+    state = load_state(path)
+    if state is not None:
+        processes.stop(state.processes, 0.2)
+    assert survivors(path) == []
+
+
+def test_a_started_stack_is_remembered_with_its_processes_and_addresses(folder: Path) -> None:
+    phases: list[tuple[str, str]] = []
+    state = start(folder, plan_of(), on_progress=lambda name, phase: phases.append((name, phase)))
+    assert load_state(folder) == state
+    assert [record.name for record in state.alive] == ["router", "expert-math", "expert-code"]
+    assert state.router_address == "127.0.0.1:50007"
+    assert state.addresses["expert-math"] == "127.0.0.1:50000"
+    assert phases[0] == ("router", "starting")
+    assert phases[-1] == ("router", "ready")
+    assert ("expert-code", "ready") in phases
+
+
+def test_experts_are_told_where_the_router_serves(folder: Path) -> None:
+    state = start(folder, plan_of())
+    expert = state.processes[1]
+    assert expert.command[expert.command.index("--router") + 1] == state.router_address
+    assert expert.command[expert.command.index("--slot") + 1] == "math"
+
+
+def test_stopping_ends_every_process_and_forgets_the_state(folder: Path) -> None:
+    state = start(folder, plan_of())
+    assert local_stack.stop(folder, 10.0) == []
+    assert state.alive == []
+    assert load_state(folder) is None
+    with pytest.raises(NotUp):
+        local_stack.stop(folder, 1.0)
+
+
+def test_a_process_that_ignores_the_request_to_stop_is_killed_and_named(folder: Path) -> None:
+    state = start(folder, plan_of(math="stubborn", code="good"))
+    assert local_stack.stop(folder, 1.0) == ["expert-math"]
+    assert state.alive == []
+
+
+def test_what_a_daemon_started_itself_does_not_survive_it(folder: Path) -> None:
+    state = start(folder, plan_of(router="parent"))
+    family = processes.session_members(state.processes[0])
+    assert len(family) == 2
+    local_stack.stop(folder, 1.0)
+    assert not any(member.is_running() for member in family)
+
+
+def test_orphans_of_a_daemon_that_is_gone_are_found_by_its_session(folder: Path) -> None:
+    state = start(folder, plan_of(router="parent"))
+    family = processes.session_members(state.processes[0])
+    os.kill(state.processes[0].pid, signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(state.processes[0].pid)], timeout=5.0)
+    assert processes.find(state.processes[0]) is None
+    local_stack.stop(folder, 1.0)
+    assert not any(member.is_running() for member in family)
+
+
+def test_a_second_start_of_a_running_stack_is_refused_and_hurts_nothing(folder: Path) -> None:
+    state = start(folder, plan_of())
+    with pytest.raises(AlreadyUp, match="127.0.0.1:50007"):
+        start(folder, plan_of())
+    assert len(state.alive) == 3
+
+
+def test_what_an_earlier_crash_left_on_disk_does_not_hinder_a_start(folder: Path) -> None:
+    first = start(folder, plan_of())
+    processes.stop(first.processes, 10.0)
+    second = start(folder, plan_of())
+    assert {record.pid for record in second.alive}.isdisjoint(record.pid for record in first.processes)
+
+
+def test_a_daemon_that_dies_takes_the_start_back_and_shows_its_last_words(folder: Path) -> None:
+    with pytest.raises(ProcessDied, match="expert-code ended with exit code 3") as caught:
+        start(folder, plan_of(math="good", code="dies"))
+    assert caught.value.log_tail == ["the weights are not there"]
+    assert load_state(folder) is None
+    assert survivors(folder) == []
+
+
+def test_a_daemon_that_never_serves_is_given_up_at_the_deadline(folder: Path) -> None:
+    with pytest.raises(StackError, match="expert-code does not serve"):
+        start(folder, plan_of(math="good", code="mute"), deadline_seconds=1.5)
+    assert survivors(folder) == []
+
+
+def test_an_expert_missing_from_the_registry_is_named_at_the_deadline(folder: Path) -> None:
+    with pytest.raises(StackError, match="code not in the registry"):
+        start(folder, plan_of(), ask_registry=lambda address: {"math": "ready"}, deadline_seconds=1.5)
+    assert survivors(folder) == []
+
+
+def test_an_interrupted_start_leaves_nothing_running(folder: Path) -> None:
+    def interrupt(address: str) -> Mapping[str, str]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(folder, plan_of(), ask_registry=interrupt)
+    assert survivors(folder) == []
+    assert load_state(folder) is None
+
+
+def test_a_start_during_a_start_is_refused(folder: Path) -> None:
+    with locked(folder), pytest.raises(StackError, match="someone else"):
+        start(folder, plan_of())
+
+
+def test_a_recycled_pid_is_not_taken_for_ours(tmp_path: Path) -> None:
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    try:
+        record = ProcessRecord("router", stranger.pid, "an earlier boot:12", tmp_path / "log", ("x",))
+        assert processes.find(record) is None
+        assert processes.session_members(record) == []
+        assert processes.stop([record], 0.2) == []
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is a Linux feature")
+def test_processes_tied_to_their_parent_end_with_it(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time\n"
+            "from pathlib import Path\n"
+            "from fusionroute.processes import spawn\n"
+            "command = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+            f"folder = Path({str(tmp_path)!r})\n"
+            "record = spawn('a', command, log=folder / 'log', environment={}, die_with_parent=True)\n"
+            "(folder / 'draft').write_text(str(record.pid))\n"
+            "(folder / 'draft').rename(folder / 'pid')\n"
+            "time.sleep(60)\n",
+        ]
+    )
+    deadline = time.monotonic() + 20.0
+    while not pid_file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child = psutil.Process(int(pid_file.read_text()))
+    while "sleep" not in " ".join(child.cmdline()) or "prctl" in " ".join(child.cmdline()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    psutil.wait_procs([child], timeout=10.0)
+    assert not child.is_running()
+
+
+def test_a_state_file_that_is_not_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text('{"format": 2}')
+    with pytest.raises(StackError, match=r"state\.json cannot be read"):
+        load_state(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b"])
+def test_a_stack_name_that_is_no_folder_name_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="stack name"):
+        stack_folder(name, tmp_path)
+
+
+def test_the_state_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FUSIONROUTE_STATE_DIR", str(tmp_path))
+    assert stack_folder("a") == tmp_path / "a"
+
+
+def test_cores_are_shared_out_with_at_least_one_thread_each() -> None:
+    assert [local_stack.threads_for(4, cores) for cores in (1, 2, 4, 16)] == [1, 1, 1, 4]
+
+
+def test_the_tail_of_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    assert tail(tmp_path / "no.log", 5) == []
