@@ -1,0 +1,319 @@
+"""From logits to the next token: pick the expert, fuse, filter, choose. Pure functions over numpy rows.
+
+Everything here is a pure function of its arguments, noise included: the noise of a candidate is a hash of
+(seed, position, token id), so a retry, a replay or another batch gives the same token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Row = NDArray[np.float32]
+"""One full-vocabulary vector of scores [V]."""
+
+ROUTER_ALONE_BELOW = 1e-4
+"""`mixture` asks no expert when all experts together have less weight than this."""
+
+GUMBEL_RANGE = 41.0
+"""The noise lies within 36.8 and -3.7, so a candidate that is further behind the best can never win."""
+
+_UNIT_GATE = math.log(math.e - 1.0)
+"""softplus of this is 1: a sum gate of zero is the plain sum."""
+
+
+class CombineRule(Enum):
+    """How expert scores e and router scores r become fused scores (docs/method.md)."""
+
+    SUM = "sum"
+    GATED_SUM = "gated_sum"
+    MIXTURE = "mixture"
+    SELECT = "select"
+    ROUTE = "route"
+    ROUTER = "router"
+
+
+_GATE_RULES = (CombineRule.MIXTURE, CombineRule.SELECT)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLayout:
+    """Where which score stands among the k outputs of a router's heads: routing [n], gate [n + 1], sum gate [1]."""
+
+    num_experts: int
+    has_gate: bool = False
+    has_sum_gate: bool = False
+
+    def routing(self, scores: Row) -> Row:
+        """Routing scores [n]."""
+        return scores[: self.num_experts]
+
+    def gate(self, scores: Row) -> Row:
+        """Gate scores [n + 1], the last one the router's own."""
+        return scores[self.num_experts : 2 * self.num_experts + 1]
+
+    def sum_gate(self, scores: Row) -> float:
+        """Score of the sum gate."""
+        return float(scores[-1])
+
+    def available_rules(self) -> tuple[CombineRule, ...]:
+        """The rules that these heads can serve."""
+        lacking: set[CombineRule] = set()
+        if not self.has_gate:
+            lacking.update(_GATE_RULES)
+        if not self.has_sum_gate:
+            lacking.add(CombineRule.GATED_SUM)
+        return tuple(rule for rule in CombineRule if rule not in lacking)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Who takes part in one token.
+
+    Attributes:
+        expert: index of the expert to ask; None = the router writes this token alone.
+        weights: routing weights [n], or gate weights [n + 1] under a gate rule; empty when nothing was routed.
+        complement: factor of r in a sum; log-weights under `mixture` follow from `weights`.
+    """
+
+    expert: int | None
+    weights: Row
+    complement: float = 1.0
+
+
+def needs_router(rule: CombineRule, fixed_expert: int | None) -> bool:
+    """Whether a token under this rule takes a forward of the router."""
+    return not (rule is CombineRule.ROUTE and fixed_expert is not None)
+
+
+def decide(
+    rule: CombineRule, layout: HeadLayout, scores: Row | None, fixed_expert: int | None = None
+) -> Decision:
+    """Picks the expert from the scores [k] of the router's heads; `scores` may be None where no router is needed."""
+    if rule is CombineRule.ROUTER:
+        return Decision(None, np.empty(0, np.float32))
+    if scores is None:
+        assert fixed_expert is not None
+        return Decision(fixed_expert, np.empty(0, np.float32))
+    if rule in _GATE_RULES:
+        weights = softmax(layout.gate(scores))
+        expert = int(np.argmax(weights[:-1])) if fixed_expert is None else fixed_expert
+        alone = (
+            weights[-1] > weights[expert]
+            if rule is CombineRule.SELECT
+            else 1.0 - weights[-1] < ROUTER_ALONE_BELOW
+        )
+        return Decision(None if alone else expert, weights)
+    weights = softmax(layout.routing(scores))
+    expert = int(np.argmax(weights)) if fixed_expert is None else fixed_expert
+    complement = softplus(layout.sum_gate(scores) + _UNIT_GATE) if rule is CombineRule.GATED_SUM else 1.0
+    return Decision(expert, weights, complement)
+
+
+def fuse(rule: CombineRule, decision: Decision, expert_row: Row | None, router_row: Row | None) -> Row:
+    """Fused scores [V], a new array or one of the given rows unchanged.
+
+    Args:
+        rule, decision: from `decide`.
+        expert_row: logits e of the chosen expert; None when it was not asked.
+        router_row: logits r of the router; None when it was not run.
+    """
+    if expert_row is None:
+        assert router_row is not None
+        return router_row
+    if router_row is None or rule in (CombineRule.ROUTE, CombineRule.SELECT):
+        return expert_row
+    if rule is CombineRule.MIXTURE:
+        router_weight = max(float(decision.weights[-1]), 1e-38)
+        expert_weight = max(1.0 - float(decision.weights[-1]), 1e-38)
+        return np.logaddexp(
+            expert_row - np.float32(logsumexp(expert_row) - math.log(expert_weight)),
+            router_row - np.float32(logsumexp(router_row) - math.log(router_weight)),
+        )
+    if decision.complement == 1.0:
+        return expert_row + router_row
+    return expert_row + np.float32(decision.complement) * router_row
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen from fused scores; the defaults are greedy.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: keep the k best; 0 keeps all.
+        top_p: keep the smallest set with this much probability.
+        min_p: keep what has this share of the best one's probability.
+        repetition_penalty: divides positive, multiplies negative scores of all tokens seen.
+        presence_penalty, frequency_penalty: subtracted once, and per occurrence, from tokens of this answer.
+        logit_bias: added to the scores of single ids.
+        seed: key of the noise, 64 bits.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens seen before change the scores."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class SeenTokens:
+    """The distinct tokens of prompt and answer, kept so that a step costs one vectorised pass over them."""
+
+    def __init__(self, prompt: Iterable[int]) -> None:
+        self._index: dict[int, int] = {}
+        self._ids = np.empty(64, np.int64)
+        self._counts = np.empty(64, np.float32)  # occurrences in the answer
+        for token in prompt:
+            self._place(token)
+
+    def add(self, token: int) -> None:
+        """Counts a token of the answer."""
+        self._counts[self._place(token)] += 1
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """Distinct ids in the order of their first occurrence."""
+        return self._ids[: len(self._index)]
+
+    @property
+    def counts(self) -> Row:
+        """Occurrences of each of `ids` in the answer."""
+        return self._counts[: len(self._index)]
+
+    def _place(self, token: int) -> int:
+        place = self._index.get(token)
+        if place is None:
+            place = self._index[token] = len(self._index)
+            if place == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+                self._counts = np.concatenate([self._counts, np.empty_like(self._counts)])
+            self._ids[place], self._counts[place] = token, 0
+        return place
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The chosen token and the natural log of its probability in the fused distribution."""
+
+    token_id: int
+    logprob: float
+
+
+def choose(fused: Row, sampling: Sampling, position: int, seen: SeenTokens | None = None) -> Choice:
+    """Chooses the token for `position` of the session from fused scores [V]; ties go to the lowest id."""
+    scores = _adjusted(fused, sampling, seen)
+    token = int(np.argmax(scores)) if sampling.temperature == 0.0 else _sample(scores, sampling, position)
+    return Choice(token, float(fused[token]) - logsumexp(fused))
+
+
+def top_candidates(row: Row, count: int) -> list[Choice]:
+    """The `count` best ids of a row of logits with their log-probabilities, best first, ties to the lowest id."""
+    best = _best(row, count)
+    total = logsumexp(row)
+    return [Choice(int(token), float(row[token]) - total) for token in best]
+
+
+def _adjusted(fused: Row, sampling: Sampling, seen: SeenTokens | None) -> Row:
+    if not sampling.logit_bias and not (seen is not None and sampling.has_penalties):
+        return fused
+    scores = fused.copy()
+    if seen is not None and sampling.has_penalties:
+        values = scores[seen.ids]
+        penalty = np.float32(sampling.repetition_penalty)
+        values = np.where(values > 0, values / penalty, values * penalty)
+        values -= np.float32(sampling.presence_penalty) * (seen.counts > 0)
+        values -= np.float32(sampling.frequency_penalty) * seen.counts
+        scores[seen.ids] = values
+    for token, bias in sampling.logit_bias.items():
+        scores[token] += np.float32(bias)
+    return scores
+
+
+def _sample(scores: Row, sampling: Sampling, position: int) -> int:
+    """Gumbel-max over the candidates that survive top-k, top-p and min-p, in this order."""
+    if 0 < sampling.top_k < len(scores):
+        ids = np.sort(_best(scores, sampling.top_k))
+    else:
+        ids = np.flatnonzero(scores >= scores.max() - GUMBEL_RANGE * sampling.temperature)
+    scaled = scores[ids].astype(np.float64) / sampling.temperature
+    if sampling.top_p < 1.0 or sampling.min_p > 0.0:
+        keep = _nucleus(scaled, sampling.top_p, sampling.min_p)
+        ids, scaled = ids[keep], scaled[keep]
+    return int(ids[np.argmax(scaled + gumbel_noise(sampling.seed, position, ids))])
+
+
+def _nucleus(scaled: NDArray[np.float64], top_p: float, min_p: float) -> NDArray[np.int64]:
+    """Ascending places of the candidates within the nucleus and above min_p; always at least one."""
+    order = np.argsort(-scaled, kind="stable")
+    probabilities = np.exp(scaled[order] - scaled[order[0]])
+    count = len(order)
+    if top_p < 1.0:
+        cumulative = np.cumsum(probabilities)
+        count = int(np.searchsorted(cumulative, top_p * cumulative[-1], side="left")) + 1
+    if min_p > 0.0:
+        count = min(count, int(np.count_nonzero(probabilities >= min_p)))
+    return np.sort(order[: max(1, min(count, len(order)))])
+
+
+def _best(row: Row, count: int) -> NDArray[np.int64]:
+    """The `count` best ids, best first; equal scores by id."""
+    count = min(count, len(row))
+    threshold = np.partition(row, len(row) - count)[len(row) - count]
+    above = np.flatnonzero(row > threshold)
+    equal = np.flatnonzero(row == threshold)[: count - len(above)]
+    ids = np.concatenate([above, equal])
+    return ids[np.lexsort((ids, -row[ids]))]
+
+
+def gumbel_noise(seed: int, position: int, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
+    """Standard Gumbel noise of each candidate, a hash of (seed, position, id)."""
+    with np.errstate(over="ignore"):
+        key = _mix(np.uint64(seed & (2**64 - 1)) + _mix(np.uint64(position + 1) * _GOLDEN))
+        bits = _mix(key + np.asarray(ids, dtype=np.uint64) * _GOLDEN)
+    uniform = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    noise: NDArray[np.float64] = -np.log(-np.log(uniform))
+    return noise
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(values: np.uint64 | NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64."""
+    mixed = np.asarray(values, dtype=np.uint64)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def softmax(scores: Row) -> Row:
+    """Probabilities [n] of scores [n]."""
+    weights = np.exp(scores - scores.max())
+    result: Row = weights / weights.sum()
+    return result
+
+
+def logsumexp(row: Row) -> float:
+    """log(sum(exp(row)))."""
+    highest = row.max()
+    return float(highest) + math.log(float(np.exp(row - highest).sum()))
+
+
+def softplus(value: float) -> float:
+    """log(1 + exp(value))."""
+    return max(value, 0.0) + math.log1p(math.exp(-abs(value)))

@@ -1,0 +1,282 @@
+"""A router checkpoint: a causal LM, the heads that route and gate, and the manifest that says for which experts.
+
+folder/
+    config.json, model.safetensors, tokenizer files      as `save_pretrained` writes them
+    routing_head.safetensors                             routing.*, and where trained gate.*, sum_gate.*
+    fusionroute.json                                     the manifest
+    COMPLETE                                             written last; without it the folder is not a checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusionroute.errors import FusionRouteError, ModelRejected, Reason
+from fusionroute.fusion import CombineRule, HeadLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MANIFEST_FORMAT = 1
+HEAD_FILE = "routing_head.safetensors"
+MANIFEST_FILE = "fusionroute.json"
+COMPLETE_FILE = "COMPLETE"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRecord:
+    """An expert as the checkpoint knows it; its place in the manifest is its index in the heads."""
+
+    slot: str
+    name: str
+    tokenizer_fingerprint: str
+    logits_width: int
+    weights_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """For which experts a checkpoint routes, and where it comes from.
+
+    Attributes:
+        experts: in the order of the heads' outputs.
+        combine: the rule used when a request names none.
+        tokenizer_fingerprint: of the vocabulary shared by router and experts.
+        logits_width: of that vocabulary.
+        lineage: parents and data it was trained from.
+        switches: the training's switches.
+        metrics: what was measured of it.
+        code_version: of the code that wrote it.
+    """
+
+    experts: tuple[ExpertRecord, ...]
+    combine: str
+    tokenizer_fingerprint: str
+    logits_width: int
+    lineage: dict[str, Any] = field(default_factory=dict)
+    switches: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    code_version: str = ""
+    format: int = MANIFEST_FORMAT
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The experts' slots in order."""
+        return tuple(expert.slot for expert in self.experts)
+
+    def to_json(self) -> str:
+        """The text of `fusionroute.json`."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Reads what `to_json` wrote. Raises ValueError, KeyError or TypeError where it is not that."""
+        content = json.loads(text)
+        if content.get("format") != MANIFEST_FORMAT:
+            raise ValueError(f"format = {content.get('format')!r}, this version reads {MANIFEST_FORMAT}")
+        content["experts"] = tuple(ExpertRecord(**expert) for expert in content["experts"])
+        manifest = cls(**content)
+        if not manifest.experts:
+            raise ValueError("experts = [] is empty")
+        if len(set(manifest.slots)) != len(manifest.slots):
+            raise ValueError(f"slots are not distinct: {', '.join(manifest.slots)}")
+        CombineRule(manifest.combine)
+        return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Linear maps of the router's final hidden state h [H].
+
+    Attributes:
+        routing_weight, routing_bias: [n, H], [n]; routing scores, one for each expert.
+        gate_weight, gate_bias: [n + 1, H], [n + 1]; the last row is the router itself.
+        sum_gate_weight, sum_gate_bias: [1, H], [1]; scales the complement in `gated_sum`.
+    """
+
+    routing_weight: Tensor
+    routing_bias: Tensor
+    gate_weight: Tensor | None = None
+    gate_bias: Tensor | None = None
+    sum_gate_weight: Tensor | None = None
+    sum_gate_bias: Tensor | None = None
+
+    @property
+    def layout(self) -> HeadLayout:
+        """Where which score stands in the output of `scores`."""
+        return HeadLayout(
+            num_experts=self.routing_weight.shape[0],
+            has_gate=self.gate_weight is not None,
+            has_sum_gate=self.sum_gate_weight is not None,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors under the names they have on disk."""
+        named = {
+            "routing.weight": self.routing_weight,
+            "routing.bias": self.routing_bias,
+            "gate.weight": self.gate_weight,
+            "gate.bias": self.gate_bias,
+            "sum_gate.weight": self.sum_gate_weight,
+            "sum_gate.bias": self.sum_gate_bias,
+        }
+        return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], num_experts: int, hidden_size: int) -> Heads:
+        """Heads of the given sizes. Raises ValueError naming the tensor that is missing or of another shape."""
+        shapes = {"routing": num_experts, "gate": num_experts + 1, "sum_gate": 1}
+        values: dict[str, Tensor] = {}
+        for head, rows in shapes.items():
+            for part, shape in (("weight", (rows, hidden_size)), ("bias", (rows,))):
+                tensor = tensors.get(f"{head}.{part}")
+                if tensor is None:
+                    if head == "routing" or f"{head}.weight" in tensors or f"{head}.bias" in tensors:
+                        raise ValueError(f"{head}.{part} is missing")
+                    continue
+                if tuple(tensor.shape) != shape:
+                    raise ValueError(f"{head}.{part} has shape {tuple(tensor.shape)}, expected {shape}")
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{head}.{part} holds numbers that are not finite")
+                values[f"{head}_{part}"] = tensor
+        unknown = set(tensors) - {f"{head}.{part}" for head in shapes for part in ("weight", "bias")}
+        if unknown:
+            raise ValueError(f"unknown tensors {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+    def to_scores(self, device: str | torch.device = "cpu") -> HeadScores:
+        """The function from hidden states to scores, on a device."""
+        parts = [(self.routing_weight, self.routing_bias)]
+        if self.gate_weight is not None and self.gate_bias is not None:
+            parts.append((self.gate_weight, self.gate_bias))
+        if self.sum_gate_weight is not None and self.sum_gate_bias is not None:
+            parts.append((self.sum_gate_weight, self.sum_gate_bias))
+        weight = torch.cat([weight.float() for weight, _ in parts]).to(device)
+        bias = torch.cat([bias.float() for _, bias in parts]).to(device)
+        return HeadScores(weight, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadScores:
+    """All heads in one matrix: hidden [m, H] -> scores [m, k] in float32, laid out as `Heads.layout` says."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterCheckpoint:
+    """A checkpoint's heads and manifest; its causal LM is loaded from `folder` like any other."""
+
+    folder: Path
+    manifest: Manifest
+    heads: Heads
+    head_digest: str
+
+    def fingerprint(self, weights_fingerprint: str) -> str:
+        """Digest of heads, manifest and the weights of the causal LM."""
+        return hashlib.sha256(f"{self.head_digest}:{weights_fingerprint}".encode()).hexdigest()[:32]
+
+    def available_rules(self) -> tuple[CombineRule, ...]:
+        """The combine rules that its heads can serve."""
+        return self.heads.layout.available_rules()
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    heads: Heads,
+    manifest: Manifest,
+) -> None:
+    """Writes a checkpoint beside `folder` and moves it there once it is whole, replacing what was there.
+
+    Raises:
+        ValueError: heads and manifest do not fit each other or the model.
+    """
+    from safetensors.torch import save_file
+
+    Heads.from_tensors(heads.tensors(), len(manifest.experts), model.config.hidden_size)
+    Manifest.from_json(manifest.to_json())
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
+        staged = Path(name) / "checkpoint"
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        save_file(heads.tensors(), staged / HEAD_FILE)
+        (staged / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        for path in staged.iterdir():
+            _sync(path)
+        (staged / COMPLETE_FILE).touch()
+        _sync(staged)
+        if target.exists():
+            target.rename(Path(name) / "replaced")
+        staged.rename(target)
+        _sync(target.parent)
+
+
+def load_checkpoint(folder: str | Path) -> RouterCheckpoint:
+    """Reads heads and manifest, strictly.
+
+    Raises:
+        ModelRejected: MODEL_NOT_FOUND, CHECKPOINT_INCOMPLETE or MODEL_BROKEN, naming folder and fault.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ModelRejected(
+            Reason.MODEL_NOT_FOUND, f"router checkpoint folder {str(folder)!r} does not exist"
+        )
+    for name in (COMPLETE_FILE, MANIFEST_FILE, HEAD_FILE, "config.json"):
+        if not (path / name).is_file():
+            raise ModelRejected(
+                Reason.CHECKPOINT_INCOMPLETE,
+                f"{str(folder)!r} is not a complete router checkpoint: it lacks {name}",
+            )
+    try:
+        text = (path / MANIFEST_FILE).read_text(encoding="utf-8")
+        manifest = Manifest.from_json(text)
+        hidden_size = json.loads((path / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+        heads = Heads.from_tensors(load_file(path / HEAD_FILE), len(manifest.experts), hidden_size)
+    except FusionRouteError:
+        raise
+    except Exception as error:
+        raise ModelRejected(
+            Reason.MODEL_BROKEN, f"router checkpoint {str(folder)!r}: {type(error).__name__}: {error}"
+        ) from error
+    checkpoint = RouterCheckpoint(path, manifest, heads, head_digest=_head_digest(path))
+    if CombineRule(manifest.combine) not in checkpoint.available_rules():
+        raise ModelRejected(
+            Reason.MODEL_BROKEN,
+            f"router checkpoint {str(folder)!r}: combine {manifest.combine!r} needs a gate it lacks",
+        )
+    return checkpoint
+
+
+def _head_digest(folder: Path) -> str:
+    hasher = hashlib.sha256()
+    for name in (HEAD_FILE, MANIFEST_FILE, "config.json"):
+        hasher.update((folder / name).read_bytes())
+    return hasher.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
