@@ -11,7 +11,7 @@ scripts/make_venv.sh "$folder/venv" "$python"
 "$folder/venv/bin/python" -m pip install --quiet "$@" 'torch==2.13.0' --editable '.[dev]'
 {
   echo "# What CI tests, on Linux x86-64. Written by: make constraints"
-  "$folder/venv/bin/python" -m pip freeze --exclude-editable | sed -E 's/\+[A-Za-z0-9.]+$//' | LC_ALL=C sort -f
+  "$folder/venv/bin/python" -m pip freeze --all --exclude-editable | grep -v "^pip==" | sed -E 's/\+[A-Za-z0-9.]+$//' | LC_ALL=C sort -f
 } >"$folder/constraints.txt"
 mv "$folder/constraints.txt" constraints.txt
 echo "constraints.txt: $(grep -c == constraints.txt) packages"
