@@ -1,0 +1,86 @@
+"""How the family is made: sizes of the models, steps, batches and learning rates of every stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+EXPERT_SLOTS = ("math", "strings", "format")
+STAGES = ("base", *EXPERT_SLOTS, "router", "gates")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One run of AdamW: linear warm-up, then cosine down to a tenth of the learning rate."""
+
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that decides the weights, except the seed and the code.
+
+    Attributes:
+        hidden_size, num_layers, num_heads, intermediate_size: shape of every model (Llama, tied embeddings).
+        base, expert: stages on streams of fresh items.
+        num_router_items: gold answers over all tasks that the router sees, again and again, in stage `router`.
+        router: the SFT stage; its steps are whole epochs over these items.
+        gates: the stage of the gates, on tokens instead of rows.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    base: Stage
+    expert: Stage
+    num_router_items: int
+    router: Stage
+    gates: Stage
+
+    def stage(self, name: str) -> Stage:
+        """The stage of this name; the three experts share one."""
+        stages = {"base": self.base, "router": self.router, "gates": self.gates}
+        return stages.get(name, self.expert)
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Recipe:
+        """The recipe that `to_json` wrote."""
+        stages = {name: Stage(**values[name]) for name in ("base", "expert", "router", "gates")}
+        return cls(**{**values, **stages})
+
+
+GATES = Stage(num_steps=400, batch_size=1024, learning_rate=1e-2)
+
+RECIPES: dict[str, Recipe] = {
+    "demo": Recipe(
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=168,
+        base=Stage(600, 64, 4e-3),
+        expert=Stage(450, 64, 2e-3),
+        num_router_items=3000,
+        router=Stage(372, 32, 1e-3),
+        gates=GATES,
+    ),
+    "full": Recipe(
+        hidden_size=96,
+        num_layers=3,
+        num_heads=4,
+        intermediate_size=256,
+        base=Stage(700, 64, 3e-3),
+        expert=Stage(400, 64, 1e-3),
+        num_router_items=4000,
+        router=Stage(500, 32, 1e-3),
+        gates=GATES,
+    ),
+}
