@@ -131,10 +131,11 @@ def fuse(rule: CombineRule, decision: Decision, expert_row: Row | None, router_r
     if rule is CombineRule.MIXTURE:
         router_weight = max(float(decision.weights[-1]), 1e-38)
         expert_weight = max(1.0 - float(decision.weights[-1]), 1e-38)
-        return np.logaddexp(
+        mixed: Row = np.logaddexp(
             expert_row - np.float32(logsumexp(expert_row) - math.log(expert_weight)),
             router_row - np.float32(logsumexp(router_row) - math.log(router_weight)),
         )
+        return mixed
     if decision.complement == 1.0:
         return expert_row + router_row
     return expert_row + np.float32(decision.complement) * router_row
@@ -183,7 +184,8 @@ class SeenTokens:
 
     def add(self, token: int) -> None:
         """Counts a token of the answer."""
-        self._counts[self._place(token)] += 1
+        place = self._place(token)
+        self._counts[place] += 1
 
     @property
     def ids(self) -> NDArray[np.int64]:
