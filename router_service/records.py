@@ -1,0 +1,84 @@
+"""What is stored of each token: twelve bytes, little-endian.
+
+bytes   field      type
+0-3     token_id   u32
+4-7     logprob    f32  natural log, fused distribution; 0 for prompt tokens
+8       source     u8   a `TokenSource`
+9       expert     u8   place of the expert's slot in the checkpoint; 0 where no expert took part
+10-11   epoch      u16  the expert's epoch, its low 16 bits; 0 where no expert took part
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusionroute.errors import InternalFault, Reason
+
+RECORD_DTYPE = np.dtype(
+    [("token_id", "<u4"), ("logprob", "<f4"), ("source", "u1"), ("expert", "u1"), ("epoch", "<u2")]
+)
+RECORD_BYTES = RECORD_DTYPE.itemsize
+
+Records = npt.NDArray[np.void]
+"""A vector with RECORD_DTYPE: one row per token, columns by name, for example ``records["token_id"]``."""
+
+
+class TokenSource(IntEnum):
+    """Who wrote a token."""
+
+    PROMPT = 0
+    EXPERT = 1
+    """An expert took part, with the router's complement or without."""
+    ROUTER = 2
+    """The router wrote it alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """One token as it is stored; `logprob` comes back rounded to f32 and `epoch` cut to 16 bits."""
+
+    token_id: int
+    logprob: float = 0.0
+    source: TokenSource = TokenSource.PROMPT
+    expert: int = 0
+    epoch: int = 0
+
+
+def pack(records: Sequence[TokenRecord]) -> bytes:
+    """The stored form of `records`, RECORD_BYTES each."""
+    rows = [(r.token_id, r.logprob, r.source, r.expert, r.epoch & 0xFFFF) for r in records]
+    return np.array(rows, dtype=RECORD_DTYPE).tobytes()
+
+
+def pack_prompt(token_ids: Iterable[int] | npt.NDArray[Any]) -> bytes:
+    """The stored form of prompt tokens."""
+    ids = np.fromiter(token_ids, dtype=np.uint32)
+    rows = np.zeros(len(ids), dtype=RECORD_DTYPE)
+    rows["token_id"] = ids
+    return rows.tobytes()
+
+
+def unpack(data: bytes) -> Records:
+    """The columns of stored records, read-only, sharing `data`'s memory.
+
+    Raises:
+        InternalFault: `data` is not a whole number of records.
+    """
+    if len(data) % RECORD_BYTES:
+        message = f"{len(data)} bytes of stored tokens are no multiple of {RECORD_BYTES}"
+        raise InternalFault(Reason.INTERNAL, message)
+    return np.frombuffer(data, dtype=RECORD_DTYPE)
+
+
+def to_token_records(records: Records) -> list[TokenRecord]:
+    """The rows of `records` as objects."""
+    return [
+        TokenRecord(token_id, logprob, TokenSource(source), expert, epoch)
+        for token_id, logprob, source, expert, epoch in records.tolist()
+    ]

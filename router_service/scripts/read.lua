@@ -1,0 +1,9 @@
+-- Everything known of a session, its tokens from a position on.
+-- KEYS  1 meta  2 tok  3 lease
+-- ARGV  1 first position wanted
+-- Answer  {'done', fields and values, length, records, ms until it is forgotten, lease ms left} | {'unknown'}
+local meta, tok, lease = KEYS[1], KEYS[2], KEYS[3]
+local fields = redis.call('HGETALL', meta)
+if #fields == 0 then return {'unknown'} end
+return {'done', fields, redis.call('STRLEN', tok) / 12, redis.call('GETRANGE', tok, ARGV[1] * 12, -1),
+  redis.call('PTTL', meta), math.max(redis.call('PTTL', lease), 0)}

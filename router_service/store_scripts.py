@@ -1,0 +1,122 @@
+"""Runs the store's Lua scripts: one round trip each, repeated within a deadline while Redis is away.
+
+Every script is idempotent, so an attempt whose answer was lost may be repeated. No script relies on anything
+newer than Redis 6.2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import (
+    AuthenticationError,
+    ConnectionError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    TimeoutError,
+)
+
+from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
+from fusionroute.private_redis import address_of
+
+FIRST_PAUSE_SECONDS = 0.02
+LONGEST_PAUSE_SECONDS = 0.5
+
+_PASSING_REFUSALS = ("OOM ", "READONLY ", "BUSY ", "LOADING ", "MASTERDOWN ", "CLUSTERDOWN ", "TRYAGAIN ")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same command may succeed later. Redis 6 reports some states of its own only in the text."""
+    if isinstance(error, (ConnectionError, TimeoutError, OSError, ReadOnlyError, OutOfMemoryError)):
+        return True
+    return any(refusal in str(error) for refusal in _PASSING_REFUSALS)
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """Lua source and the digest by which Redis knows it."""
+
+    name: str
+    source: str
+    sha1: str
+
+
+@cache
+def load_script(*names: str) -> Script:
+    """The script made of the files `scripts/<name>.lua`, one after the other."""
+    folder = resources.files("router_service") / "scripts"
+    source = "\n".join((folder / f"{name}.lua").read_text(encoding="utf-8") for name in names)
+    return Script(names[-1], source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+class ScriptRunner:
+    """Runs scripts on one Redis.
+
+    Args:
+        client: from `fusionroute.private_redis.connect`: it must not repeat commands by itself.
+        deadline_seconds: how long an operation may take, repetitions included.
+    """
+
+    def __init__(self, client: Redis, *, deadline_seconds: float = 5.0) -> None:
+        self._client = client
+        self._deadline_seconds = deadline_seconds
+
+    async def run(
+        self,
+        script: Script,
+        keys: Sequence[str],
+        arguments: Sequence[str | bytes | int],
+        *,
+        deadline_seconds: float | None = None,
+    ) -> list[Any]:
+        """What the script answers.
+
+        Raises:
+            Unavailable: STORE_UNAVAILABLE, no answer before the deadline.
+            InternalFault: Redis understood and refused.
+        """
+        limit = self._deadline_seconds if deadline_seconds is None else deadline_seconds
+        pause = FIRST_PAUSE_SECONDS
+        last: BaseException | None = None
+        with contextlib.suppress(asyncio.TimeoutError):
+            async with asyncio.timeout(limit):
+                while True:
+                    try:
+                        return await self._once(script, keys, arguments)
+                    except (RedisError, OSError) as error:
+                        if isinstance(error, (AuthenticationError, NoPermissionError)):
+                            raise self._unavailable(str(error)) from error
+                        if not _may_pass(error):
+                            message = f"script {script.name} was refused: {error}"
+                            raise InternalFault(Reason.INTERNAL, message) from error
+                        last = error
+                    await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+                    pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        raise self._unavailable(f"no answer within {limit:g} s{f': {last}' if last else ''}") from last
+
+    async def _once(
+        self, script: Script, keys: Sequence[str], arguments: Sequence[str | bytes | int]
+    ) -> list[Any]:
+        execute: Any = self._client.execute_command
+        try:
+            answer = await execute("EVALSHA", script.sha1, len(keys), *keys, *arguments)
+        except NoScriptError:  # a Redis that has just started; EVAL makes it known
+            answer = await execute("EVAL", script.source, len(keys), *keys, *arguments)
+        assert isinstance(answer, list)
+        return answer
+
+    def _unavailable(self, why: str) -> FusionRouteError:
+        message = f"Redis at {address_of(self._client)} cannot be used: {why}"
+        return Unavailable(Reason.STORE_UNAVAILABLE, message, retry_after_seconds=1.0)
