@@ -1,0 +1,140 @@
+"""Puts the expert service together, from settings to exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+from uuid import uuid4
+
+import structlog
+import torch
+
+from expert_service.registrar import Registrar, Registration
+from expert_service.servicer import ExpertServicer
+from expert_service.settings import ExpertSettings
+from fusionroute.engine import Engine, EngineLimits, LoadedModel, load_model
+from fusionroute.errors import ModelRejected
+from fusionroute.grpc_runtime import (
+    PortTaken,
+    Progress,
+    RunningServer,
+    Service,
+    channel,
+    serve_until_signalled,
+    server,
+)
+from fusionroute.settings import ExitCode
+from fusionroute.v1 import expert_pb2, expert_pb2_grpc
+from fusionroute.wire import identity_to_message, load_to_message
+
+log = structlog.get_logger(__name__)
+
+SERVICE_NAME = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
+
+
+def run(settings: ExpertSettings) -> ExitCode:
+    """Loads the model and serves it until a signal."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    started_at = time.monotonic()
+    log.info("loading", model=settings.model, device=settings.device)
+    try:
+        model = load_model(settings.model, dtype=settings.dtype, device=settings.device)
+    except ModelRejected as error:
+        log.error("model_rejected", reason=error.reason.value, message=error.message)
+        return ExitCode.MODEL_REJECTED
+    facts = model.facts
+    log.info(
+        "model_loaded",
+        model=facts.name,
+        family=facts.family,
+        dtype=facts.dtype,
+        logits_width=facts.logits_width,
+        epoch=facts.epoch,
+        seconds=round(time.monotonic() - started_at, 3),
+    )
+    try:
+        asyncio.run(serve(settings, model))
+    except PortTaken as error:
+        log.error("port_taken", message=str(error))
+        return ExitCode.PORT_TAKEN
+    return ExitCode.STOPPED
+
+
+async def serve(settings: ExpertSettings, model: LoadedModel) -> None:
+    """Serves a model until a signal.
+
+    Raises:
+        PortTaken: naming the address.
+    """
+    async with AsyncExitStack() as stack:
+        engine = await stack.enter_async_context(Engine(model, engine_limits(settings)))
+        servicer = ExpertServicer(engine, settings.slot, settings.max_message_bytes)
+        running = await stack.enter_async_context(
+            server(
+                [service_of(servicer)],
+                host=settings.host,
+                port=settings.port,
+                progress=lambda: progress_of(engine),
+                frozen_after_seconds=settings.frozen_after_seconds,
+                max_message_bytes=settings.max_message_bytes,
+            )
+        )
+        registrar = await _enter_registrar(stack, settings, running, engine)
+
+        async def drain(timeout_seconds: float) -> None:
+            servicer.draining = True
+            leaving = [registrar.leave()] if registrar is not None else []
+            await asyncio.gather(engine.drain(timeout_seconds), *leaving)
+
+        await serve_until_signalled(
+            running, drain=drain, drain_seconds=settings.drain_seconds, ready_file=settings.ready_file
+        )
+
+
+def service_of(servicer: ExpertServicer) -> Service:
+    """The servicer as `grpc_runtime.server` takes it."""
+    return Service(
+        SERVICE_NAME,
+        lambda grpc_server: expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, grpc_server),
+    )
+
+
+def progress_of(engine: Engine) -> Progress:
+    """The engine's pulse: forwards must happen while steps wait."""
+    load = engine.load()
+    return Progress(pending=load.queue_depth > 0, tick=load.num_forwards)
+
+
+def engine_limits(settings: ExpertSettings) -> EngineLimits:
+    """What the engine may use."""
+    return EngineLimits(
+        kv_tokens=settings.kv_tokens,
+        max_batch_tokens=settings.max_batch_tokens,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        max_queue=settings.max_queue,
+        max_sessions=settings.max_sessions,
+    )
+
+
+async def _enter_registrar(
+    stack: AsyncExitStack, settings: ExpertSettings, running: RunningServer, engine: Engine
+) -> Registrar | None:
+    """Registers with the router, if one is named; serving does not wait for it."""
+    if settings.router is None:
+        return None
+    router_channel = await stack.enter_async_context(channel(settings.router))
+    registration = Registration(
+        instance_id=f"{settings.slot}-{uuid4().hex[:12]}",
+        slot=settings.slot,
+        address=settings.advertise or running.address,
+        model=identity_to_message(engine.facts),
+    )
+    registrar = Registrar(
+        router_channel,
+        registration,
+        lambda: load_to_message(engine.load()),
+        refused_retry_seconds=settings.refused_retry_seconds,
+    )
+    return await stack.enter_async_context(registrar)

@@ -1,0 +1,106 @@
+"""What a request must be before the engine sees it; the state of sessions is the engine's to judge."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from fusionroute.engine import ModelFacts
+from fusionroute.errors import InvalidRequest, Reason, invalid
+from fusionroute.v1 import common_pb2, expert_pb2
+from fusionroute.wire import bytes_per_number, dtype_of
+
+MAX_DRAFT_TOKENS = 64
+MAX_BATCH_STEPS = 256
+MAX_SEQUENCES = 256
+DEFAULT_LIST_LIMIT = 1000
+# Room in a message for everything that is not rows.
+MESSAGE_MARGIN_BYTES = 16384
+
+_SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def check_session_id(session_id: str) -> None:
+    """Raises InvalidRequest unless the id is 1 to 128 characters of A-Z a-z 0-9 . _ : -"""
+    if _SESSION_ID.fullmatch(session_id) is None:
+        shown = session_id if len(session_id) <= 140 else session_id[:140] + "..."
+        raise invalid("session_id", shown, "1 to 128 characters of A-Z a-z 0-9 . _ : -")
+
+
+def wire_dtype(dtype: common_pb2.Dtype.ValueType, facts: ModelFacts) -> common_pb2.Dtype.ValueType:
+    """The number format for the rows: what was asked for, else the model's own."""
+    if dtype == common_pb2.DTYPE_UNSPECIFIED:
+        return dtype_of(facts.dtype)
+    bytes_per_number(dtype)
+    return dtype
+
+
+def check_step(request: expert_pb2.StepRequest, facts: ModelFacts) -> None:
+    """Raises InvalidRequest for what the engine does not look at: session id, dtype, drafting."""
+    check_session_id(request.session_id)
+    wire_dtype(request.dtype, facts)
+    if request.draft_tokens > MAX_DRAFT_TOKENS:
+        raise invalid("draft_tokens", request.draft_tokens, f"at most {MAX_DRAFT_TOKENS}")
+    end = request.from_position + len(request.token_ids) + request.draft_tokens
+    if request.draft_tokens and end > facts.max_context_tokens:
+        raise InvalidRequest(
+            Reason.CONTEXT_FULL,
+            f"from_position {request.from_position} + {len(request.token_ids)} tokens + draft_tokens "
+            f"{request.draft_tokens} = {end} is longer than the model's {facts.max_context_tokens} tokens",
+            metadata={"limit": str(facts.max_context_tokens)},
+        )
+
+
+def check_answer_size(
+    requests: Sequence[expert_pb2.StepRequest], facts: ModelFacts, max_message_bytes: int
+) -> None:
+    """Raises InvalidRequest when the rows asked for cannot be sent in one message."""
+    num_bytes = 0
+    for request in requests:
+        itemsize = bytes_per_number(wire_dtype(request.dtype, facts))
+        num_bytes += (request.num_rows + request.draft_tokens) * facts.logits_width * itemsize
+    if num_bytes + MESSAGE_MARGIN_BYTES > max_message_bytes:
+        rows = sum(request.num_rows + request.draft_tokens for request in requests)
+        raise invalid(
+            "num_rows",
+            rows,
+            f"{rows} rows of {facts.logits_width} numbers are {num_bytes} bytes, too many for a message of "
+            f"max_message_bytes = {max_message_bytes}; ask for fewer rows or raise it on both ends",
+        )
+
+
+def check_batch(request: expert_pb2.StepBatchRequest) -> None:
+    """Raises InvalidRequest unless there are 1 to 256 steps of different sessions."""
+    if not 1 <= len(request.steps) <= MAX_BATCH_STEPS:
+        raise invalid("steps", f"{len(request.steps)} steps", f"1 to {MAX_BATCH_STEPS} steps")
+    session_id, count = Counter(step.session_id for step in request.steps).most_common(1)[0]
+    if count > 1:
+        raise invalid("steps", f"{count} steps of session {session_id!r}", "one step for each session")
+
+
+def check_score(request: expert_pb2.ScoreRequest, facts: ModelFacts) -> None:
+    """Raises InvalidRequest unless every sequence can be scored; nothing has been sent by then."""
+    if not 1 <= len(request.sequences) <= MAX_SEQUENCES:
+        raise invalid("sequences", f"{len(request.sequences)} sequences", f"1 to {MAX_SEQUENCES} sequences")
+    if request.output not in expert_pb2.ScoreOutput.values():
+        raise invalid("output", request.output, "LOG_PROBS or ROWS")
+    wire_dtype(request.dtype, facts)
+    for index, sequence in enumerate(request.sequences):
+        name = f"sequences[{index}].token_ids"
+        num_tokens = len(sequence.token_ids)
+        if num_tokens < 2:
+            raise invalid(name, f"{num_tokens} tokens", "at least two tokens")
+        if num_tokens - 1 > facts.max_context_tokens:
+            raise InvalidRequest(
+                Reason.CONTEXT_FULL,
+                f"{name} has {num_tokens} tokens, the model's context is {facts.max_context_tokens}",
+                metadata={"field": name, "limit": str(facts.max_context_tokens)},
+            )
+        highest = max(sequence.token_ids)
+        if highest >= facts.logits_width:
+            raise InvalidRequest(
+                Reason.TOKEN_OUT_OF_RANGE,
+                f"{name} contains {highest}; ids go from 0 to {facts.logits_width - 1}",
+                metadata={"field": name, "limit": str(facts.logits_width - 1)},
+            )
