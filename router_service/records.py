@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ RECORD_DTYPE = np.dtype(
     [("token_id", "<u4"), ("logprob", "<f4"), ("source", "u1"), ("expert", "u1"), ("epoch", "<u2")]
 )
 RECORD_BYTES = RECORD_DTYPE.itemsize
+_ONE_RECORD = Struct("<IfBBH")
 
 Records = npt.NDArray[np.void]
 """A vector with RECORD_DTYPE: one row per token, columns by name, for example ``records["token_id"]``."""
@@ -52,8 +54,14 @@ class TokenRecord:
 
 def pack(records: Sequence[TokenRecord]) -> bytes:
     """The stored form of `records`, RECORD_BYTES each."""
-    rows = [(r.token_id, r.logprob, r.source, r.expert, r.epoch & 0xFFFF) for r in records]
-    return np.array(rows, dtype=RECORD_DTYPE).tobytes()
+    return b"".join(pack_one(record) for record in records)
+
+
+def pack_one(record: TokenRecord) -> bytes:
+    """The stored form of one record; a fraction of numpy's time, which counts once per token."""
+    return _ONE_RECORD.pack(
+        record.token_id, record.logprob, record.source, record.expert, record.epoch & 0xFFFF
+    )
 
 
 def pack_prompt(token_ids: Iterable[int] | npt.NDArray[Any]) -> bytes:

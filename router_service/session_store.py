@@ -157,10 +157,10 @@ class SessionStore:
         if answer[0] != b"done":
             raise _moved(lease.session_id, length, int(answer[1]))
 
-    async def release(self, lease: Lease) -> None:
+    async def release(self, lease: Lease, *, deadline_seconds: float | None = None) -> None:
         """Gives the lease back and leaves the turn as it is. A lease that is lost already is fine."""
         try:
-            await self._write("release", lease)
+            await self._write("release", lease, deadline_seconds=deadline_seconds)
         except SessionStateError as error:
             if error.reason not in (Reason.STALE_FENCE, Reason.SESSION_UNKNOWN):
                 raise
