@@ -1,0 +1,41 @@
+"""Which items are asked, and in which order."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from fusionroute.lab.tasks import Group, Item, Split, evaluation_items
+
+MAX_ITEMS_PER_TASK = 40
+_FACT = re.compile(r"\d+[-+*]\d+|(?:day|month) \d+")
+
+
+def rounds_of_items(num_rounds: int, seed: int = 0) -> list[list[Item]]:
+    """Held-out items in rounds: each round has one item of every task, so that any number of rounds is fair.
+
+    Args:
+        num_rounds: items of each task.
+        seed: of the draw; the same one gives the same items, also in the rounds of a longer call.
+    """
+    by_task: dict[str, list[Item]] = defaultdict(list)
+    for item in evaluation_items(Split.TEST, per_task=num_rounds, seed=seed):
+        by_task[item.task].append(item)
+    return [list(each) for each in zip(*by_task.values(), strict=True)]
+
+
+def is_covered(item: Item) -> bool:
+    """Whether some expert was taught every token of the answer; the others are gaps."""
+    return item.group is not Group.GAP
+
+
+def cluster_of(item: Item) -> str:
+    """What items share that rise and fall together: the fact they ask for, else the whole prompt."""
+    found = _FACT.search(item.prompt)
+    return found.group() if found else item.prompt
+
+
+def longest_answer_tokens(items: Iterable[Item]) -> int:
+    """Tokens of the longest answer, its end of sequence included; the lab has one token per character."""
+    return max(len(item.answer) for item in items) + 1

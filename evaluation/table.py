@@ -1,0 +1,130 @@
+"""From outcomes to the table that people read: covered and gap tasks apart, every share with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from evaluation.intervals import Estimate, paired_difference, wilson_interval
+from evaluation.items import cluster_of, is_covered
+from evaluation.runner import Outcome
+from evaluation.systems import System
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How a system did.
+
+    Attributes:
+        system: which one.
+        covered: share of right answers on tasks that experts cover.
+        gap: share on tasks that no expert covers.
+    """
+
+    system: System
+    covered: Estimate
+    gap: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Paired difference of two systems: first minus second."""
+
+    first: System
+    second: System
+    covered: Estimate
+    gap: Estimate
+
+
+def scores(outcomes: Sequence[Outcome]) -> list[Score]:
+    """One score for each system, in the order in which systems first appear.
+
+    Raises:
+        ValueError: a system has no covered or no gap items.
+    """
+    systems = list(dict.fromkeys(outcome.system for outcome in outcomes))
+    return [
+        Score(system, _share(outcomes, system, covered=True), _share(outcomes, system, covered=False))
+        for system in systems
+    ]
+
+
+def compare(outcomes: Sequence[Outcome], first: System, second: System) -> Comparison:
+    """The paired difference of two systems that answered the same items in the same order."""
+
+    def difference(covered: bool) -> Estimate:
+        mine = _of(outcomes, first, covered)
+        theirs = _of(outcomes, second, covered)
+        return paired_difference(
+            [float(outcome.is_right) for outcome in mine],
+            [float(outcome.is_right) for outcome in theirs],
+            [cluster_of(outcome.item) for outcome in mine],
+        )
+
+    return Comparison(first, second, difference(True), difference(False))
+
+
+def score_table(rows: Iterable[Score], num_covered: int, num_gap: int) -> Table:
+    """The table for a terminal."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("exact match, 95 % interval")
+    table.add_column(f"covered (n={num_covered})", justify="right")
+    table.add_column(f"gap (n={num_gap})", justify="right")
+    for row in rows:
+        table.add_row(row.system.label, shown(row.covered), shown(row.gap))
+    return table
+
+
+def shown(estimate: Estimate, *, signed: bool = False) -> str:
+    """An estimate in the form "0.953 [0.941, 0.964]"."""
+    sign = "+" if signed else ""
+    return f"{estimate.value:{sign}.3f} [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
+
+
+def sentence(comparison: Comparison) -> str:
+    """What a comparison says in words, with no more certainty than its intervals have."""
+    parts = [
+        f"{_verb(comparison.covered)} on covered tasks ({shown(comparison.covered, signed=True)})",
+        f"{_verb(comparison.gap)} on gap tasks ({shown(comparison.gap, signed=True)})",
+    ]
+    return f"{comparison.first.label} against {comparison.second.label}: {' and '.join(parts)}."
+
+
+def to_json(rows: Iterable[Score], comparisons: Iterable[Comparison]) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "scores": [
+            {"system": row.system.name, "covered": asdict(row.covered), "gap": asdict(row.gap)}
+            for row in rows
+        ],
+        "differences": [
+            {
+                "first": each.first.name,
+                "second": each.second.name,
+                "covered": asdict(each.covered),
+                "gap": asdict(each.gap),
+            }
+            for each in comparisons
+        ],
+    }
+
+
+def _of(outcomes: Iterable[Outcome], system: System, covered: bool) -> list[Outcome]:
+    return [each for each in outcomes if each.system == system and is_covered(each.item) == covered]
+
+
+def _share(outcomes: Iterable[Outcome], system: System, covered: bool) -> Estimate:
+    chosen = _of(outcomes, system, covered)
+    return wilson_interval(sum(outcome.is_right for outcome in chosen), len(chosen))
+
+
+def _verb(difference: Estimate) -> str:
+    if not difference.excludes_zero:
+        return "no clear difference"
+    return "gains" if difference.value > 0 else "loses"

@@ -1,0 +1,88 @@
+"""`fusionroute experts`: who serves which slot."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from fusionroute.cli.group import CommandGroup
+from fusionroute.cli.target import address_options, json_option, router_address
+
+if TYPE_CHECKING:
+    from fusionroute.v1.registry_pb2 import ExpertEntry
+    from fusionroute.v1.router_pb2 import GetRouterInfoResponse
+
+experts = CommandGroup(
+    name="experts",
+    commands_at={"list": "fusionroute.cli.experts:list_experts"},
+    help="""The experts that a router can call.
+
+    \b
+    Example:
+      fusionroute experts list
+    """,
+)
+
+
+@click.command("list")
+@address_options
+@json_option
+def list_experts(address: str | None, name: str, as_json: bool) -> None:
+    """List the slots of the router's checkpoint and who serves them.
+
+    \b
+    Example:
+      fusionroute experts list --json
+    """
+    info, entries = asyncio.run(_ask(router_address(address, name)))
+    if as_json:
+        from google.protobuf.json_format import MessageToDict
+
+        slots = [slot.slot for slot in info.slots]
+        known = [MessageToDict(entry, preserving_proto_field_name=True) for entry in entries]
+        click.echo(json.dumps({"slots": slots, "experts": known}, indent=2))
+        return
+    _print_table(info, entries)
+
+
+async def _ask(address: str) -> tuple[GetRouterInfoResponse, list[ExpertEntry]]:
+    from fusionroute.client import RouterClient
+
+    async with RouterClient.open(address) as router:
+        return await router.info(), await router.list_experts()
+
+
+def _print_table(info: GetRouterInfoResponse, entries: list[ExpertEntry]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fusionroute.client import expert_state_name
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("slot", "state", "address", "family", "dtype", "kv tokens", "lease s", "model"):
+        table.add_column(heading)
+    for slot in info.slots:
+        serving = [entry for entry in entries if entry.slot == slot.slot]
+        if not serving:
+            table.add_row(slot.slot, "nobody", "-", "-", "-", "-", "-", "-")
+        for entry in serving:
+            table.add_row(
+                entry.slot,
+                expert_state_name(entry.state),
+                entry.address,
+                entry.model.family,
+                _dtype_name(entry.model.dtype),
+                f"{entry.load.kv_tokens_used} / {entry.load.kv_tokens_limit}",
+                f"{entry.lease_remaining_seconds:.1f}",
+                entry.model.name,
+            )
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def _dtype_name(dtype: int) -> str:
+    from fusionroute.v1.common_pb2 import Dtype
+
+    return Dtype.Name(Dtype.ValueType(dtype)).removeprefix("DTYPE_").lower()

@@ -1,0 +1,246 @@
+"""`fusionroute up | down | logs`: the local stack as plain processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fusionroute.cli.group import EXIT_NOBODY_THERE, Failure
+from fusionroute.cli.target import folder_of, name_option
+
+if TYPE_CHECKING:
+    from fusionroute.local_stack import OnProgress, StackPlan
+    from fusionroute.stack_state import StackState
+
+
+@click.command()
+@click.option(
+    "--expert",
+    "--experts",
+    "experts",
+    multiple=True,
+    metavar="SLOT=MODEL",
+    help="An expert: its slot and a folder or hub id. Give one for each slot of the router.",
+)
+@click.option("--router", metavar="FOLDER", help="The router checkpoint.")
+@click.option(
+    "--lab",
+    is_flag=False,
+    flag_value="demo",
+    metavar="[SIZE]",
+    help="Serve the tiny trained family of `fusionroute lab build` (demo or full), built if missing.",
+)
+@click.option(
+    "--preset", metavar="NAME", help="Experts from presets/NAME.toml; give the router with --router."
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=50050,
+    show_default=True,
+    help="Port of the router; 0 = any free one.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Where the models run.")
+@click.option(
+    "--dtype", default="auto", show_default=True, help="Number format: auto, float32, bfloat16, float16."
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Torch threads of each process; 0 = the cores shared out.",
+)
+@click.option("--foreground", is_flag=True, help="Stay attached; Ctrl-C stops the stack.")
+@name_option
+def up(
+    experts: tuple[str, ...],
+    router: str | None,
+    lab: str | None,
+    preset: str | None,
+    port: int,
+    device: str,
+    dtype: str,
+    threads: int,
+    foreground: bool,
+    name: str,
+) -> None:
+    """Start router and experts, and wait until all of them are ready.
+
+    \b
+    Example:
+      fusionroute up --lab
+      fusionroute up --router ckpt --experts math=models/math --experts code=models/code
+    """
+    from fusionroute.cli.models import models_to_serve
+    from fusionroute.local_stack import StackPlan, threads_for
+
+    folder = folder_of(name)
+    checkpoint, models = models_to_serve(experts, router, lab, preset)
+    plan = StackPlan(
+        router_checkpoint=checkpoint,
+        experts=models,
+        port=port,
+        device=device,
+        dtype=dtype,
+        threads=threads or threads_for(1 + len(models)),
+    )
+    if foreground:
+        _stay_attached(plan, folder)
+        return
+    state = start_stack(plan, folder)
+    click.echo(f"up: {len(models)} experts behind the router on {state.router_address}")
+    click.echo("try: fusionroute generate 'PROMPT'   stop: fusionroute down", err=True)
+
+
+@click.command()
+@name_option
+@click.option(
+    "--deadline",
+    "deadline_seconds",
+    type=click.FloatRange(0.1),
+    default=25.0,
+    show_default=True,
+    help="Seconds for running answers to end before processes are killed.",
+)
+def down(name: str, deadline_seconds: float) -> None:
+    """Stop the local stack and all of its processes.
+
+    \b
+    Example:
+      fusionroute down
+    """
+    from fusionroute import local_stack
+    from fusionroute.stack_state import NotUp, StackError
+
+    try:
+        killed = local_stack.stop(folder_of(name), deadline_seconds)
+    except NotUp as error:
+        raise Failure(str(error), EXIT_NOBODY_THERE) from None
+    except StackError as error:
+        raise Failure(str(error)) from None
+    click.echo(
+        f"down: {name}" + (f" (killed after {deadline_seconds:g} s: {', '.join(killed)})" if killed else "")
+    )
+
+
+@click.command()
+@click.argument("process", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on as the logs grow, until Ctrl-C.")
+@click.option(
+    "-n",
+    "--lines",
+    "num_lines",
+    type=click.IntRange(0),
+    default=40,
+    show_default=True,
+    help="Lines of each log to begin with.",
+)
+@name_option
+def logs(process: str | None, follow: bool, num_lines: int, name: str) -> None:
+    """Show what the daemons of a local stack say, those of the last start even when it is down.
+
+    \b
+    Example:
+      fusionroute logs router -f
+      fusionroute logs                 all of them
+    """
+    files = {path.stem: path for path in sorted((folder_of(name) / "logs").glob("*.log"))}
+    if process is not None and process not in files:
+        known = ", ".join(files) or "none"
+        raise Failure(f"stack {name!r} has no log of {process!r}; it has: {known}", EXIT_NOBODY_THERE)
+    if not files:
+        raise Failure(f"stack {name!r} has no logs", EXIT_NOBODY_THERE)
+    chosen = files if process is None else {process: files[process]}
+    prefix = {each: f"{each}: " if len(chosen) > 1 else "" for each in chosen}
+    offsets = {}
+    for each, path in chosen.items():
+        text, offsets[each] = read_on(path, 0)
+        for line in text.splitlines()[-num_lines:] if num_lines else ():
+            click.echo(prefix[each] + line)
+    while follow:
+        time.sleep(0.25)
+        for each, path in chosen.items():
+            text, offsets[each] = read_on(path, offsets[each])
+            for line in text.splitlines():
+                click.echo(prefix[each] + line)
+
+
+def read_on(path: Path, offset: int) -> tuple[str, int]:
+    """The whole lines that a log has gained since `offset`, and where to go on; from 0 after a new start."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as log:
+            log.seek(offset if size >= offset else 0)
+            data = log.read()
+            end = log.tell()
+    except FileNotFoundError:
+        return "", 0
+    whole = data[: data.rfind(b"\n") + 1]
+    return whole.decode(errors="replace"), end - (len(data) - len(whole))
+
+
+def start_stack(plan: StackPlan, folder: Path, *, die_with_parent: bool = False) -> StackState:
+    """Starts a stack while showing how far it is.
+
+    Raises:
+        Failure: with the last words of the process that died, if one did.
+    """
+    from fusionroute import local_stack
+    from fusionroute.client import ask_registry
+    from fusionroute.stack_state import ProcessDied, StackError
+
+    with _progress_display() as on_progress:
+        try:
+            return local_stack.start(
+                plan,
+                folder,
+                ask_registry=ask_registry,
+                die_with_parent=die_with_parent,
+                on_progress=on_progress,
+            )
+        except ProcessDied as error:
+            details = "\n".join(f"  | {line}" for line in error.log_tail)
+            raise Failure(str(error), details=details) from None
+        except (StackError, OSError) as error:
+            raise Failure(str(error)) from None
+
+
+@contextmanager
+def _progress_display() -> Iterator[OnProgress]:
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    started_at = time.monotonic()
+    with console.status("starting") as spinner:
+
+        def show(name: str, phase: str) -> None:
+            spinner.update(f"{name}: {phase}")
+            console.print(f"{time.monotonic() - started_at:6.1f} s  {name:<16} {phase}", markup=False)
+
+        yield show
+
+
+def _stay_attached(plan: StackPlan, folder: Path) -> None:
+    from fusionroute import local_stack, processes
+    from fusionroute.stack_state import StackError, tail
+
+    state = start_stack(plan, folder, die_with_parent=True)
+    click.echo(f"up: router on {state.router_address}; Ctrl-C stops it")
+    try:
+        ended = processes.wait_for_end(state.processes)
+    except KeyboardInterrupt:
+        local_stack.stop(folder)
+        raise
+    try:
+        local_stack.stop(folder)
+    except StackError:
+        click.echo("stopped by someone else")
+        return
+    details = "\n".join(f"  | {line}" for line in tail(ended.log, 25))
+    raise Failure(f"{ended.name} ended, so the stack was stopped; its log is {ended.log}", details=details)

@@ -1,0 +1,128 @@
+"""`fusionroute status`: what runs, where, and how busy it is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from fusionroute.cli.group import EXIT_FAILED, EXIT_NOBODY_THERE, Failure
+from fusionroute.cli.target import folder_of, json_option, name_option
+
+if TYPE_CHECKING:
+    from fusionroute.stack_state import StackState
+    from fusionroute.v1.common_pb2 import Load, ModelIdentity
+    from fusionroute.v1.registry_pb2 import ExpertEntry
+    from fusionroute.v1.router_pb2 import GetRouterInfoResponse
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One process as `status` shows it."""
+
+    process: str
+    pid: int
+    # "ready", "draining", "running" (lives, but is not in the registry or does not answer), "gone"
+    state: str
+    address: str
+    model: str = ""
+    epoch: int = 0
+    kv_tokens_used: int = 0
+    kv_tokens_limit: int = 0
+    num_sessions: int = 0
+    queue_depth: int = 0
+
+
+@click.command()
+@name_option
+@json_option
+def status(name: str, as_json: bool) -> None:
+    """Show the processes of the local stack: pid, state, address, epoch, key-value memory.
+
+    Exit code 0: all are ready. 1: some are not. 3: the stack is not up.
+
+    \b
+    Example:
+      fusionroute status --json
+    """
+    from fusionroute.stack_state import StackError, load_state
+
+    try:
+        state = load_state(folder_of(name))
+    except StackError as error:
+        raise Failure(str(error)) from None
+    if state is None:
+        raise Failure(f"no stack {name!r} is up", EXIT_NOBODY_THERE)
+    info, experts = asyncio.run(_ask(state.router_address))
+    rows = describe(state, info, experts)
+    if as_json:
+        click.echo(json.dumps({"name": name, "processes": [asdict(row) for row in rows]}, indent=2))
+    else:
+        _print_table(rows)
+    if any(row.state != "ready" for row in rows):
+        raise click.exceptions.Exit(EXIT_FAILED)
+
+
+async def _ask(address: str) -> tuple[GetRouterInfoResponse | None, list[ExpertEntry]]:
+    """What the router says; (None, []) when it does not answer."""
+    from fusionroute.client import RouterClient
+    from fusionroute.errors import FusionRouteError
+
+    if not address:
+        return None, []
+    async with RouterClient.open(address) as router:
+        try:
+            return await router.info(3.0), await router.list_experts(3.0)
+        except FusionRouteError:
+            return None, []
+
+
+def describe(state: StackState, info: GetRouterInfoResponse | None, experts: list[ExpertEntry]) -> list[Row]:
+    """One row for each process of the stack, from its own records and from what the services say."""
+    from fusionroute import processes
+    from fusionroute.client import expert_state_name
+    from fusionroute.local_stack import ROUTER, expert_process
+
+    entries = {expert_process(entry.slot): entry for entry in experts}
+    rows = []
+    for record in state.processes:
+        address = state.addresses.get(record.name, "")
+        if processes.find(record) is None:
+            rows.append(Row(record.name, record.pid, "gone", address))
+        elif record.name == ROUTER and info is not None:
+            rows.append(_busy(Row(record.name, record.pid, "ready", address), info.model, info.load))
+        elif record.name in entries:
+            entry = entries[record.name]
+            row = Row(record.name, record.pid, expert_state_name(entry.state), entry.address)
+            rows.append(_busy(row, entry.model, entry.load))
+        else:
+            rows.append(Row(record.name, record.pid, "running", address))
+    return rows
+
+
+def _busy(row: Row, model: ModelIdentity, load: Load) -> Row:
+    return Row(
+        row.process, row.pid, row.state, row.address, model.name, model.epoch,
+        load.kv_tokens_used, load.kv_tokens_limit, load.num_sessions, load.queue_depth,
+    )  # fmt: skip
+
+
+def _print_table(rows: list[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("process", "pid", "state", "address", "epoch", "kv tokens", "sessions", "queue"):
+        table.add_column(
+            heading, justify="right" if heading in ("pid", "kv tokens", "sessions", "queue") else "left"
+        )
+    for row in rows:
+        known = row.kv_tokens_limit > 0
+        kv = f"{row.kv_tokens_used} / {row.kv_tokens_limit}" if known else "-"
+        sessions, queue = (str(row.num_sessions), str(row.queue_depth)) if known else ("-", "-")
+        epoch = f"{row.epoch:x}" if known else "-"
+        table.add_row(row.process, str(row.pid), row.state, row.address or "-", epoch, kv, sessions, queue)
+    Console(highlight=False).print(table)
