@@ -53,7 +53,7 @@ class ExpertLabels:
 def flat_outputs(
     compute: Callable[[Tensor], Tensor], ids: Tensor, targets: Targets, batch_rows: int = 128
 ) -> Tensor:
-    """Outputs ``[T, D]`` of `compute` (``[B, L - 1]`` ids to ``[B, L - 1, D]``) at the targets, without gradient."""
+    """Outputs ``[T, D]`` of `compute` (ids ``[B, L]`` to ``[B, L, D]``) at the targets, no gradient."""
     pieces = []
     with torch.no_grad():
         for first in range(0, len(ids), batch_rows):

@@ -1,8 +1,9 @@
 """The losses of phase I and of the gates, as pure functions of tensors.
 
-Every function takes tokens in one flat axis: T tokens, n experts, V vocabulary entries. Position p of a causal model
-predicts token p + 1, so callers pass the scores, logits and labels of position p together with the token at p + 1.
-`denominator` replaces the count that a mean divides by: with gradient accumulation pass the count over all micro-batches.
+Every function takes tokens in one flat axis: T tokens, n experts, V vocabulary entries. Position p of a
+causal model predicts token p + 1, so callers pass the scores, logits and labels of position p together
+with the token at p + 1. `denominator` replaces the count that a mean divides by: with gradient
+accumulation pass the count over all micro-batches.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ LAMBDA = 1.0 / 3.0
 GATE_OFFSET = math.log(math.e - 1.0)
 
 
-def lm_loss(logits: Tensor, gold: Tensor, supervised: Tensor, denominator: Tensor | float | None = None) -> Tensor:
+def lm_loss(
+    logits: Tensor, gold: Tensor, supervised: Tensor, denominator: Tensor | float | None = None
+) -> Tensor:
     """L_LM = mean over supervised tokens of -log softmax(r)[y].
 
     Args:
@@ -55,7 +58,8 @@ def expert_loss(
 
     Args:
         scores: ``[T, n]`` routing scores W h + b, not detached.
-        gold_logprobs: ``[T, n]`` g, log-probability of the gold token under each frozen expert; may hold anything,
+        gold_logprobs: ``[T, n]`` g, log-probability of the gold token under each frozen expert; may hold
+            anything,
             even NaN, outside of S.
         informative: ``[T]`` bool, the set S.
         denominator: what to divide the sum by; None for the size of S.
@@ -87,7 +91,9 @@ def sft_loss(
     return language + weight * expert, language.detach(), expert.detach()
 
 
-def gate_loss(gate_scores: Tensor, gold_logprobs: Tensor, router_gold_logprobs: Tensor, supervised: Tensor) -> Tensor:
+def gate_loss(
+    gate_scores: Tensor, gold_logprobs: Tensor, router_gold_logprobs: Tensor, supervised: Tensor
+) -> Tensor:
     """L_gate = -mean_t log( sum_k w_k exp(g_k) + w_{n+1} exp(sg(log p_r(y))) ), with w = softmax(u).
 
     Args:
@@ -103,7 +109,7 @@ def gate_loss(gate_scores: Tensor, gold_logprobs: Tensor, router_gold_logprobs: 
 
 
 def sum_gate_factor(gate_scores: Tensor) -> Tensor:
-    """softplus(u + log(e - 1)): the factor of the router's logits, exactly the paper's 1 at u = 0; any shape."""
+    """softplus(u + log(e - 1)): the factor of the router's logits, the paper's 1 at u = 0; any shape."""
     return functional.softplus(gate_scores + GATE_OFFSET)
 
 

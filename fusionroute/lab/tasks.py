@@ -1,16 +1,16 @@
 """The lab's task grammar: 23 tiny tasks whose every answer character has an owner.
 
-A prompt ends with ``=`` and the answer follows it. An answer is written by one or several owners: ``m`` knows number
-facts, ``s`` knows string operations, ``f`` knows formats, and ``g`` stands for nobody ("gap"): what no expert was
-taught and only the router can add.
+A prompt ends with ``=`` and the answer follows it. An answer is written by one or several owners: ``m``
+knows number facts, ``s`` knows string operations, ``f`` knows formats, and ``g`` stands for nobody
+("gap"): what no expert was taught and only the router can add.
 
     group      tasks                                               example
     domain     add sub mul | rev sort up | fbox fans ftwo          13-8=5    rev jahe=ehaj    box: x9x=[x9x]
     composite  box/ans/two with m or s inside, ms, box_ms          box: 4+4; rev jbef=[8; febj]
     gap        unit box_unit pls_m pls_s fact ans_fact             9-3 kg=6 kg   pls 4+3=7, ok?   month 5=may
 
-Some payloads are held out by their CRC: 40 % of the 192 number facts and 20 % of all strings are for testing only.
-The day and month facts are few and cannot be held out.
+Some payloads are held out by their CRC: 40 % of the 192 number facts and 20 % of all strings are for
+testing only. The day and month facts are few and cannot be held out.
 """
 
 from __future__ import annotations
@@ -289,12 +289,12 @@ def evaluation_items(
 ) -> list[Item]:
     """`per_task` items of each task (all 23 unless told), the same ones for the same arguments.
 
-    Tasks with few payloads repeat them; every task draws from a stream of its own, so leaving a task out changes
-    nothing for the others.
+    Tasks with few payloads repeat them; every task draws from a stream of its own, so leaving a task out
+    changes nothing for the others.
     """
-    items = []
+    items: list[Item] = []
     for task in TASKS if tasks is None else tasks:
-        payloads = Payloads(Random(f"evaluation/{split}/{seed}/{task}"), Split(split))  # noqa: S311 - not for secrets
+        payloads = Payloads(Random(f"evaluation/{split}/{seed}/{task}"), Split(split))
         items.extend(make_item(task, payloads) for _ in range(per_task))
     return items
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PAD_TOKEN, EOS_TOKEN = "<pad>", "<eos>"  # noqa: S105 - tokens of a vocabulary, not secrets
+PAD_TOKEN, EOS_TOKEN = "<pad>", "<eos>"
 PAD_ID, EOS_ID = 0, 1
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ0123456789 :;,.?!=+-*/[]()_"
 VOCABULARY_SIZE = 2 + len(ALPHABET)
@@ -18,7 +18,7 @@ _ID_BY_CHARACTER = {character: index for index, character in enumerate(ALPHABET,
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of a text without special tokens; the same ids that `build_tokenizer()` gives, only faster."""
+    """Token ids of a text without special tokens; the ids of `build_tokenizer()`, only faster."""
     unknown = _ID_BY_CHARACTER[UNKNOWN_CHARACTER]
     return [_ID_BY_CHARACTER.get(character, unknown) for character in text]
 
@@ -26,7 +26,8 @@ def encode(text: str) -> list[int]:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer as `transformers` knows it; `save_pretrained` writes it to disk.
 
-    It adds no special tokens of its own. A character outside the alphabet becomes ``?``: visible, never dropped.
+    It adds no special tokens of its own. A character outside the alphabet becomes ``?``: visible, never
+    dropped.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

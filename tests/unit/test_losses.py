@@ -148,7 +148,11 @@ def test_the_gate_loss_sends_no_gradient_into_the_router() -> None:
 
 def test_the_gate_learns_to_trust_the_router_where_only_the_router_is_right() -> None:
     gate_scores = torch.zeros(NUM_TOKENS, NUM_EXPERTS + 1, requires_grad=True)
-    gate_loss(gate_scores, torch.full((NUM_TOKENS, NUM_EXPERTS), -9.0), torch.full((NUM_TOKENS,), -0.01), every(True)).backward()
+    wrong_experts, right_router = (
+        torch.full((NUM_TOKENS, NUM_EXPERTS), -9.0),
+        torch.full((NUM_TOKENS,), -0.01),
+    )
+    gate_loss(gate_scores, wrong_experts, right_router, every(True)).backward()
     assert gate_scores.grad is not None
     assert (gate_scores.grad[:, -1] < 0).all()
     assert (gate_scores.grad[:, :-1] > 0).all()
@@ -168,6 +172,7 @@ def test_a_fresh_sum_gate_is_the_papers_sum() -> None:
 def test_the_sum_gate_opens_where_the_router_is_right_and_closes_where_it_is_wrong() -> None:
     gate_scores = torch.zeros(2, requires_grad=True)
     router_rows = torch.tensor([[4.0, 0.0], [0.0, 4.0]])
-    sum_gate_loss(gate_scores, torch.zeros(2, 2), router_rows, torch.tensor([0, 0]), torch.tensor([True, True])).backward()
+    gold, supervised = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)
+    sum_gate_loss(gate_scores, torch.zeros(2, 2), router_rows, gold, supervised).backward()
     assert gate_scores.grad is not None
     assert gate_scores.grad[0] < 0 < gate_scores.grad[1]

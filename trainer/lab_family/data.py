@@ -1,4 +1,4 @@
-"""What each stage reads: items of the task grammar as padded token rows with a mask of the tokens that carry loss."""
+"""What each stage reads: items as padded token rows, with a mask of the tokens that carry loss."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class Rows:
 
     Attributes:
         ids: ``[N, L]`` int64.
-        supervised: ``[N, L]`` bool, True where the token itself is to be predicted (by the position before it).
+        supervised: ``[N, L]`` bool, True where the token itself is to be predicted (by the position before
+            it).
         lengths: ``[N]`` int64, tokens of each row without padding.
     """
 
@@ -71,7 +72,8 @@ def base_row(random: Random) -> Row:
 def expert_row(owner: Owner, random: Random) -> Row:
     """Plain items of the expert's domain, and composites in which only its own tokens carry loss.
 
-    The math expert alone sees every number fact. Math and strings see some plain items beside a junk word, without
+    The math expert alone sees every number fact. Math and strings see some plain items beside a junk word,
+    without
     learning that the answer ends: this makes them robust to foreign context.
     """
     payloads = Payloads(random, Split.TRAIN, all_facts=owner is Owner.MATH)

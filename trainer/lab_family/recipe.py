@@ -27,9 +27,11 @@ class Recipe:
     Attributes:
         hidden_size, num_layers, num_heads, intermediate_size: shape of every model (Llama, tied embeddings).
         base, expert: stages on streams of fresh items.
-        num_router_items: gold answers over all tasks that the router sees, again and again, in stage `router`.
+        num_router_items: gold answers over all tasks that the router sees, again and again, in stage
+            `router`.
         router: the SFT stage; its steps are whole epochs over these items.
-        gates: the stage of the gates, on tokens instead of rows.
+        gates: the stage of the gates; as many steps as phase I, on about as many tokens as its batches of
+            rows hold.
     """
 
     hidden_size: int
@@ -58,8 +60,6 @@ class Recipe:
         return cls(**{**values, **stages})
 
 
-GATES = Stage(num_steps=400, batch_size=1024, learning_rate=1e-2)
-
 RECIPES: dict[str, Recipe] = {
     "demo": Recipe(
         hidden_size=64,
@@ -70,7 +70,7 @@ RECIPES: dict[str, Recipe] = {
         expert=Stage(450, 64, 2e-3),
         num_router_items=3000,
         router=Stage(372, 32, 1e-3),
-        gates=GATES,
+        gates=Stage(372, 288, 1e-2),
     ),
     "full": Recipe(
         hidden_size=96,
@@ -81,6 +81,6 @@ RECIPES: dict[str, Recipe] = {
         expert=Stage(400, 64, 1e-3),
         num_router_items=4000,
         router=Stage(500, 32, 1e-3),
-        gates=GATES,
+        gates=Stage(500, 288, 1e-2),
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -13,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from trainer.lab_family import data
-from trainer.lab_family.recipe import EXPERT_SLOTS, Recipe
-from trainer.lab_family.router_checkpoint import save_router
-from trainer.lab_family.training import Report, hidden_states, load, seed_torch, train
+from trainer.lab_family.recipe import EXPERT_SLOTS, Recipe, Stage
+from trainer.lab_family.router_checkpoint import ROUTER_STARTS_FROM, heads_of, save_router
+from trainer.lab_family.training import Report, StageReport, hidden_states, load, seed_torch, train
 from trainer.labels import ExpertLabels, Targets, flat_outputs, gold_logprobs, label
 from trainer.losses import LAMBDA, gate_loss, sft_loss, sum_gate_loss
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-ROUTER_STARTS_FROM = "format"
 HEAD_LEARNING_RATE_FACTOR = 3.0
 
 
@@ -36,7 +36,7 @@ class Lesson:
     labels: ExpertLabels
 
 
-def train_router(recipe: Recipe, seed: int, folder: Path, report: Report) -> dict[str, Any]:
+def train_router(recipe: Recipe, seed: int, folder: Path, report: StageReport) -> dict[str, Any]:
     """Label the gold answers, train router and routing head on L_SFT, then the gates; save the checkpoint."""
     seed_torch(f"{seed}/router")
     start = time.perf_counter()
@@ -44,16 +44,18 @@ def train_router(recipe: Recipe, seed: int, folder: Path, report: Report) -> dic
     labelled = time.perf_counter()
     model = load(str(folder / "experts" / ROUTER_STARTS_FROM))
     routing = _zero_head(recipe.hidden_size, len(EXPERT_SLOTS))
-    facts = train_sft(recipe, seed, model, routing, lesson, report)
+    facts = train_sft(recipe, seed, model, routing, lesson, partial(report, "router"))
     trained = time.perf_counter()
-    gate, sum_gate, gate_facts = train_gates(recipe, seed, model, routing, lesson, report)
+    gate, sum_gate, gate_facts = train_gates(recipe, seed, model, routing, lesson, partial(report, "gates"))
+    gated = time.perf_counter()
+    facts = {**facts, **gate_facts}
+    heads = heads_of(routing, gate, sum_gate)
+    save_router(folder, model, heads, recipe=recipe, seed=seed, metrics=facts)
     seconds = {
         "label_seconds": round(labelled - start, 2),
         "sft_seconds": round(trained - labelled, 2),
-        "gates_seconds": round(time.perf_counter() - trained, 2),
+        "gates_seconds": round(gated - trained, 2),
     }
-    facts = {**facts, **gate_facts}
-    save_router(folder, model, routing, gate, sum_gate, recipe=recipe, seed=seed, metrics=facts)
     return {**facts, **seconds}
 
 
@@ -70,9 +72,9 @@ def prepare_lesson(recipe: Recipe, seed: int, folder: Path) -> Lesson:
 def train_sft(
     recipe: Recipe, seed: int, model: LlamaForCausalLM, routing: nn.Linear, lesson: Lesson, report: Report
 ) -> dict[str, float]:
-    """Phase I: L_LM + lambda L_expert on whole epochs in fresh orders, the routing head at three times the rate."""
+    """Phase I: L_LM + lambda L_expert, epoch after epoch, the routing head at three times the rate."""
     stage, targets, labels = recipe.router, lesson.targets, lesson.labels
-    order = _epochs(len(lesson.ids), stage.num_steps * stage.batch_size, f"{seed}/router/order", stage.batch_size)
+    order = _epochs(len(lesson.ids), stage, f"{seed}/router/order")
     parts: dict[str, float] = {}
     model.train()
 
@@ -105,7 +107,7 @@ def train_sft(
 def train_gates(
     recipe: Recipe, seed: int, model: LlamaForCausalLM, routing: nn.Linear, lesson: Lesson, report: Report
 ) -> tuple[nn.Linear, nn.Linear, dict[str, float]]:
-    """The mixture gate G (n + 1 rows) and the sum gate (one row), both zero at first, on detached hidden states.
+    """The mixture gate (n + 1 rows) and the sum gate (one row), on hidden states without gradient.
 
     The router stands still, so one pass gives all that both need.
     """
@@ -118,7 +120,7 @@ def train_gates(
     assert labels.rows is not None  # prepare_lesson keeps them
     expert_rows = labels.rows[chosen, torch.arange(len(chosen))]
     router_gold = gold_logprobs(router_rows, gold)
-    order = _epochs(len(gold), stage.num_steps * stage.batch_size, f"{seed}/gates/order", stage.batch_size)
+    order = _epochs(len(gold), stage, f"{seed}/gates/order")
     gate, sum_gate = _zero_head(recipe.hidden_size, len(EXPERT_SLOTS) + 1), _zero_head(recipe.hidden_size, 1)
     all_count = torch.ones(min(stage.batch_size, len(gold)), dtype=torch.bool)
     parts: dict[str, float] = {}
@@ -146,14 +148,16 @@ def _zero_head(hidden_size: int, num_outputs: int) -> nn.Linear:
     return head
 
 
-def _epochs(num_items: int, num_wanted: int, name: str, batch_size: int) -> Tensor:
+def _epochs(num_items: int, stage: Stage, name: str) -> Tensor:
     """Indices of items, epoch after epoch, each in a fresh order and cut to whole batches."""
     random = Random(name)  # noqa: S311 - not for secrets
     order: list[int] = []
+    num_wanted = stage.num_steps * stage.batch_size
+    num_whole = max(1, num_items // stage.batch_size) * stage.batch_size
     while len(order) < num_wanted:
         epoch = list(range(num_items))
         random.shuffle(epoch)
-        order.extend(epoch[: max(1, num_items // batch_size) * batch_size])
+        order.extend(epoch[:num_whole])
     return torch.tensor(order[:num_wanted])
 
 

@@ -1,12 +1,13 @@
 """The stages, in the order in which they run: base, the three experts, the router with its gates.
 
-Each is a function of (recipe, seed, folders) that trains one thing and saves it; `run` finds it by name. They are run
-by the worker processes of `workers`.
+Each is a function of (recipe, seed, folders) that trains one thing and saves it; `run` finds it by name.
+They are run by the worker processes of `workers`.
 """
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from fusionroute.lab.tokenizer import build_tokenizer
 from trainer.lab_family import data
 from trainer.lab_family.recipe import EXPERT_SLOTS, Recipe
 from trainer.lab_family.router_stage import train_router
-from trainer.lab_family.training import Report, hidden_states, load, new_model, seed_torch, train
+from trainer.lab_family.training import Report, StageReport, hidden_states, load, new_model, seed_torch, train
 from trainer.losses import lm_loss
 
 if TYPE_CHECKING:
@@ -26,23 +27,24 @@ if TYPE_CHECKING:
 OWNER_OF_SLOT = dict(zip(EXPERT_SLOTS, (Owner.MATH, Owner.STRINGS, Owner.FORMAT), strict=True))
 
 
-def run(stage: str, recipe: Recipe, seed: int, folder: Path, report: Report) -> dict[str, Any]:
+def run(stage: str, recipe: Recipe, seed: int, folder: Path, report: StageReport) -> dict[str, Any]:
     """Run the stage of this name.
 
     Args:
         stage: ``base``, an expert's slot or ``router`` (which trains the gates as well).
-        folder: the family's folder, in which every stage has a folder of its own name.
+        folder: the family's folder: ``base``, ``experts/<slot>``, ``router``.
+        report: called with (name of what is being trained, steps taken, loss) now and then.
 
     Returns:
         Facts about the run: losses and seconds.
     """
     start = time.perf_counter()
     if stage == "base":
-        facts = train_base(recipe, seed, folder, report)
+        facts = train_base(recipe, seed, folder, partial(report, stage))
     elif stage == "router":
         facts = train_router(recipe, seed, folder, report)
     else:
-        facts = train_expert(stage, recipe, seed, folder, report)
+        facts = train_expert(stage, recipe, seed, folder, partial(report, stage))
     return {**facts, "seconds": round(time.perf_counter() - start, 2)}
 
 

@@ -23,6 +23,7 @@ FINAL_LEARNING_RATE_SHARE = 0.1
 REPORT_EVERY_STEPS = 10
 
 Report = Callable[[int, float], None]
+StageReport = Callable[[str, int, float], None]
 
 
 def seed_torch(name: str) -> None:
