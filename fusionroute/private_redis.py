@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -177,7 +177,7 @@ class PrivateRedis:
             what = (
                 f"is not ready after {self._start_seconds:g} s" if status is None else f"ended with {status}"
             )
-            log = log_path.read_text(errors="replace")[-1000:].strip()
+            log = " / ".join(log_path.read_text(errors="replace").splitlines()[-3:])
             raise Unavailable(
                 Reason.STORE_UNAVAILABLE, f"the private Redis {what}; its log: {log or 'empty'}"
             )
@@ -283,14 +283,8 @@ async def check(client: Redis, *, timeout_seconds: float = 5.0) -> None:
 
 def masked_url(url: str) -> str:
     """`url` with its password, if it has one, as ``***``."""
-    parts = urlsplit(url)
-    credentials, at, place = parts.netloc.rpartition("@")
-    user, colon, _ = credentials.partition(":")
-    masked = parts._replace(
-        netloc=f"{user}{colon}{'***' if colon else ''}{at}{place}",
-        query=re.sub(r"(?<=password=)[^&]*", "***", parts.query),
-    )
-    return urlunsplit(masked)
+    without = re.sub(r"^(\w+://[^/@:]*):[^/]*@", r"\1:***@", url)
+    return re.sub(r"(?<=[?&]password=)[^&]*", "***", without)
 
 
 def address_of(client: Redis) -> str:

@@ -1,0 +1,22 @@
+"""A real Redis for the tests that need one."""
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from redis.asyncio import Redis
+
+from fusionroute.private_redis import PrivateRedis, connect
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """One private server for all tests of a run; tests use keys of their own."""
+    with PrivateRedis() as server:
+        yield server.url
+
+
+@pytest.fixture
+async def redis_client(redis_url: str) -> AsyncIterator[Redis]:
+    client = connect(redis_url)
+    yield client
+    await client.aclose()

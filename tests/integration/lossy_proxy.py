@@ -1,0 +1,71 @@
+"""A stretch of bad network between a client and Redis."""
+
+import asyncio
+import contextlib
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+class LossyProxy:
+    """Passes bytes between clients of its socket and Redis, and loses answers on demand.
+
+    `answers_to_lose`: so many of the next commands reach Redis, but their connection breaks before the answer.
+    `is_down`: connections break at once.
+    """
+
+    def __init__(self, redis_url: str, folder: Path) -> None:
+        self._redis_path = redis_url.removeprefix("unix://")
+        self._path = folder / "proxy.sock"
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.answers_to_lose = 0
+        self.is_down = False
+        self.num_commands = 0
+        self.num_lost = 0
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self._path}"
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_unix_server(self._accept, self._path)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        with contextlib.suppress(ConnectionError):
+            await self._pass_on(reader, writer)
+        writer.close()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.is_down:
+            return
+        from_redis, to_redis = await asyncio.open_unix_connection(self._redis_path)
+        try:
+            while command := await reader.read(1 << 20):  # our clients send one command, then wait
+                if self.is_down:
+                    return
+                self.num_commands += 1
+                to_redis.write(command)
+                answer = await from_redis.read(1 << 20)
+                if self.answers_to_lose > 0 and b"EVALSHA" in command:
+                    self.answers_to_lose -= 1
+                    self.num_lost += 1
+                    return
+                writer.write(answer)
+        finally:
+            to_redis.close()
