@@ -8,7 +8,6 @@ from collections.abc import Iterable
 
 from fusionroute.lab.tasks import Group, Item, Split, evaluation_items
 
-MAX_ITEMS_PER_TASK = 40
 _FACT = re.compile(r"\d+[-+*]\d+|(?:day|month) \d+")
 
 

@@ -1,0 +1,139 @@
+"""`fusionroute demo`: train tiny models, serve them, show fused answers token by token, and a table."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fusionroute.cli.target import json_option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fusionroute.local_stack import StackPlan
+    from fusionroute.stack_state import StackState
+
+MAX_ITEMS_PER_TASK = 40
+EVALUATION_BUDGET_SECONDS = 110.0
+
+
+@click.command()
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the trained family.")
+@click.option("--items", "num_rounds", type=click.IntRange(1, 40), default=None,
+              help="Items of each of the 23 tasks; else as many as the time allows, at most 40.")  # fmt: skip
+@click.option("--budget", "budget_seconds", type=click.FloatRange(1), default=EVALUATION_BUDGET_SECONDS,
+              show_default=True, help="Seconds for the table, unless --items is given.")  # fmt: skip
+@json_option
+def demo(seed: int, num_rounds: int | None, budget_seconds: float, as_json: bool) -> None:
+    """Everything once: build the tiny models, start the services, show answers, measure, stop.
+
+    Three experts, a router and a Redis run as processes of their own for as long as the demo does. The first
+    run trains the models, about 100 CPU seconds; later runs find them in the cache.
+
+    \b
+    Example:
+      fusionroute demo
+      fusionroute demo --items 5 --json > table.json
+    """
+    from rich.console import Console
+
+    from fusionroute.cli.lab import build_family
+    from fusionroute.local_stack import StackPlan, threads_for
+
+    console = Console(highlight=False, soft_wrap=True, stderr=as_json)
+    clock = _Clock(console)
+    with clock.stage("1  models: a base, three experts, a router (tiny, trained here or cached)"):
+        family = build_family("demo", seed)
+    plan = StackPlan(
+        router_checkpoint=str(family.router),
+        experts={slot: str(path) for slot, path in family.experts.items()},
+        port=0,
+        threads=threads_for(1 + len(family.experts)),
+    )
+    with _temporary_stack(plan, clock) as state:
+        with clock.stage("3  answers, each token in the colour of the expert that took part"):
+            asyncio.run(_show(console, state.router_address, seed))
+        with clock.stage("4  table: every answer decoded through the running services"):
+            budget = float("inf") if num_rounds else budget_seconds
+            rounds = num_rounds or MAX_ITEMS_PER_TASK
+            result = asyncio.run(_measure(console, state.router_address, rounds, budget, seed))
+    clock.say(f"done in {clock.seconds:.0f} s; nothing is left running")
+    if as_json:
+        click.echo(json.dumps({"seed": seed, "seconds": round(clock.seconds, 1), **result}, indent=2))
+
+
+async def _show(console: Console, address: str, seed: int) -> None:
+    from evaluation.items import is_covered, rounds_of_items
+    from fusionroute.cli.showcase import show_answers
+    from fusionroute.client import RouterClient
+    from fusionroute.lab.tasks import examples
+
+    drawn = [item for each in rounds_of_items(4, seed) for item in each]
+    gaps = [item for item in (*examples(), *drawn) if not is_covered(item)]
+    async with RouterClient.open(address) as router:
+        await show_answers(console, router, [item for item in examples() if is_covered(item)], gaps)
+
+
+async def _measure(
+    console: Console, address: str, num_rounds: int, budget_seconds: float, seed: int
+) -> dict[str, Any]:
+    from fusionroute.cli.scoreboard import measure
+    from fusionroute.client import RouterClient
+
+    async with RouterClient.open(address) as router:
+        return await measure(console, router, num_rounds, budget_seconds, seed)
+
+
+@contextmanager
+def _temporary_stack(plan: StackPlan, clock: _Clock) -> Iterator[StackState]:
+    """A stack on free ports for as long as the block lasts; nothing of it survives, whatever happens."""
+    from fusionroute import local_stack
+    from fusionroute.cli.stack import start_stack
+    from fusionroute.stack_state import NotUp
+
+    with tempfile.TemporaryDirectory(prefix="fusionroute-demo-") as name:
+        folder = Path(name) / "stack"
+        with clock.stage("2  services: a router with its Redis, three experts"):
+            state = start_stack(plan, folder, die_with_parent=True)
+        try:
+            yield state
+        finally:
+            try:
+                killed = local_stack.stop(folder, 10.0)
+            except NotUp:
+                killed = []
+            if killed:
+                clock.say(f"had to kill {', '.join(killed)}")
+
+
+class _Clock:
+    """Headings with the time they took."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._started_at = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the demo began."""
+        return time.monotonic() - self._started_at
+
+    def say(self, text: str) -> None:
+        """A line between stages."""
+        self._console.print(text, style="bold", markup=False)
+
+    @contextmanager
+    def stage(self, heading: str) -> Iterator[None]:
+        """Prints the heading first and the seconds last."""
+        began = self.seconds
+        self.say(f"\n{heading}")
+        yield
+        self._console.print(f"   {self.seconds - began:.1f} s", style="dim", markup=False)
