@@ -10,7 +10,7 @@ from typing import Self
 class LossyProxy:
     """Passes bytes between clients of its socket and Redis, and loses answers on demand.
 
-    `answers_to_lose`: so many of the next commands reach Redis, but no answer comes back: the connection breaks.
+    `answers_to_lose`: so many of the next commands reach Redis, but their connection breaks, unanswered.
     `is_down`: connections break at once.
     """
 

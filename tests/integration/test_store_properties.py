@@ -29,7 +29,7 @@ STEPS = st.one_of(
 
 
 class World:
-    """Three writers of one session. The oracle: fresh tokens, in the order in which their writers owned it."""
+    """Three writers of one session. The oracle: fresh tokens, in the order of their owners."""
 
     def __init__(self, store: SessionStore) -> None:
         self.store = store
