@@ -15,7 +15,6 @@ from fusionroute.cli.target import address_options, json_option, router_address
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
     from fusionroute.cli.render import Palette
     from fusionroute.client import RouterClient
@@ -189,7 +188,7 @@ class TerminalPrinter:
 
     def show(self, event: GenerationEvent) -> None:
         """Prints an event."""
-        from fusionroute.cli.render import event_text, legend_text, summary_text, trace_text
+        from fusionroute.cli.render import legend_text, summary_text, trace_text
 
         kind = event.WhichOneof("event")
         if kind == "started":
@@ -199,7 +198,7 @@ class TerminalPrinter:
         elif kind == "token" and self._output.trace:
             self._answer.print(trace_text(event.token, self._slots, self._palette))
         else:
-            self._write(event_text(event, self._palette))
+            self._write(event)
         if kind == "finished":
             self._finish_line()
             if self._started is not None and (self._output.trace or self._remarks.is_terminal):
@@ -209,11 +208,19 @@ class TerminalPrinter:
         """Ends a line that was broken off."""
         self._finish_line()
 
-    def _write(self, text: Text) -> None:
-        if text:
-            self._answer.print(text, end="")
-            self._answer.file.flush()
-            self._line_open = True
+    def _write(self, event: GenerationEvent) -> None:
+        """To a terminal in colour; into a pipe or file exactly as it came."""
+        from fusionroute.cli.render import event_text, raw_text
+
+        text = raw_text(event)
+        if not text:
+            return
+        if self._answer.is_terminal:
+            self._answer.print(event_text(event, self._palette), end="")
+        else:
+            self._answer.file.write(text)
+        self._answer.file.flush()
+        self._line_open = True
 
     def _finish_line(self) -> None:
         if self._line_open:

@@ -66,7 +66,7 @@ class Palette:
 
 def token_text(token: Token, palette: Palette) -> Text:
     """What a token adds to the answer, in the style of the expert that took part."""
-    return Text(token.text, style=palette.look(token.expert).style)
+    return Text(visible(token.text), style=palette.look(token.expert).style)
 
 
 def event_text(event: GenerationEvent, palette: Palette) -> Text:
@@ -74,7 +74,7 @@ def event_text(event: GenerationEvent, palette: Palette) -> Text:
     kind = event.WhichOneof("event")
     if kind == "token":
         return token_text(event.token, palette)
-    return Text(event.finished.text if kind == "finished" else "")
+    return Text(visible(event.finished.text) if kind == "finished" else "")
 
 
 def answer_text(events: Iterable[GenerationEvent], palette: Palette) -> Text:
@@ -157,4 +157,17 @@ def rule_name(rule: int) -> str:
 
 def quoted(text: str) -> str:
     """A token's text between quotes, control characters visible."""
-    return "'" + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + "'"
+    return f"'{visible(text, keep='')}'"
+
+
+def visible(text: str, keep: str = "\n\t") -> str:
+    """The text with its control characters written out, so that no model can steer the terminal."""
+    return "".join(c if c in keep or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def raw_text(event: GenerationEvent) -> str:
+    """What an event adds to the answer, exactly."""
+    kind = event.WhichOneof("event")
+    if kind == "token":
+        return event.token.text
+    return event.finished.text if kind == "finished" else ""

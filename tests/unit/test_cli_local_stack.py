@@ -121,7 +121,7 @@ def test_orphans_of_a_daemon_that_is_gone_are_found_by_its_session(folder: Path)
 
 def test_a_second_start_of_a_running_stack_is_refused_and_hurts_nothing(folder: Path) -> None:
     state = start(folder, plan_of())
-    with pytest.raises(AlreadyUp, match="127.0.0.1:50007"):
+    with pytest.raises(AlreadyUp, match=r"127\.0\.0\.1:50007"):
         start(folder, plan_of())
     assert len(state.alive) == 3
 
