@@ -67,7 +67,7 @@ def drawing() -> str:
     parts = [
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="14" fill="{PAPER}" stroke="{LINE}"/>',
         box(30, 144, 140, 70, INK, "tokens so far", "kept in Redis"),
-        box(226, 117, 176, 124, ROUTER, "router", "an LLM; its routing", "head picks one expert", "per token"),
+        box(226, 117, 176, 124, ROUTER, "router", "an LLM; its head", "picks one expert", "per token"),
         *(box(480, y, 150, 58, colour, name, "own gRPC service") for name, colour, y in experts),
         box(700, 144, 134, 70, INK, "e + r", "choose a token"),
         arrow("M170 179 H220"),

@@ -25,8 +25,9 @@ home = pathlib.Path(sys.prefix).resolve()
 seen = 0
 for name in sys.argv[1:]:
     package = importlib.import_module(name)
-    modules = [m.name for m in pkgutil.walk_packages(package.__path__, name + ".") if "__main__" not in m.name]
-    for module in [name, *modules]:
+    for module in [name, *(found.name for found in pkgutil.walk_packages(package.__path__, name + "."))]:
+        if module.endswith("__main__"):
+            continue
         path = pathlib.Path(importlib.import_module(module).__file__).resolve()
         assert home in path.parents, f"{module} comes from {path}, not from the wheel"
         seen += 1

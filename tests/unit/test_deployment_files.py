@@ -1,0 +1,92 @@
+"""Image and compose files keep their promises; what only a docker engine can tell is tested with one."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from fusionroute.settings import ServiceSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+GPU: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+
+
+def settings_classes() -> list[type[ServiceSettings]]:
+    from expert_service.settings import ExpertSettings
+    from router_service.settings import RouterSettings
+
+    return [ExpertSettings, RouterSettings]
+
+
+def test_only_the_router_is_published_and_only_on_loopback():
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert list(published) == ["router"]
+    assert all(port.startswith("127.0.0.1:") for port in published["router"])
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_container_has_no_more_rights_than_it_needs(name):
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not {"privileged", "cap_add", "network_mode", "pid", "devices"} & set(service)
+
+
+def test_models_are_mounted_read_only_where_they_are_served():
+    for name, service in SERVICES.items():
+        mounts = [volume for volume in service["volumes"] if volume.split(":")[-1] == "/models"]
+        assert bool(mounts) == (name == "models"), f"{name} can write to the models"
+
+
+def test_every_long_lived_container_has_a_health_check():
+    assert {name for name, service in SERVICES.items() if "healthcheck" not in service} == {"models"}
+
+
+def test_every_setting_in_the_compose_files_exists():
+    known = {
+        f"{settings.prefix()}{name.upper()}"
+        for settings in settings_classes()
+        for name in settings.model_fields
+    }
+    given = {
+        variable
+        for compose in (COMPOSE, GPU)
+        for service in compose["services"].values()
+        for variable in service.get("environment", {})
+    }
+    assert given
+    assert given <= known
+
+
+def test_every_expert_and_the_router_have_a_gpu_of_their_own():
+    names = {name for name in SERVICES if name.startswith("expert-") or name == "router"}
+    assert set(GPU["services"]) == names
+    devices = []
+    for service in GPU["services"].values():
+        (reservation,) = service["deploy"]["resources"]["reservations"]["devices"]
+        devices += re.findall(r":-(\d+)}", " ".join(reservation["device_ids"]))
+    assert sorted(devices) == ["0", "1", "2", "3"]
+
+
+def test_the_image_holds_every_package_and_runs_as_nobody_special():
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    shipped = (ROOT / ".dockerignore").read_text()
+    for package in pyproject["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
+        assert f"COPY {package} " in dockerfile
+        assert f"!{package}\n" in shipped
+    last_stage = dockerfile.rpartition("\nFROM ")[2]
+    assert re.search(r"(?m)^USER (?!root)\w+$", last_stage)
+
+
+def test_ci_is_the_makefile():
+    assert "make test" in (ROOT / ".ci/run").read_text()
+    assert "run: .ci/run" in (ROOT / ".github/workflows/ci.yml").read_text()
