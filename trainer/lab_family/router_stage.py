@@ -10,10 +10,13 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainer.lab_family import data
+from trainer.lab_family.packing import pack
 from trainer.lab_family.recipe import EXPERT_SLOTS, Recipe, Stage
 from trainer.lab_family.router_checkpoint import ROUTER_STARTS_FROM, heads_of, save_router
 from trainer.lab_family.training import Report, StageReport, hidden_states, load, seed_torch, train
@@ -31,7 +34,7 @@ class Lesson:
     """What the router learns from: gold answers and the frozen experts' opinions about them."""
 
     ids: Tensor
-    lengths: Tensor
+    lengths: NDArray[np.int64]
     targets: Targets
     labels: ExpertLabels
 
@@ -66,7 +69,7 @@ def prepare_lesson(recipe: Recipe, seed: int, folder: Path) -> Lesson:
     targets = Targets.of(ids, torch.from_numpy(rows.supervised))
     experts = [_logits_of(load(str(folder / "experts" / slot)).eval()) for slot in EXPERT_SLOTS]
     labels = label(experts, ids, targets, keep_rows=True)
-    return Lesson(ids, torch.from_numpy(rows.lengths), targets, labels)
+    return Lesson(ids, rows.lengths, targets, labels)
 
 
 def train_sft(
@@ -80,10 +83,10 @@ def train_sft(
 
     def loss_at(step: int) -> Tensor:
         rows = order[step * stage.batch_size : (step + 1) * stage.batch_size]
-        longest = int(lesson.lengths[rows].max()) - 1
-        mask = targets.mask[rows, :longest]
-        flat = targets.flat_index[rows, :longest][mask]
-        hidden = hidden_states(model, lesson.ids[rows, :longest])[mask]
+        packing = pack(rows.numpy(), lesson.lengths[rows.numpy()] - 1)
+        mask = packing.take(targets.mask) & packing.real
+        flat = packing.take(targets.flat_index)[mask]
+        hidden = hidden_states(model, packing.take(lesson.ids), packing)[mask]
         loss, language, expert = sft_loss(
             model.lm_head(hidden),
             routing(hidden),

@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from fusionroute.lab.tasks import Owner
 from fusionroute.lab.tokenizer import build_tokenizer
 from trainer.lab_family import data
+from trainer.lab_family.packing import pack
 from trainer.lab_family.recipe import EXPERT_SLOTS, Recipe
 from trainer.lab_family.router_stage import train_router
 from trainer.lab_family.training import Report, StageReport, hidden_states, load, new_model, seed_torch, train
@@ -38,14 +40,18 @@ def run(stage: str, recipe: Recipe, seed: int, folder: Path, report: StageReport
     Returns:
         Facts about the run: losses and seconds.
     """
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     if stage == "base":
         facts = train_base(recipe, seed, folder, partial(report, stage))
     elif stage == "router":
         facts = train_router(recipe, seed, folder, report)
     else:
         facts = train_expert(stage, recipe, seed, folder, partial(report, stage))
-    return {**facts, "seconds": round(time.perf_counter() - start, 2)}
+    seconds = {
+        "seconds": round(time.perf_counter() - start, 2),
+        "cpu_seconds": round(time.process_time() - cpu_start, 2),
+    }
+    return {**facts, **seconds}
 
 
 def train_base(recipe: Recipe, seed: int, folder: Path, report: Report) -> dict[str, Any]:
@@ -79,11 +85,11 @@ def _train_on_stream(
     model.train()
 
     def loss_at(step: int) -> torch.Tensor:
-        batch = slice(step * stage.batch_size, (step + 1) * stage.batch_size)
-        longest = int(rows.lengths[batch].max())
-        tokens, mask = ids[batch, :longest], supervised[batch, 1:longest]
-        gold = tokens[:, 1:][mask]
-        logits = model.lm_head(hidden_states(model, tokens[:, :-1])[mask])
+        batch = np.arange(step * stage.batch_size, (step + 1) * stage.batch_size)
+        packing = pack(batch, rows.lengths[batch] - 1)
+        mask = packing.take(supervised[:, 1:]) & packing.real
+        gold = packing.take(ids[:, 1:])[mask]
+        logits = model.lm_head(hidden_states(model, packing.take(ids), packing)[mask])
         return lm_loss(logits, gold, torch.ones_like(gold, dtype=torch.bool))
 
     return train([{"params": list(model.parameters())}], stage, loss_at, report)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusionroute.lab.tokenizer import EOS_ID, MAX_CONTEXT_TOKENS, PAD_ID, VOCABULARY_SIZE
+from trainer.lab_family.packing import Packing
 from trainer.lab_family.recipe import Recipe, Stage
 
 if TYPE_CHECKING:
@@ -58,18 +59,20 @@ def load(folder: str) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
 
 
-def hidden_states(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+def hidden_states(model: LlamaForCausalLM, ids: Tensor, packing: Packing | None = None) -> Tensor:
     """Final-norm hidden states.
 
-    No attention mask: rows are padded on the right, where a causal model cannot look from any real token.
-
     Args:
-        ids: ``[B, L]``.
+        ids: ``[B, L]``; unpacked rows may be padded on the right, where no real token looks.
+        packing: how the ids were packed, if they were.
 
     Returns:
         ``[B, L, H]``.
     """
-    output: Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    layout = {}
+    if packing is not None:
+        layout = {"attention_mask": packing.attention_mask(), "position_ids": packing.positions}
+    output: Tensor = model.model(input_ids=ids, use_cache=False, **layout).last_hidden_state
     return output
 
 
