@@ -74,6 +74,7 @@ class Reason(Enum):
     EXPERT_UNAVAILABLE = StatusCode.UNAVAILABLE, "EXPERT_UNAVAILABLE"
     STORE_UNAVAILABLE = StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"
     DRAINING = StatusCode.UNAVAILABLE, "DRAINING"
+    LEFT_ALONE = StatusCode.UNAVAILABLE, "LEFT_ALONE"
 
     # a model or checkpoint cannot be served
     MODEL_NOT_FOUND = StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"

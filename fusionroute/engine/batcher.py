@@ -233,9 +233,7 @@ class Engine:
     async def drain(self, timeout_seconds: float) -> None:
         """Refuses new steps with DRAINING and waits for the others, at most so long."""
         self._draining = True
-        give_up = time.monotonic() + timeout_seconds
-        while self._num_unfinished and time.monotonic() < give_up:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(self._wait_until_idle, timeout_seconds)
 
     # --- callers' side ------------------------------------------------------------------------------------------
 
@@ -271,6 +269,10 @@ class Engine:
             self._inbox.append(run)
             self._wake.notify()
         return await asyncio.wrap_future(answer)
+
+    def _wait_until_idle(self, timeout_seconds: float) -> None:
+        with self._wake:
+            self._wake.wait_for(lambda: self._num_unfinished == 0, timeout_seconds)
 
     # --- worker thread ------------------------------------------------------------------------------------------
 
@@ -459,3 +461,4 @@ class Engine:
             self._table.end(job.session, time.monotonic())
         with self._wake:
             self._num_unfinished -= 1
+            self._wake.notify_all()

@@ -31,7 +31,9 @@ FULL = HeadLayout(num_experts=3, has_gate=True, has_sum_gate=True)
 SCORES = np.array([0.1, 2.0, -1.0, 0.0, 1.0, 3.0, 2.0, 0.5], np.float32)
 WIDTH = 40
 
-rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=WIDTH).map(lambda v: np.array(v, np.float32))
+rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=WIDTH).map(
+    lambda v: np.array(v, np.float32)
+)
 
 
 def row(seed: int, width: int = WIDTH) -> Row:
@@ -55,7 +57,9 @@ def test_raw_logits_and_log_probabilities_choose_the_same_token() -> None:
     for seed in range(50):
         e, r = row(seed), row(1000 + seed)
         raw = fuse(CombineRule.SUM, decision, e, r)
-        logs = fuse(CombineRule.SUM, decision, log_softmax(e).astype(np.float32), log_softmax(r).astype(np.float32))
+        logs = fuse(
+            CombineRule.SUM, decision, log_softmax(e).astype(np.float32), log_softmax(r).astype(np.float32)
+        )
         assert choose(raw, Sampling(), 0).token_id == choose(logs, Sampling(), 0).token_id
 
 
@@ -128,7 +132,9 @@ def test_the_logprob_is_that_of_the_fused_distribution_before_temperature_and_fi
 
 
 @given(rows, st.integers(0, 2**64 - 1), st.integers(0, 5000))
-def test_the_choice_is_a_pure_function_of_scores_seed_and_position(scores: Row, seed: int, position: int) -> None:
+def test_the_choice_is_a_pure_function_of_scores_seed_and_position(
+    scores: Row, seed: int, position: int
+) -> None:
     sampling = Sampling(temperature=0.8, seed=seed)
     first = choose(scores, sampling, position)
     np.random.default_rng(0).random(7)
@@ -136,7 +142,9 @@ def test_the_choice_is_a_pure_function_of_scores_seed_and_position(scores: Row, 
 
 
 @given(rows, st.floats(0.05, 5), st.integers(0, 2**64 - 1))
-def test_dropping_hopeless_candidates_never_changes_the_choice(scores: Row, temperature: float, seed: int) -> None:
+def test_dropping_hopeless_candidates_never_changes_the_choice(
+    scores: Row, temperature: float, seed: int
+) -> None:
     noise = gumbel_noise(seed, 3, np.arange(len(scores)))
     naive = int(np.argmax(scores.astype(np.float64) / temperature + noise))
     assert choose(scores, Sampling(temperature=temperature, seed=seed), 3).token_id == naive

@@ -1,0 +1,44 @@
+"""Which experts a checkpoint can work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusionroute.errors import InvalidRequest, ModelRejected, Reason
+from fusionroute.router_model import Manifest
+from fusionroute.v1 import common_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Admits experts whose vocabulary is that of the checkpoint's manifest."""
+
+    manifest: Manifest
+
+    def __call__(self, slot: str, model: common_pb2.ModelIdentity) -> None:
+        """Returns if `model` may fill `slot`.
+
+        Raises:
+            InvalidRequest: UNKNOWN_SLOT.
+            ModelRejected: VOCABULARY_MISMATCH, naming both values.
+        """
+        if slot not in self.manifest.slots:
+            known = ", ".join(self.manifest.slots)
+            raise InvalidRequest(
+                Reason.UNKNOWN_SLOT,
+                f"slot = {slot!r} is not in the checkpoint; known: {known}",
+                metadata={"field": "slot", "limit": known},
+            )
+        self._check(
+            slot, "tokenizer_fingerprint", model.tokenizer_fingerprint, self.manifest.tokenizer_fingerprint
+        )
+        self._check(slot, "logits_width", model.logits_width, self.manifest.logits_width)
+
+    @staticmethod
+    def _check(slot: str, field: str, got: object, wanted: object) -> None:
+        if got != wanted:
+            raise ModelRejected(
+                Reason.VOCABULARY_MISMATCH,
+                f"the expert for slot {slot!r} has {field} {got}, the router checkpoint needs {wanted}",
+                metadata={"field": field, "limit": str(wanted)},
+            )

@@ -1,0 +1,188 @@
+"""Puts the router service together, from settings to exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+
+import structlog
+import torch
+from redis.asyncio import Redis
+
+from fusionroute import private_redis
+from fusionroute.engine import Engine, EngineLimits, LoadedModel, load_model
+from fusionroute.errors import FusionRouteError, ModelRejected, Reason, Unavailable
+from fusionroute.fusion import CombineRule
+from fusionroute.grpc_runtime import PortTaken, Progress, Service, serve_until_signalled, server
+from fusionroute.router_model import RouterCheckpoint, load_checkpoint
+from fusionroute.settings import ExitCode
+from fusionroute.v1 import registry_pb2, registry_pb2_grpc, router_pb2, router_pb2_grpc
+from router_service.admission import Admission
+from router_service.asking import LocalModel
+from router_service.experts import Directory, RemoteExpert
+from router_service.generation import Ensemble
+from router_service.registry_servicer import RegistryServicer
+from router_service.registry_store import RegistryStore
+from router_service.servicer import RouterServicer
+from router_service.session_store import SessionStore
+from router_service.settings import RouterSettings
+from router_service.turn_keeper import TurnKeeper, TurnLimits
+from router_service.turn_request import Offer
+
+log = structlog.get_logger(__name__)
+
+ROUTER_SERVICE = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
+REGISTRY_SERVICE = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name
+
+
+def run(settings: RouterSettings) -> ExitCode:
+    """Loads the checkpoint and serves it until a signal."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    log.info("loading", checkpoint=settings.checkpoint, device=settings.device)
+    try:
+        checkpoint, model = load_router(settings.checkpoint, dtype=settings.dtype, device=settings.device)
+    except ModelRejected as error:
+        log.error("checkpoint_rejected", reason=error.reason.value, message=error.message)
+        return ExitCode.MODEL_REJECTED
+    try:
+        asyncio.run(serve(settings, checkpoint, model))
+    except PortTaken as error:
+        log.error("port_taken", message=str(error))
+        return ExitCode.PORT_TAKEN
+    except Unavailable as error:
+        log.error("redis_unreachable", message=error.message)
+        return ExitCode.REDIS_UNREACHABLE
+    except FusionRouteError as error:
+        log.error("bad_settings", reason=error.reason.value, message=error.message)
+        return ExitCode.BAD_SETTINGS
+    return ExitCode.STOPPED
+
+
+def load_router(
+    folder: str, *, dtype: str = "auto", device: str = "cpu"
+) -> tuple[RouterCheckpoint, LoadedModel]:
+    """The checkpoint in `folder` and its model with the heads attached. Raises ModelRejected."""
+    started = time.monotonic()
+    checkpoint = load_checkpoint(folder)
+    model = load_model(folder, dtype=dtype, device=device, heads=checkpoint.heads.to_scores(device))
+    for field in ("tokenizer_fingerprint", "logits_width"):
+        got, wanted = getattr(model.facts, field), getattr(checkpoint.manifest, field)
+        if got != wanted:
+            raise ModelRejected(
+                Reason.VOCABULARY_MISMATCH,
+                f"{folder!r}: the router has {field} {got}, its manifest says {wanted}",
+            )
+    log.info(
+        "checkpoint_loaded",
+        checkpoint=folder,
+        slots=list(checkpoint.manifest.slots),
+        combine=checkpoint.manifest.combine,
+        seconds=round(time.monotonic() - started, 3),
+    )
+    return checkpoint, model
+
+
+def offer_of(checkpoint: RouterCheckpoint, model: LoadedModel, kv_tokens: int) -> Offer:
+    """What a router with this checkpoint can do."""
+    return Offer(
+        slots=checkpoint.manifest.slots,
+        rules=checkpoint.available_rules(),
+        default_rule=CombineRule(checkpoint.manifest.combine),
+        logits_width=model.facts.logits_width,
+        max_context_tokens=min(model.facts.max_context_tokens, kv_tokens),
+        checkpoint=checkpoint.fingerprint(model.facts.weights_fingerprint),
+    )
+
+
+async def serve(settings: RouterSettings, checkpoint: RouterCheckpoint, model: LoadedModel) -> None:
+    """Serves a checkpoint until a signal.
+
+    Raises:
+        PortTaken: naming the address.
+        Unavailable: STORE_UNAVAILABLE, naming Redis.
+    """
+    async with AsyncExitStack() as stack:
+        redis = await _enter_redis(stack, settings)
+        store = SessionStore(
+            redis, ttl_seconds=settings.session_ttl_seconds, lease_seconds=settings.session_lease_seconds
+        )
+        registry = RegistryStore(redis, lease_seconds=settings.expert_lease_seconds)
+        engine = await stack.enter_async_context(Engine(model, engine_limits(settings)))
+
+        async def list_entries() -> list[registry_pb2.ExpertEntry]:
+            return []
+
+        directory = await stack.enter_async_context(
+            Directory(list_entries, settings.max_message_bytes).running()
+        )
+        offer = offer_of(checkpoint, model, settings.kv_tokens)
+        ensemble = Ensemble(
+            router=LocalModel(engine),
+            experts=[RemoteExpert(directory, slot) for slot in offer.slots],
+            layout=checkpoint.heads.layout,
+            end_ids=model.end_ids,
+            max_context_tokens=offer.max_context_tokens,
+            timeout_seconds=settings.expert_timeout_seconds,
+        )
+        limits = TurnLimits(settings.max_running_turns, settings.alone_seconds)
+        keeper = TurnKeeper(ensemble, store, offer, model.tokenizer, limits)
+        servicer = RouterServicer(keeper, store, engine, directory, offer, model.tokenizer)
+        running = await stack.enter_async_context(
+            server(
+                [
+                    router_service(servicer),
+                    registry_service(RegistryServicer(registry, Admission(checkpoint.manifest))),
+                ],
+                host=settings.host,
+                port=settings.port,
+                progress=lambda: _progress(engine, keeper),
+                frozen_after_seconds=settings.frozen_after_seconds,
+                max_message_bytes=settings.max_message_bytes,
+            )
+        )
+        await serve_until_signalled(
+            running, drain=keeper.drain, drain_seconds=settings.drain_seconds, ready_file=settings.ready_file
+        )
+
+
+def engine_limits(settings: RouterSettings) -> EngineLimits:
+    """What the router's engine may use."""
+    return EngineLimits(
+        kv_tokens=settings.kv_tokens,
+        max_batch_tokens=settings.max_batch_tokens,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        max_queue=settings.max_queue,
+        max_sessions=settings.max_sessions,
+    )
+
+
+def router_service(servicer: RouterServicer) -> Service:
+    """The router's servicer as `grpc_runtime.server` takes it."""
+    return Service(ROUTER_SERVICE, lambda s: router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, s))
+
+
+def registry_service(servicer: RegistryServicer) -> Service:
+    """The registry's servicer as `grpc_runtime.server` takes it."""
+    return Service(
+        REGISTRY_SERVICE, lambda s: registry_pb2_grpc.add_RegistryServiceServicer_to_server(servicer, s)
+    )
+
+
+async def _enter_redis(stack: AsyncExitStack, settings: RouterSettings) -> Redis:
+    if settings.redis_url is None:
+        private = private_redis.PrivateRedis(settings.redis_data_dir)
+        url = (await stack.enter_async_context(private)).url
+        log.info("private_redis", pid=private.pid, keeps_data=settings.redis_data_dir is not None)
+    else:
+        url = settings.redis_url.get_secret_value()
+    client = private_redis.connect(url)
+    stack.push_async_callback(client.aclose)
+    await private_redis.check(client)
+    return client
+
+
+def _progress(engine: Engine, keeper: TurnKeeper) -> Progress:
+    load = engine.load()
+    return Progress(pending=load.queue_depth > 0, tick=load.num_forwards)

@@ -1,0 +1,243 @@
+"""The decode loop: ask, fuse, choose, remember, emit.
+
+`TurnWriter` holds what one turn needs; `write` is the loop. The text is a pure function of tokens, turn and
+checkpoint: nothing in here looks at a clock, at other sessions or at how often something had to be asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from fusionroute.errors import FusionRouteError, Reason
+from fusionroute.fusion import (
+    Choice,
+    Decision,
+    HeadLayout,
+    Row,
+    SeenTokens,
+    choose,
+    decide,
+    fuse,
+    needs_router,
+    top_candidates,
+)
+from router_service.asking import Answer, Model, Text, ask
+from router_service.records import TokenRecord, TokenSource
+from router_service.stored_session import FinishReason
+from router_service.text import AnswerText
+from router_service.token_log import TokenLog
+from router_service.turn_request import Showing, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Ensemble:
+    """Who can be asked: the router and the experts in the checkpoint's order.
+
+    Attributes:
+        end_ids: ids that end an answer.
+        max_context_tokens: longest session.
+        timeout_seconds: for one row, waiting for a restarted expert included.
+    """
+
+    router: Model
+    experts: Sequence[Model]
+    layout: HeadLayout
+    end_ids: frozenset[int]
+    max_context_tokens: int
+    timeout_seconds: float
+
+
+@dataclass(slots=True)
+class Costs:
+    """What a turn has cost so far; seconds on the clock of time.monotonic()."""
+
+    started: float = field(default_factory=time.monotonic)
+    first_token_seconds: float = 0.0
+    num_router_forwards: int = 0
+    num_expert_calls: int = 0
+    router_seconds: float = 0.0
+    expert_seconds: float = 0.0
+    expert_forward_seconds: float = 0.0
+    fuse_seconds: float = 0.0
+    num_replays: int = 0
+    store_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Best ids with their log-probabilities, by whom."""
+
+    fused: list[Choice]
+    expert: list[Choice]
+    router: list[Choice]
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenToken:
+    """A token of the answer with what is told of it."""
+
+    index: int
+    record: TokenRecord
+    text: str
+    weights: tuple[float, ...] = ()
+    top: Candidates | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a turn ended, and the text that was held back until then."""
+
+    reason: FinishReason
+    text: str
+    stop: str
+
+
+@dataclass(slots=True)
+class TurnWriter:
+    """Writes one turn.
+
+    Attributes:
+        text: the session's tokens; the answer so far is part of it.
+        answer_position: where the answer begins.
+        answer_text: turns the answer's ids into text.
+        log: takes each token on its way to the store.
+        is_cancelled: asked before each token.
+    """
+
+    ensemble: Ensemble
+    turn: Turn
+    showing: Showing
+    text: Text
+    answer_position: int
+    answer_text: AnswerText
+    log: TokenLog
+    is_cancelled: Callable[[], bool]
+    costs: Costs = field(default_factory=Costs)
+    ending: Ending | None = None
+    is_asking: bool = False
+    """Whether the writer waits for a model, so that cancelling its task interrupts nothing else."""
+
+    async def write(self) -> AsyncGenerator[WrittenToken, None]:
+        """Yields the turn's further tokens; afterwards `ending` says how it ended."""
+        seen = SeenTokens(self.text.tokens[: self.answer_position])
+        for token_id in self.text.tokens[self.answer_position :]:
+            seen.add(token_id)
+        reason = self._reason_to_end()
+        while reason is None:
+            try:
+                self.is_asking = True
+                router = await self._ask_router()
+                decision = decide(
+                    self.turn.rule,
+                    self.ensemble.layout,
+                    None if router is None else router.head_scores,
+                    self.turn.fixed_expert,
+                )
+                expert = await self._ask_expert(decision)
+            except FusionRouteError as error:
+                if error.reason is Reason.CONTEXT_FULL and self._num_written:
+                    reason = FinishReason.CONTEXT
+                    break
+                raise
+            except asyncio.CancelledError:
+                if not self.is_cancelled():
+                    raise
+                _take_back_cancellation()
+                reason = FinishReason.CANCELLED
+                break
+            finally:
+                self.is_asking = False
+            token = self._next_token(router, expert, decision, seen)
+            await self.log.room()
+            self.log.append(token.record)
+            self.text.tokens.append(token.record.token_id)
+            seen.add(token.record.token_id)
+            yield token
+            reason = self._reason_to_end()
+        self.ending = Ending(reason, self.answer_text.finish(), self.answer_text.stop or "")
+
+    async def _ask_router(self) -> Answer | None:
+        if not needs_router(self.turn.rule, self.turn.fixed_expert):
+            return None
+        started = time.monotonic()
+        answer = await ask(self.ensemble.router, self.text, self.ensemble.timeout_seconds)
+        self.costs.router_seconds += time.monotonic() - started
+        self.costs.num_router_forwards += 1
+        return answer
+
+    async def _ask_expert(self, decision: Decision) -> Answer | None:
+        if decision.expert is None:
+            return None
+        started = time.monotonic()
+        answer = await ask(self.ensemble.experts[decision.expert], self.text, self.ensemble.timeout_seconds)
+        self.costs.expert_seconds += time.monotonic() - started
+        self.costs.expert_forward_seconds += answer.forward_seconds
+        self.costs.num_expert_calls += 1
+        return answer
+
+    def _next_token(
+        self, router: Answer | None, expert: Answer | None, decision: Decision, seen: SeenTokens
+    ) -> WrittenToken:
+        started = time.monotonic()
+        router_row = None if router is None else router.row
+        expert_row = None if expert is None else expert.row
+        fused = fuse(self.turn.rule, decision, expert_row, router_row)
+        choice = choose(fused, self.turn.sampling, len(self.text.tokens), seen)
+        if expert is None or decision.expert is None:
+            record = TokenRecord(choice.token_id, choice.logprob, TokenSource.ROUTER)
+        else:
+            record = TokenRecord(
+                choice.token_id, choice.logprob, TokenSource.EXPERT, decision.expert, expert.epoch
+            )
+        top = None
+        if self.showing.num_top_candidates:
+            top = self._candidates(fused, expert_row, router_row)
+        token = WrittenToken(
+            index=self._num_written,
+            record=record,
+            text=self.answer_text.push(choice.token_id),
+            weights=tuple(decision.weights.tolist()) if self.showing.routing_weights else (),
+            top=top,
+        )
+        self.costs.fuse_seconds += time.monotonic() - started
+        if not self.costs.first_token_seconds:
+            self.costs.first_token_seconds = time.monotonic() - self.costs.started
+        return token
+
+    def _candidates(self, fused: Row, expert_row: Row | None, router_row: Row | None) -> Candidates:
+        count = self.showing.num_top_candidates
+        return Candidates(
+            fused=top_candidates(fused, count),
+            expert=[] if expert_row is None else top_candidates(expert_row, count),
+            router=[] if router_row is None else top_candidates(router_row, count),
+        )
+
+    @property
+    def _num_written(self) -> int:
+        return len(self.text.tokens) - self.answer_position
+
+    def _reason_to_end(self) -> FinishReason | None:
+        """Whether the answer is complete, judged by its tokens alone, or cancelled."""
+        if self.answer_text.stop:
+            return FinishReason.STOP
+        if self._num_written:
+            if self.text.tokens[-1] in self.ensemble.end_ids and not self.turn.ignore_eos:
+                return FinishReason.EOS
+            if self._num_written >= self.turn.max_tokens:
+                return FinishReason.LENGTH
+            if len(self.text.tokens) >= self.ensemble.max_context_tokens:
+                return FinishReason.CONTEXT
+        if self.is_cancelled() or self.log.cancel_requested:
+            return FinishReason.CANCELLED
+        return None
+
+
+def _take_back_cancellation() -> None:
+    """The task was cancelled only to interrupt its waiting for a model; it goes on to close its turn."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()

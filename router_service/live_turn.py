@@ -1,0 +1,96 @@
+"""A turn that is being written here: its events, kept so that any number of streams can follow it from any token."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+
+from fusionroute.errors import FusionRouteError
+from router_service.generation import Costs, Ending, WrittenToken
+from router_service.turn_request import Showing, Turn
+
+
+@dataclass(slots=True, eq=False)
+class LiveTurn:
+    """What streams see of a turn while it is written and for as long as they look.
+
+    Attributes:
+        request_id: of the request that began it; empty when it gave none.
+        answer_position: tokens of the session before the answer.
+        costs: None while and where nothing is written here.
+        interrupt: ends the writer's waiting for a model.
+    """
+
+    session_id: str
+    request_id: str
+    turn: Turn
+    showing: Showing
+    answer_position: int
+    tokens: list[WrittenToken] = field(default_factory=list)
+    ending: Ending | None = None
+    error: FusionRouteError | None = None
+    cancelled: bool = False
+    costs: Costs | None = None
+    interrupt: Callable[[], None] = lambda: None
+    num_followers: int = 0
+    left_alone_since: float = field(default_factory=time.monotonic)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further token will come."""
+        return self.ending is not None or self.error is not None
+
+    def publish(self, token: WrittenToken) -> None:
+        """A token was written."""
+        self.tokens.append(token)
+        self._announce()
+
+    def end(self, ending: Ending) -> None:
+        """The turn is complete."""
+        self.ending = ending
+        self._announce()
+
+    def fail(self, error: FusionRouteError) -> None:
+        """The turn broke off; what was written stays and can be resumed."""
+        self.error = error
+        self._announce()
+
+    def cancel(self) -> None:
+        """Asks the writer to stop, also while it waits for a model."""
+        self.cancelled = True
+        self.interrupt()
+
+    async def follow(self, from_token: int = 0) -> AsyncGenerator[WrittenToken, None]:
+        """The answer's tokens from number `from_token` on as they come; ends with the turn.
+
+        Raises:
+            FusionRouteError: why the turn broke off.
+        """
+        self.num_followers += 1
+        try:
+            index = from_token
+            while True:
+                news = self._news
+                while index < len(self.tokens):
+                    yield self.tokens[index]
+                    index += 1
+                if self.error is not None:
+                    raise self.error
+                if self.is_over:
+                    return
+                if news is self._news:
+                    await news.wait()
+        finally:
+            self.num_followers -= 1
+            self.left_alone_since = time.monotonic()
+
+    def alone_for_seconds(self) -> float:
+        """How long nobody has followed the turn."""
+        return 0.0 if self.num_followers else time.monotonic() - self.left_alone_since
+
+    def _announce(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()

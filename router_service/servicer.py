@@ -1,0 +1,214 @@
+"""RouterService: translates between messages and the turn keeper."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from fusionroute.engine import Engine
+from fusionroute.fusion import Choice, CombineRule
+from fusionroute.v1 import router_pb2, router_pb2_grpc
+from fusionroute.wire import identity_to_message, load_to_message
+from router_service.experts import Directory
+from router_service.generation import Candidates, Costs, WrittenToken
+from router_service.live_turn import LiveTurn
+from router_service.session_store import SessionStore
+from router_service.stored_session import FinishReason, SessionState
+from router_service.turn_keeper import TurnKeeper
+from router_service.turn_request import RULE_MESSAGES, Offer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+FENCE_OF_DELETE = 2**63 - 1
+"""Above every writer's: a deleted session is closed whoever wrote it."""
+
+_FINISH_MESSAGES = {
+    FinishReason.EOS: router_pb2.FINISH_REASON_EOS,
+    FinishReason.STOP: router_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: router_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: router_pb2.FINISH_REASON_CANCELLED,
+    FinishReason.CONTEXT: router_pb2.FINISH_REASON_CONTEXT,
+}
+_STATE_MESSAGES = {
+    SessionState.EMPTY: router_pb2.SESSION_STATE_UNSPECIFIED,
+    SessionState.RUNNING: router_pb2.SESSION_STATE_RUNNING,
+    SessionState.FINISHED: router_pb2.SESSION_STATE_FINISHED,
+}
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
+    """The router's API for applications."""
+
+    def __init__(
+        self,
+        keeper: TurnKeeper,
+        store: SessionStore,
+        engine: Engine,
+        directory: Directory,
+        offer: Offer,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self._keeper = keeper
+        self._store = store
+        self._engine = engine
+        self._directory = directory
+        self._offer = offer
+        self._tokenizer = tokenizer
+
+    async def Generate(  # noqa: N802
+        self, request: router_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[router_pb2.GenerateResponse]:
+        live = await self._keeper.generate(request)
+        async with contextlib.aclosing(self._events(live, 0)) as events:
+            async for event in events:
+                yield router_pb2.GenerateResponse(event=event)
+
+    async def Resume(  # noqa: N802
+        self, request: router_pb2.ResumeRequest, context: Context
+    ) -> AsyncIterator[router_pb2.ResumeResponse]:
+        live = await self._keeper.resume(request.session_id, request.from_token)
+        async with contextlib.aclosing(self._events(live, request.from_token)) as events:
+            async for event in events:
+                yield router_pb2.ResumeResponse(event=event)
+
+    async def Cancel(self, request: router_pb2.CancelRequest, context: Context) -> router_pb2.CancelResponse:  # noqa: N802
+        return router_pb2.CancelResponse(was_running=await self._keeper.cancel(request.session_id))
+
+    async def GetSession(  # noqa: N802
+        self, request: router_pb2.GetSessionRequest, context: Context
+    ) -> router_pb2.GetSessionResponse:
+        stored = await self._store.get(request.session_id)
+        response = router_pb2.GetSessionResponse(
+            session_id=stored.session_id,
+            state=_STATE_MESSAGES[stored.state],
+            token_ids=stored.records["token_id"].tolist(),
+            expires_in_seconds=stored.expires_in_seconds,
+        )
+        if stored.turn is not None:
+            parameters = stored.turn.parameters
+            response.answer_position = stored.turn.answer_position
+            response.answer_text = self._keeper.answer_text(stored)
+            response.seed = parameters.seed
+            response.combine = RULE_MESSAGES[CombineRule(parameters.combine)]
+            response.checkpoint = parameters.checkpoint
+            if stored.turn.finish_reason is not None:
+                response.finish_reason = _FINISH_MESSAGES[stored.turn.finish_reason]
+        return response
+
+    async def DeleteSession(  # noqa: N802
+        self, request: router_pb2.DeleteSessionRequest, context: Context
+    ) -> router_pb2.DeleteSessionResponse:
+        existed = await self._keeper.delete(request.session_id)
+        await asyncio.gather(
+            self._engine.close_session(request.session_id, FENCE_OF_DELETE),
+            *(
+                instance.close_session(request.session_id, FENCE_OF_DELETE)
+                for instance in list(self._directory.instances.values())
+            ),
+        )
+        return router_pb2.DeleteSessionResponse(existed=existed)
+
+    async def GetRouterInfo(  # noqa: N802
+        self, request: router_pb2.GetRouterInfoRequest, context: Context
+    ) -> router_pb2.GetRouterInfoResponse:
+        return router_pb2.GetRouterInfoResponse(
+            model=identity_to_message(self._engine.facts),
+            checkpoint=self._offer.checkpoint,
+            default_combine=RULE_MESSAGES[self._offer.default_rule],
+            available_combine=[RULE_MESSAGES[rule] for rule in self._offer.rules],
+            slots=[self._slot(slot) for slot in self._offer.slots],
+            load=load_to_message(self._engine.load()),
+            num_running_generations=self._keeper.num_running,
+        )
+
+    def _slot(self, slot: str) -> router_pb2.ExpertSlot:
+        instance = self._directory.best(slot)
+        if instance is None:
+            return router_pb2.ExpertSlot(slot=slot)
+        return router_pb2.ExpertSlot(
+            slot=slot, address=instance.entry.address, ready=instance.is_ready, model=instance.entry.model
+        )
+
+    async def _events(
+        self, live: LiveTurn, from_token: int
+    ) -> AsyncGenerator[router_pb2.GenerationEvent, None]:
+        """Started, the tokens from `from_token` on, Finished."""
+        yield router_pb2.GenerationEvent(
+            started=router_pb2.Started(
+                session_id=live.session_id,
+                num_prompt_tokens=live.answer_position,
+                seed=live.turn.sampling.seed,
+                combine=RULE_MESSAGES[live.turn.rule],
+                checkpoint=live.turn.checkpoint,
+            )
+        )
+        async with contextlib.aclosing(live.follow(from_token)) as tokens:
+            async for token in tokens:
+                yield router_pb2.GenerationEvent(token=self._token(token))
+        ending = live.ending
+        assert ending is not None
+        yield router_pb2.GenerationEvent(
+            finished=router_pb2.Finished(
+                reason=_FINISH_MESSAGES[ending.reason],
+                text=ending.text,
+                num_prompt_tokens=live.answer_position,
+                num_generated_tokens=len(live.tokens),
+                stop=ending.stop,
+                statistics=_statistics(live.costs),
+            )
+        )
+
+    def _token(self, token: WrittenToken) -> router_pb2.Token:
+        record = token.record
+        by_expert = record.source == record.source.EXPERT
+        message = router_pb2.Token(
+            index=token.index,
+            id=record.token_id,
+            text=token.text,
+            logprob=record.logprob,
+            expert=self._offer.slots[record.expert] if by_expert else "",
+            expert_epoch=record.epoch if by_expert else 0,
+            routing_weights=token.weights,
+        )
+        if token.top is not None:
+            message.top.CopyFrom(self._top(token.top))
+        return message
+
+    def _top(self, top: Candidates) -> router_pb2.TopCandidates:
+        return router_pb2.TopCandidates(
+            fused=self._candidates(top.fused),
+            expert=self._candidates(top.expert),
+            router=self._candidates(top.router),
+        )
+
+    def _candidates(self, choices: Sequence[Choice]) -> list[router_pb2.Candidate]:
+        return [
+            router_pb2.Candidate(
+                id=choice.token_id, text=self._tokenizer.decode([choice.token_id]), logprob=choice.logprob
+            )
+            for choice in choices
+        ]
+
+
+def _statistics(costs: Costs | None) -> router_pb2.GenerationStatistics | None:
+    if costs is None:
+        return None
+    return router_pb2.GenerationStatistics(
+        num_router_forwards=costs.num_router_forwards,
+        num_expert_calls=costs.num_expert_calls,
+        num_replays=costs.num_replays,
+        total_seconds=costs.total_seconds,
+        first_token_seconds=costs.first_token_seconds,
+        router_seconds=costs.router_seconds,
+        expert_seconds=costs.expert_seconds,
+        expert_forward_seconds=costs.expert_forward_seconds,
+        fuse_seconds=costs.fuse_seconds,
+        store_seconds=costs.store_seconds,
+    )

@@ -1,0 +1,349 @@
+"""Begins, continues and ends turns: the store says what was written, this process writes what is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import structlog
+
+from fusionroute.errors import (
+    FusionRouteError,
+    InternalFault,
+    InvalidRequest,
+    OutOfRoom,
+    Reason,
+    SessionStateError,
+    Unavailable,
+    invalid,
+)
+from fusionroute.v1 import router_pb2
+from router_service.asking import Text
+from router_service.generation import Ending, Ensemble, TurnWriter, WrittenToken
+from router_service.live_turn import LiveTurn
+from router_service.records import pack_prompt, to_token_records
+from router_service.session_store import SessionStore, new_session_id
+from router_service.stored_session import (
+    FinishReason,
+    Lease,
+    SessionState,
+    StoredSession,
+    StoredTurn,
+)
+from router_service.text import AnswerText
+from router_service.token_log import TokenLog
+from router_service.turn_request import Offer, Showing, Turn, read_prompt, read_showing, read_turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = structlog.get_logger(__name__)
+
+CONTEXT_TOKENS = 8
+"""Tokens before an answer that may decide how its first token is spelt, such as a leading space."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnLimits:
+    """How many turns run here and for how long without anybody listening.
+
+    Attributes:
+        max_running: turns written at a time.
+        alone_seconds: a turn that nobody has followed for so long is put aside; `Resume` continues it.
+    """
+
+    max_running: int = 256
+    alone_seconds: float = 30.0
+
+
+@dataclass(slots=True, eq=False)
+class TurnKeeper:
+    """The turns of one router process."""
+
+    ensemble: Ensemble
+    store: SessionStore
+    offer: Offer
+    tokenizer: PreTrainedTokenizerBase
+    limits: TurnLimits = field(default_factory=TurnLimits)
+    _live: dict[str, LiveTurn] = field(default_factory=dict)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _draining: bool = False
+
+    @property
+    def num_running(self) -> int:
+        """Turns that are being written here."""
+        return len(self._tasks)
+
+    @property
+    def num_tokens_written(self) -> int:
+        """Tokens of the running turns; moves while turns make progress."""
+        return sum(len(live.tokens) for live in self._live.values())
+
+    async def generate(self, request: router_pb2.GenerateRequest) -> LiveTurn:
+        """Begins a turn, or finds the one that the same request id has begun.
+
+        Raises:
+            FusionRouteError: the request cannot be served; nothing was written.
+        """
+        turn, showing = read_turn(request, self.offer), read_showing(request)
+        self._check_capacity()
+        session_id = request.session_id or new_session_id()
+        live = self._live.get(session_id)
+        if live is not None:
+            if request.request_id and live.request_id == request.request_id:
+                return live
+            raise _busy(session_id)
+        stored = await self._find(session_id) if request.session_id else None
+        if stored is not None and request.request_id and _request_id(stored) == request.request_id:
+            return await self.resume(session_id)
+        tokens = [] if stored is None else stored.records["token_id"].tolist()
+        prompt = await read_prompt(request, self.tokenizer, self.offer, first_turn=not tokens)
+        self._check_context(len(tokens), len(prompt))
+        lease = await self.store.acquire(session_id, owner=uuid4().hex)
+        async with _released_on_error(self.store, lease):
+            begun = await self.store.begin_turn(
+                lease, len(tokens), pack_prompt(prompt), turn.to_stored(), request_id=request.request_id
+            )
+        text = Text(session_id, lease.fence, tokens + prompt)
+        live = LiveTurn(session_id, request.request_id, turn, showing, begun.answer_position)
+        self._start(live, lease, text, self._answer_text(turn, text.tokens))
+        return live
+
+    async def resume(self, session_id: str, from_token: int = 0) -> LiveTurn:
+        """The latest turn of a session, running, complete or continued.
+
+        Raises:
+            FusionRouteError: SESSION_UNKNOWN; SESSION_BUSY when another router writes it; CHECKPOINT_CHANGED when it
+                was begun under another checkpoint; INVALID_FIELD when the turn ends before `from_token`.
+        """
+        live = self._live.get(session_id)
+        if live is None:
+            live = await self._restore(session_id)
+        if live.is_over and from_token > len(live.tokens):
+            raise invalid("from_token", from_token, f"the turn has {len(live.tokens)} tokens")
+        return live
+
+    async def cancel(self, session_id: str) -> bool:
+        """Ends the running turn of a session; returns whether one was running. Raises SESSION_UNKNOWN."""
+        live = self._live.get(session_id)
+        if live is not None:
+            live.cancel()
+            return True
+        outcome = await self.store.cancel(session_id)
+        if outcome.was_running and not outcome.writer_is_alive:
+            lease = await self.store.acquire(session_id, owner=uuid4().hex, create=False)
+            async with _released_on_error(self.store, lease):
+                await self.store.finish(lease, lease.length, FinishReason.CANCELLED)
+        return outcome.was_running
+
+    async def delete(self, session_id: str) -> bool:
+        """Forgets a session in the store; its running turn ends."""
+        live = self._live.get(session_id)
+        if live is not None:
+            live.cancel()
+        return await self.store.delete(session_id)
+
+    def answer_text(self, stored: StoredSession) -> str:
+        """The text of a stored session's latest answer."""
+        live, answer_text = self._read_back(stored, _latest_turn(stored))
+        pieces = [token.text for token in live.tokens]
+        pieces.append(answer_text.finish() if live.ending is None else live.ending.text)
+        return "".join(pieces)
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Refuses new turns, gives the running ones some time and puts the others aside, to be resumed elsewhere."""
+        self._draining = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_seconds)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # --- what is written already ---------------------------------------------------------------------------------
+
+    async def _restore(self, session_id: str) -> LiveTurn:
+        stored = await self.store.get(session_id)
+        turn = _latest_turn(stored)
+        if stored.state is SessionState.FINISHED:
+            return self._read_back(stored, turn)[0]
+        if stored.is_being_written:
+            raise _busy(session_id, stored.lease_remaining_seconds)
+        if turn.parameters.checkpoint != self.offer.checkpoint:
+            raise SessionStateError(
+                Reason.CHECKPOINT_CHANGED,
+                f"the turn of session {session_id!r} was begun under checkpoint {turn.parameters.checkpoint}, this router"
+                f" serves {self.offer.checkpoint}",
+            )
+        self._check_capacity()
+        lease = await self.store.acquire(session_id, owner=uuid4().hex, create=False)
+        async with _released_on_error(self.store, lease):
+            stored = await self.store.get(session_id)
+            live, answer_text = self._read_back(stored, _latest_turn(stored))
+        text = Text(session_id, lease.fence, stored.records["token_id"].tolist())
+        self._start(live, lease, text, answer_text)
+        return live
+
+    def _read_back(self, stored: StoredSession, turn: StoredTurn) -> tuple[LiveTurn, AnswerText]:
+        """A stored turn with the same text pieces as when it was written."""
+        parameters = Turn.from_stored(turn.parameters)
+        live = LiveTurn(stored.session_id, turn.request_id, parameters, Showing(), turn.answer_position)
+        before = stored.records[max(0, turn.answer_position - CONTEXT_TOKENS) : turn.answer_position]
+        answer_text = self._answer_text(parameters, before["token_id"].tolist())
+        records = to_token_records(stored.records[turn.answer_position :])
+        for index, record in enumerate(records):
+            live.tokens.append(WrittenToken(index, record, answer_text.push(record.token_id)))
+        if turn.finish_reason is not None:
+            live.ending = Ending(turn.finish_reason, answer_text.finish(), turn.stop)
+        return live, answer_text
+
+    def _answer_text(self, turn: Turn, before: Sequence[int]) -> AnswerText:
+        return AnswerText(self._decode, turn.stops, before[-CONTEXT_TOKENS:])
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+
+    def _start(self, live: LiveTurn, lease: Lease, text: Text, answer_text: AnswerText) -> None:
+        self._live[live.session_id] = live
+        task = asyncio.create_task(
+            self._write(live, lease, text, answer_text), name=f"turn {live.session_id}"
+        )
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _write(self, live: LiveTurn, lease: Lease, text: Text, answer_text: AnswerText) -> None:
+        started = time.monotonic()
+        try:
+            ending = await self._write_logged(live, lease, text, answer_text)
+        except asyncio.CancelledError:
+            live.fail(
+                Unavailable(Reason.DRAINING, "the router stops; resume the session", retry_after_seconds=1.0)
+            )
+            raise
+        except FusionRouteError as error:
+            log.warning(
+                "turn_broke_off", session=live.session_id, reason=error.reason.value, message=error.message
+            )
+            live.fail(error)
+        except Exception as error:
+            log.exception("turn_failed", session=live.session_id)
+            live.fail(InternalFault(Reason.INTERNAL, f"writing the turn failed: {type(error).__name__}"))
+        else:
+            log.info(
+                "turn_finished",
+                session=live.session_id,
+                reason=ending.reason.value,
+                num_tokens=len(live.tokens),
+                seconds=round(time.monotonic() - started, 4),
+            )
+            live.end(ending)
+        finally:
+            if self._live.get(live.session_id) is live:
+                del self._live[live.session_id]
+
+    async def _write_logged(
+        self, live: LiveTurn, lease: Lease, text: Text, answer_text: AnswerText
+    ) -> Ending:
+        async with TokenLog(self.store, lease, len(text.tokens)) as token_log:
+            writer = TurnWriter(
+                ensemble=self.ensemble,
+                turn=live.turn,
+                showing=live.showing,
+                text=text,
+                answer_position=live.answer_position,
+                answer_text=answer_text,
+                log=token_log,
+                is_cancelled=lambda: live.cancelled,
+            )
+            live.costs = writer.costs
+            task = asyncio.current_task()
+            assert task is not None
+            live.interrupt = lambda: _cancel_if(writer.is_asking, task)
+            async with contextlib.aclosing(writer.write()) as tokens:
+                async for token in tokens:
+                    live.publish(token)
+                    if live.alone_for_seconds() > self.limits.alone_seconds:
+                        raise Unavailable(Reason.LEFT_ALONE, "nobody follows the turn; resume the session")
+            ending = writer.ending
+            assert ending is not None
+            await token_log.finish(ending.reason, stop=ending.stop)
+        live.costs = replace(
+            writer.costs,
+            num_replays=text.num_replays,
+            store_seconds=token_log.waited_seconds,
+            total_seconds=time.monotonic() - writer.costs.started,
+        )
+        return ending
+
+    # --- checks ----------------------------------------------------------------------------------------------------
+
+    async def _find(self, session_id: str) -> StoredSession | None:
+        try:
+            return await self.store.get(session_id)
+        except SessionStateError as error:
+            if error.reason is Reason.SESSION_UNKNOWN:
+                return None
+            raise
+
+    def _check_capacity(self) -> None:
+        if self._draining:
+            raise Unavailable(Reason.DRAINING, "the router is about to stop", retry_after_seconds=1.0)
+        if self.num_running >= self.limits.max_running:
+            raise OutOfRoom(
+                Reason.QUEUE_FULL,
+                f"{self.num_running} turns are running, the limit is {self.limits.max_running}",
+                retry_after_seconds=0.5,
+            )
+
+    def _check_context(self, num_before: int, num_prompt: int) -> None:
+        limit = self.offer.max_context_tokens - 1
+        if num_before + num_prompt > limit:
+            raise InvalidRequest(
+                Reason.CONTEXT_FULL,
+                f"{num_before} tokens of the session + {num_prompt} of the prompt = {num_before + num_prompt}; the longest"
+                f" prompt is {limit} tokens",
+                metadata={"field": "prompt", "limit": str(limit)},
+            )
+
+
+@contextlib.asynccontextmanager
+async def _released_on_error(store: SessionStore, lease: Lease) -> AsyncIterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(FusionRouteError):
+            await store.release(lease)
+        raise
+
+
+def _cancel_if(is_asking: bool, task: asyncio.Task[None]) -> None:
+    if is_asking:
+        task.cancel()
+
+
+def _latest_turn(stored: StoredSession) -> StoredTurn:
+    if stored.turn is None:
+        raise SessionStateError(Reason.SESSION_UNKNOWN, f"session {stored.session_id!r} has no turn yet")
+    return stored.turn
+
+
+def _request_id(stored: StoredSession) -> str:
+    return "" if stored.turn is None else stored.turn.request_id
+
+
+def _busy(session_id: str, retry_after_seconds: float = 0.5) -> SessionStateError:
+    return SessionStateError(
+        Reason.SESSION_BUSY,
+        f"a turn of session {session_id!r} is being written",
+        retry_after_seconds=retry_after_seconds,
+    )
