@@ -19,29 +19,31 @@ class ExpertSettings(DaemonSettings):
 
     model: str = Field(min_length=1, description="Model to serve: a folder or a hub id.")
     slot: Annotated[str, Field(pattern=r"^([a-z0-9_-]{1,32})?$")] = Field(
-        "", description='Slot it fills in the router\'s checkpoint, for example "math".'
+        default="", description='Slot it fills in the router\'s checkpoint, for example "math".'
     )
-    port: Port = Field(50061, description="Port to listen on; 0 = any free one.")
+    port: Port = Field(default=50061, description="Port to listen on; 0 = any free one.")
     router: Address | None = Field(
-        None, description="HOST:PORT of a router to register with; absent = register nowhere."
+        default=None, description="HOST:PORT of a router to register with; absent = register nowhere."
     )
     advertise: Address | None = Field(
-        None, description="HOST:PORT at which routers reach this expert; absent = where it listens."
+        default=None, description="HOST:PORT at which routers reach this expert; absent = where it listens."
     )
     device: Annotated[str, Field(pattern=r"^(cpu|mps|(cuda|xpu)(:[0-9]+)?)$")] = Field(
-        "cpu", description="Device of the model: cpu, cuda, cuda:1, ..."
+        default="cpu", description="Device of the model: cpu, cuda, cuda:1, ..."
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="Number format of the model; auto = that of its weights."
+        default="auto", description="Number format of the model; auto = that of its weights."
     )
-    kv_tokens: Positive = Field(65536, description="Tokens for which there is key-value memory.")
-    max_batch_tokens: Positive = Field(2048, description="Most tokens in one forward.")
-    prefill_chunk_tokens: Positive = Field(512, description="Most tokens of one session in one forward.")
-    max_queue: Positive = Field(256, description="Most steps waiting or running.")
-    max_sessions: Positive = Field(4096, description="Most sessions cached at a time.")
+    kv_tokens: Positive = Field(default=65536, description="Tokens for which there is key-value memory.")
+    max_batch_tokens: Positive = Field(default=2048, description="Most tokens in one forward.")
+    prefill_chunk_tokens: Positive = Field(
+        default=512, description="Most tokens of one session in one forward."
+    )
+    max_queue: Positive = Field(default=256, description="Most steps waiting or running.")
+    max_sessions: Positive = Field(default=4096, description="Most sessions cached at a time.")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="Threads of torch; 0 = its own choice.")
     refused_retry_seconds: Seconds = Field(
-        30.0, description="Pause before registering again after the router refused this expert."
+        default=30.0, description="Pause before registering again after the router refused this expert."
     )
 
     @model_validator(mode="after")

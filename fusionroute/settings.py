@@ -140,18 +140,22 @@ class ServiceSettings(BaseSettings):
 class DaemonSettings(ServiceSettings):
     """What every daemon has."""
 
-    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
-    port: Port = Field(0, description="Port to listen on; 0 = any free one.")
-    ready_file: Path | None = Field(None, description="File that receives HOST:PORT once the daemon serves.")
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
+    port: Port = Field(default=0, description="Port to listen on; 0 = any free one.")
+    ready_file: Path | None = Field(
+        default=None, description="File that receives HOST:PORT once the daemon serves."
+    )
     max_message_bytes: Annotated[int, Field(ge=65536, le=2**31 - 1)] = Field(
-        64 * 2**20, description="Largest gRPC message, bytes; the same on both ends."
+        default=64 * 2**20, description="Largest gRPC message, bytes; the same on both ends."
     )
-    drain_seconds: Seconds = Field(20.0, description="Time for running work to finish after SIGTERM.")
+    drain_seconds: Seconds = Field(default=20.0, description="Time for running work to finish after SIGTERM.")
     frozen_after_seconds: Seconds = Field(
-        120.0, description="Health turns NOT_SERVING when pending work has not moved for so long."
+        default=120.0, description="Health turns NOT_SERVING when pending work has not moved for so long."
     )
-    log_format: LogFormat = Field("auto", description="json, console, or auto = console on a terminal.")
-    log_level: LogLevel = Field("info", description="debug, info, warning or error.")
+    log_format: LogFormat = Field(
+        default="auto", description="json, console, or auto = console on a terminal."
+    )
+    log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
 
 
 S = TypeVar("S", bound=DaemonSettings)

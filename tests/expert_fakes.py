@@ -1,0 +1,168 @@
+"""Stand-ins around the expert service: an engine with known logits, a registry in memory, a served expert."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from expert_service.bootstrap import progress_of, service_of
+from expert_service.servicer import ExpertServicer
+from fusionroute.engine import Engine, EngineLoad, ModelFacts, SessionView, StepCall, StepOutcome
+from fusionroute.errors import FusionRouteError, InvalidRequest, ModelRejected, Reason, SessionStateError
+from fusionroute.grpc_runtime import RunningServer, Service, channel, server
+from fusionroute.v1 import expert_pb2_grpc, registry_pb2, registry_pb2_grpc
+
+WIDTH = 11
+
+
+def successor(token_id: int) -> int:
+    """The token that `KnownEngine` always finds most likely after another."""
+    return (3 * token_id + 1) % WIDTH
+
+
+class KnownEngine:
+    """An engine whose logits are a fixed function of the last token; an unset `gate` holds its steps back."""
+
+    def __init__(self, dtype: str = "float32") -> None:
+        self.facts = ModelFacts("known", "weights", "vocabulary", WIDTH, "fake", dtype, 1000, 5)
+        self.calls: list[StepCall] = []
+        self.lengths: dict[str, int] = {}
+        self.num_forwards = 0
+        self.num_waiting = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._dtype = getattr(torch, dtype)
+
+    def rows(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Row t: 2 at the successor of token t, (column / 16) elsewhere; exact in every format."""
+        rows = torch.arange(WIDTH).div(16).repeat(len(token_ids), 1)
+        for row, token_id in zip(rows, token_ids, strict=True):
+            row[successor(token_id)] = 2.0
+        return rows.to(self._dtype)
+
+    async def step(self, call: StepCall) -> StepOutcome:
+        self.calls.append(call)
+        self.num_waiting += 1
+        try:
+            await self.gate.wait()
+        finally:
+            self.num_waiting -= 1
+        if call.from_position != self.lengths.get(call.session_id, 0):
+            raise SessionStateError(Reason.POSITION_AHEAD, "ahead", metadata={"cached_length": "3"})
+        self.num_forwards += 1
+        length = self.lengths[call.session_id] = call.from_position + len(call.token_ids)
+        rows = self.rows(call.token_ids[len(call.token_ids) - call.num_rows :])
+        return StepOutcome(rows, None, length, len(call.token_ids), 0.5, 0.25, 1, len(self.lengths))
+
+    async def score(
+        self, token_ids: Sequence[int], chunk_tokens: int = 256
+    ) -> AsyncIterator[tuple[int, torch.Tensor]]:
+        for start in range(0, len(token_ids), chunk_tokens):
+            await asyncio.sleep(0)
+            yield start, self.rows(token_ids[start : start + chunk_tokens])
+
+    async def close_session(self, session_id: str, fence: int = 0) -> bool:
+        return self.lengths.pop(session_id, None) is not None
+
+    async def list_sessions(self, limit: int) -> tuple[list[SessionView], int]:
+        views = [SessionView(name, length, 64, 0.5, False, 2) for name, length in self.lengths.items()]
+        return views[:limit], len(views)
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(len(self.lengths), self.num_waiting, 8, 64, 128, self.num_forwards, 3)
+
+    async def drain(self, timeout_seconds: float) -> None:
+        return None
+
+
+@asynccontextmanager
+async def served_expert(
+    engine: Engine | KnownEngine, *, slot: str = "math", **options: Any
+) -> AsyncIterator[tuple[expert_pb2_grpc.ExpertServiceAsyncStub, RunningServer, ExpertServicer]]:
+    """An expert on a free port, and a stub that reaches it."""
+    real = cast(Engine, engine)
+    size = {name: value for name, value in options.items() if name == "max_message_bytes"}
+    servicer = ExpertServicer(real, slot, **size)
+    async with (
+        server([service_of(servicer)], progress=lambda: progress_of(real), **options) as running,
+        channel(running.address) as open_channel,
+    ):
+        yield expert_pb2_grpc.ExpertServiceStub(open_channel), running, servicer
+
+
+@dataclass
+class MemoryRegistry(registry_pb2_grpc.RegistryServiceServicer):
+    """A registry in memory that remembers what it was asked, and refuses when told to."""
+
+    # ruff: noqa: N802 - the contract names the methods
+    lease_seconds: float = 0.15
+    refusal: FusionRouteError | None = None
+    entries: dict[str, registry_pb2.RegisterExpertRequest] = field(default_factory=dict)
+    registered_at: list[float] = field(default_factory=list)
+    heartbeats: list[registry_pb2.HeartbeatRequest] = field(default_factory=list)
+
+    async def RegisterExpert(self, request: Any, context: Any) -> registry_pb2.RegisterExpertResponse:
+        self.registered_at.append(time.monotonic())
+        if self.refusal is not None:
+            raise self.refusal
+        self.entries[request.instance_id] = request
+        return registry_pb2.RegisterExpertResponse(lease_seconds=self.lease_seconds, revision=1)
+
+    async def Heartbeat(self, request: Any, context: Any) -> registry_pb2.HeartbeatResponse:
+        if request.instance_id not in self.entries:
+            raise SessionStateError(Reason.LEASE_EXPIRED, f"no lease for {request.instance_id}")
+        self.heartbeats.append(request)
+        return registry_pb2.HeartbeatResponse(
+            lease_seconds=self.lease_seconds, state=registry_pb2.EXPERT_STATE_READY
+        )
+
+    async def DeregisterExpert(self, request: Any, context: Any) -> registry_pb2.DeregisterExpertResponse:
+        existed = self.entries.pop(request.instance_id, None) is not None
+        return registry_pb2.DeregisterExpertResponse(existed=existed)
+
+    async def ListExperts(self, request: Any, context: Any) -> registry_pb2.ListExpertsResponse:
+        entries = [
+            registry_pb2.ExpertEntry(instance_id=entry.instance_id, slot=entry.slot, address=entry.address)
+            for entry in self.entries.values()
+        ]
+        return registry_pb2.ListExpertsResponse(experts=entries, revision=1)
+
+    async def WatchExperts(
+        self, request: Any, context: Any
+    ) -> AsyncIterator[registry_pb2.WatchExpertsResponse]:
+        listed = await self.ListExperts(request, context)
+        yield registry_pb2.WatchExpertsResponse(experts=listed.experts, revision=listed.revision)
+
+    async def DrainExpert(self, request: Any, context: Any) -> registry_pb2.DrainExpertResponse:
+        return registry_pb2.DrainExpertResponse(revision=1)
+
+
+def registry_service(registry: MemoryRegistry) -> Service:
+    """As `grpc_runtime.server` takes it."""
+    return Service(
+        "fusionroute.v1.RegistryService",
+        lambda grpc_server: registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, grpc_server),
+    )
+
+
+def wrong_vocabulary() -> FusionRouteError:
+    """The refusal of an expert that speaks another vocabulary."""
+    return ModelRejected(Reason.VOCABULARY_MISMATCH, "tokenizer abc, the checkpoint wants def")
+
+
+def unknown_slot() -> FusionRouteError:
+    """The refusal of a slot that the checkpoint lacks."""
+    return InvalidRequest(Reason.UNKNOWN_SLOT, "slot 'math' is not in the checkpoint")
+
+
+async def until(condition: Callable[[], bool], timeout_seconds: float = 10.0) -> None:
+    """Waits for a condition; TimeoutError when it does not come true."""
+    async with asyncio.timeout(timeout_seconds):
+        while not condition():  # noqa: ASYNC110 - what is waited for knows no event
+            await asyncio.sleep(0.01)
