@@ -21,7 +21,7 @@ NUM_CONCURRENT = 16
 LIMITS = (
     "Gap tasks need what no expert was taught: experts and routing only cannot answer them. This router has",
     "had no preference phase, which repairs most of the plain sum's gap answers. The lab favours the gated",
-    "rules: almost every token is known to one model alone, and the gate has seen each kind of gap in training.",
+    "rules: almost every token is known to one model alone, and the gate has seen each kind of gap.",
     "Shares: Wilson intervals. Differences: paired bootstrap over the facts asked. Held-out items, one seed.",
 )
 
