@@ -16,55 +16,77 @@ MAX_HELD_TOKENS = 8
 class IncrementalText:
     """Turns ids into pieces of text that together are the decoding of all ids.
 
-    A decoder may treat the start of a text specially (sentencepiece drops a leading space) and needs all bytes
-    of a character at once. So each step decodes a short window: a few tokens whose text is out already, for
-    context, and those whose text is not. The cost of a token does not grow with the text.
+    A decoder may treat the start of a text specially (sentencepiece drops a leading space) and needs all
+    bytes of a character at once. So each step decodes a short window: a few tokens whose text is out already,
+    for context, and those whose text is not. The cost of a token does not grow with the text.
 
     Bytes that are no UTF-8 come out as U+FFFD: for byte-level vocabularies as many as the whole decoding has.
-    Decoders with byte fallback replace a whole run of byte tokens when one of them is wrong; of such a run, what
-    is out already stays.
+    Decoders with byte fallback replace a whole run of byte tokens when one of them is wrong; what is out of
+    such a run already stays.
 
     Args:
         decode: ids to text, special tokens skipped, no clean-up of spaces.
-        context: the last tokens before the first piece, for example of the prompt; they decide whether a
-            leading space is part of the text.
+        context: the tokens before the first piece, for example the prompt. The last few of them decide
+            whether a leading space is part of the text; where those are all special tokens, it is not.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._context = list(context[-MAX_HELD_TOKENS:])
+        self._context = self._without_half_characters(context)
         self._held: list[int] = []
         self._window_text = decode(self._context) if self._context else ""
         self._num_out = len(self._window_text.rstrip(REPLACEMENT))
+        self._num_incomplete = 0  # so many tokens in a row left a character incomplete
 
     def push(self, token_id: int) -> str:
         """The text that becomes certain with this token; often empty, never half a character."""
         text = self._decode([*self._context, *self._held, token_id])
-        if text == self._window_text and len(self._held) >= MAX_HELD_TOKENS:
-            return ""  # a long run of tokens without text, such as special ones: nothing to remember
+        if text == self._window_text and self._has_no_text(token_id):
+            return ""
         self._held.append(token_id)
         self._window_text = text
         is_whole = not text.endswith(REPLACEMENT)
-        is_hopeless = len(self._held) > MAX_HELD_TOKENS
-        num_certain = len(text) - 1 if is_hopeless and not is_whole else len(text.rstrip(REPLACEMENT))
+        self._num_incomplete = 0 if is_whole else self._num_incomplete + 1
+        if self._num_incomplete > MAX_HELD_TOKENS:
+            return self._give_up_on_all_but_the_last_character()
+        num_certain = len(text.rstrip(REPLACEMENT))
         piece = text[self._num_out : num_certain]
         self._num_out = max(self._num_out, num_certain)
-        if is_hopeless or (piece and is_whole):
-            self._slide(num_uncertain=len(text) - num_certain)
+        if piece and is_whole:
+            self._context, self._held = self._held, []
+            self._window_text = self._decode(self._context)
+            self._num_out = len(self._window_text)
         return piece
 
     def flush(self) -> str:
         """What is still held back, at the end of the text: a character that was never completed."""
+        if not self._held:
+            return ""
         piece = self._window_text[self._num_out :]
         self._num_out = len(self._window_text)
         return piece
 
-    def _slide(self, num_uncertain: int) -> None:
-        """Lets the held tokens be the context from here on."""
-        self._context = self._held[-MAX_HELD_TOKENS:]
-        self._held = []
-        self._window_text = self._decode(self._context)
-        self._num_out = len(self._window_text) - num_uncertain
+    def _without_half_characters(self, context: Sequence[int]) -> list[int]:
+        """The last few tokens of `context`, beginning where a character begins."""
+        for num_tokens in range(MAX_HELD_TOKENS, MAX_HELD_TOKENS + 4):
+            last = list(context[-num_tokens:])
+            if not self._decode(last).startswith(REPLACEMENT):
+                break
+        return last
+
+    def _has_no_text(self, token_id: int) -> bool:
+        """Whether a token, a special one say, never has text. Twice: decoders drop one space at the start."""
+        return not self._decode([token_id, token_id])
+
+    def _give_up_on_all_but_the_last_character(self) -> str:
+        """These bytes are no UTF-8; what they begin with stays U+FFFD whatever comes."""
+        piece = self._window_text[self._num_out : -1]
+        last = self._held[-MAX_HELD_TOKENS:]
+        self._context, self._held = last[:-1], last[-1:]
+        self._window_text = self._decode(last)
+        self._num_out = len(self._window_text) - 1
+        self._num_incomplete = len(last)
+        return piece
 
 
 class StopMatcher:
@@ -101,7 +123,7 @@ class StopMatcher:
         return text[:certain]
 
     def flush(self) -> str:
-        """What is still held back at the end of the text: the beginning of a stop string that did not come."""
+        """What is still held back, at the end of the text: what only looked like a stop string."""
         held, self._held = self._held, ""
         return held
 
