@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,8 +16,6 @@ from fusionroute.cli.target import json_option
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fusionroute.local_stack import StackPlan
-    from fusionroute.stack_state import StackState
 
 MAX_ITEMS_PER_TASK = 40
 EVALUATION_BUDGET_SECONDS = 110.0
@@ -46,6 +42,7 @@ def demo(seed: int, num_rounds: int | None, budget_seconds: float, as_json: bool
     from rich.console import Console
 
     from fusionroute.cli.lab import build_family
+    from fusionroute.cli.stack import temporary_stack
     from fusionroute.local_stack import StackPlan, threads_for
 
     console = Console(highlight=False, soft_wrap=True, stderr=as_json)
@@ -58,7 +55,9 @@ def demo(seed: int, num_rounds: int | None, budget_seconds: float, as_json: bool
         port=0,
         threads=threads_for(1 + len(family.experts)),
     )
-    with _temporary_stack(plan, clock) as state:
+    with ExitStack() as running:
+        with clock.stage("2  services: a router with its Redis, three experts"):
+            state = running.enter_context(temporary_stack(plan))
         with clock.stage("3  answers, each token in the colour of the expert that took part"):
             asyncio.run(_show(console, state.router_address, seed))
         with clock.stage("4  table: every answer decoded through the running services"):
@@ -90,28 +89,6 @@ async def _measure(
 
     async with RouterClient.open(address) as router:
         return await measure(console, router, num_rounds, budget_seconds, seed)
-
-
-@contextmanager
-def _temporary_stack(plan: StackPlan, clock: _Clock) -> Iterator[StackState]:
-    """A stack on free ports for as long as the block lasts; nothing of it survives, whatever happens."""
-    from fusionroute import local_stack
-    from fusionroute.cli.stack import start_stack
-    from fusionroute.stack_state import NotUp
-
-    with tempfile.TemporaryDirectory(prefix="fusionroute-demo-") as name:
-        folder = Path(name) / "stack"
-        with clock.stage("2  services: a router with its Redis, three experts"):
-            state = start_stack(plan, folder, die_with_parent=True)
-        try:
-            yield state
-        finally:
-            try:
-                killed = local_stack.stop(folder, 10.0)
-            except NotUp:
-                killed = []
-            if killed:
-                clock.say(f"had to kill {', '.join(killed)}")
 
 
 class _Clock:

@@ -71,6 +71,11 @@ class CommandGroup(click.Group):
             return super().invoke(ctx)
         except FusionRouteError as error:
             raise as_failure(error) from error
+        except ExceptionGroup as several:
+            ours = several.subgroup(FusionRouteError)
+            if ours is None:
+                raise
+            raise as_failure(_first(ours)) from several
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
@@ -85,6 +90,11 @@ def as_failure(error: FusionRouteError) -> Failure:
     else:
         code = EXIT_REFUSED
     return Failure(f"{error.message} ({error.reason.value})", code)
+
+
+def _first(several: ExceptionGroup[FusionRouteError]) -> FusionRouteError:
+    first = several.exceptions[0]
+    return _first(first) if isinstance(first, ExceptionGroup) else first
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

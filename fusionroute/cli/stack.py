@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from fusionroute.cli.target import folder_of, name_option
 if TYPE_CHECKING:
     from fusionroute.local_stack import OnProgress, StackPlan
     from fusionroute.stack_state import StackState
+
+TEMPORARY_STOP_SECONDS = 10.0
 
 
 @click.command()
@@ -205,10 +208,34 @@ def start_stack(plan: StackPlan, folder: Path, *, die_with_parent: bool = False)
                 on_progress=on_progress,
             )
         except ProcessDied as error:
-            details = "\n".join(f"  | {line}" for line in error.log_tail)
-            raise Failure(str(error), details=details) from None
+            raise Failure(str(error), details=_quoted(error.log_tail)) from None
         except (StackError, OSError) as error:
             raise Failure(str(error)) from None
+
+
+@contextmanager
+def temporary_stack(plan: StackPlan) -> Iterator[StackState]:
+    """A stack for as long as the block lasts; nothing of it survives, whatever happens.
+
+    Raises:
+        Failure: it does not start, or the block fails after one of its processes has ended.
+    """
+    from fusionroute import local_stack
+    from fusionroute.stack_state import NotUp
+
+    with tempfile.TemporaryDirectory(prefix="fusionroute-stack-") as name:
+        folder = Path(name) / "stack"
+        state = start_stack(plan, folder, die_with_parent=True)
+        try:
+            yield state
+        except Exception as error:
+            gone = [record for record in state.processes if record not in state.alive]
+            if not gone:
+                raise
+            raise Failure(f"{gone[0].name} ended: {error}", details=_last_words(gone[0].log)) from error
+        finally:
+            with suppress(NotUp):
+                local_stack.stop(folder, TEMPORARY_STOP_SECONDS)
 
 
 @contextmanager
@@ -228,7 +255,7 @@ def _progress_display() -> Iterator[OnProgress]:
 
 def _stay_attached(plan: StackPlan, folder: Path) -> None:
     from fusionroute import local_stack, processes
-    from fusionroute.stack_state import StackError, tail
+    from fusionroute.stack_state import StackError
 
     state = start_stack(plan, folder, die_with_parent=True)
     click.echo(f"up: router on {state.router_address}; Ctrl-C stops it")
@@ -242,5 +269,15 @@ def _stay_attached(plan: StackPlan, folder: Path) -> None:
     except StackError:
         click.echo("stopped by someone else")
         return
-    details = "\n".join(f"  | {line}" for line in tail(ended.log, 25))
-    raise Failure(f"{ended.name} ended, so the stack was stopped; its log is {ended.log}", details=details)
+    what = f"{ended.name} ended, so the stack was stopped; its log is {ended.log}"
+    raise Failure(what, details=_last_words(ended.log))
+
+
+def _last_words(log: Path) -> str:
+    from fusionroute.stack_state import tail
+
+    return _quoted(tail(log, 25))
+
+
+def _quoted(lines: list[str]) -> str:
+    return "\n".join(f"  | {line}" for line in lines)

@@ -1,10 +1,10 @@
 """A daemon that keeps the daemons' promises (ready file, SIGTERM) or, by its model's name, breaks one.
 
-    good        serves until SIGTERM
-    dies        says why and exits with code 3
-    stubborn    ignores SIGTERM
-    parent      starts a child of its own, which ignores SIGTERM, and leaves it behind
-    mute        never says that it serves
+good        serves until SIGTERM
+dies        says why and exits with code 3
+stubborn    ignores SIGTERM
+parent      starts a child of its own, which ignores SIGTERM, and leaves it behind
+mute        never says that it serves
 """
 
 from __future__ import annotations
