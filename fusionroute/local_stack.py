@@ -28,6 +28,7 @@ START_DEADLINE_SECONDS = 300.0
 STOP_DEADLINE_SECONDS = 25.0
 POLL_SECONDS = 0.1
 ROUTER = "router"
+SETTINGS_VARIABLES = ("FUSIONROUTE_EXPERT_", "FUSIONROUTE_ROUTER_", "FUSIONROUTE_CONFIG", "REDIS_URL")
 
 AskRegistry = Callable[[str], Mapping[str, str]]
 """Router address -> state by slot, for example {"math": "ready"}; raises nothing, {} when not reachable."""
@@ -63,6 +64,8 @@ class StackPlan:
     dtype: str = "auto"
     # torch threads of each process
     threads: int = 1
+    # take no settings from the environment, so that the stack shares nothing, such as a Redis, with others
+    isolated: bool = False
 
 
 def threads_for(num_processes: int, num_cores: int | None = None) -> int:
@@ -181,11 +184,16 @@ class _Launch:
             name,
             [*program, *arguments],
             log=self.folder / "logs" / f"{name}.log",
-            environment={"OMP_NUM_THREADS": str(self.plan.threads), "PYTHONUNBUFFERED": "1"},
+            environment=self._environment(),
             die_with_parent=self.die_with_parent,
         )
         self._remember(processes=(*self.state.processes, record))
         self.on_progress(name, "starting")
+
+    def _environment(self) -> dict[str, str | None]:
+        inherited = [name for name in os.environ if name.startswith(SETTINGS_VARIABLES)]
+        removed = dict.fromkeys(inherited if self.plan.isolated else ())
+        return {**removed, "OMP_NUM_THREADS": str(self.plan.threads), "PYTHONUNBUFFERED": "1"}
 
     def _wait_for_address(self, name: str) -> str:
         ready_file = self.folder / "ready" / name

@@ -56,7 +56,7 @@ def spawn(
     command: Sequence[str],
     *,
     log: Path,
-    environment: Mapping[str, str],
+    environment: Mapping[str, str | None],
     die_with_parent: bool,
 ) -> ProcessRecord:
     """Starts a process in a session of its own, its output appended to `log`.
@@ -65,7 +65,7 @@ def spawn(
         name: what people call it.
         command: program (absolute path) and arguments.
         log: receives standard output and standard error.
-        environment: added to the environment of this process.
+        environment: added to the environment of this process; None takes a variable out of it.
         die_with_parent: on Linux the kernel sends it SIGTERM when the thread that calls this ends.
 
     Raises:
@@ -79,7 +79,7 @@ def spawn(
     pid = os.posix_spawn(
         argv[0],
         argv,
-        {**os.environ, **environment},
+        {name: value for name, value in {**os.environ, **environment}.items() if value is not None},
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, str(log), append, 0o600),

@@ -82,7 +82,7 @@ def decode(
     family = build_family(lab)
     experts = {slot: str(path) for slot, path in family.experts.items()}
     threads = threads or threads_for(1 + len(experts))
-    plan = StackPlan(str(family.router), experts, port=0, threads=threads)
+    plan = StackPlan(str(family.router), experts, port=0, threads=threads, isolated=True)
     with temporary_stack(plan) as state:
         report = asyncio.run(
             _measure(state.router_address, plan.router_checkpoint, experts, num_tokens, num_runs, threads)

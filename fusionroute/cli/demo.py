@@ -54,6 +54,7 @@ def demo(seed: int, num_rounds: int | None, budget_seconds: float, as_json: bool
         experts={slot: str(path) for slot, path in family.experts.items()},
         port=0,
         threads=threads_for(1 + len(family.experts)),
+        isolated=True,
     )
     with ExitStack() as running:
         with clock.stage("2  services: a router with its Redis, three experts"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+import fusionroute
 from fusionroute.cli.group import Failure
 
 
@@ -72,8 +73,16 @@ def _lab_models(size: str) -> tuple[str, Mapping[str, str]]:
     return str(family.router), {slot: str(path) for slot, path in family.experts.items()}
 
 
+def _preset_file(name: str) -> Path:
+    """In the folder `presets` of the working directory, of a checkout, or of the installed package."""
+    package = Path(fusionroute.__path__[0])
+    folders = [Path("presets"), package.parent / "presets", package / "presets"]
+    paths = [folder / f"{name}.toml" for folder in folders]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
 def _preset_experts(name: str) -> dict[str, str]:
-    path = Path(name) if name.endswith(".toml") else Path("presets") / f"{name}.toml"
+    path = Path(name) if name.endswith(".toml") else _preset_file(name)
     try:
         experts: object = tomllib.loads(path.read_text()).get("experts")
     except FileNotFoundError:

@@ -10,6 +10,7 @@ mute        never says that it serves
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def main() -> None:
         draft = Path(options.ready_file + ".draft")
         draft.write_text(f"127.0.0.1:{50000 + int(options.port or 0)}\n")
         draft.rename(options.ready_file)
+    print(f"redis {os.environ.get('REDIS_URL')}")
     print(f"serving {behaviour} for {options.router or 'everybody'} on {options.threads} threads", flush=True)
     time.sleep(60)
 

@@ -295,6 +295,22 @@ def test_a_slot_given_twice_is_wrong_usage() -> None:
         parse_experts(("math=a", "math=b"))
 
 
+def test_a_preset_names_the_experts_and_options_can_replace_one(tmp_path: Path) -> None:
+    (tmp_path / "COMPLETE").touch()
+    preset = tmp_path / "mine.toml"
+    preset.write_text('[experts]\nmath = "org/math"\ncode = "org/code"\n')
+    _, models = models_to_serve(("code=org/other",), str(tmp_path), None, str(preset))
+    assert models == {"math": "org/math", "code": "org/other"}
+
+
+@pytest.mark.parametrize("text", ["[experts", "experts = 3", "[experts]\nmath = 3"])
+def test_a_preset_that_is_not_one_is_wrong_usage(text: str, tmp_path: Path) -> None:
+    preset = tmp_path / "mine.toml"
+    preset.write_text(text)
+    with pytest.raises(click.BadParameter, match=r"mine\.toml"):
+        models_to_serve((), "x", None, str(preset))
+
+
 def test_the_lab_brings_its_own_experts() -> None:
     with pytest.raises(click.UsageError, match="leave --experts"):
         models_to_serve(("math=a",), None, "demo", None)

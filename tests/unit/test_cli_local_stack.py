@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -77,6 +78,17 @@ def test_a_started_stack_is_remembered_with_its_processes_and_addresses(folder: 
     assert phases[0] == ("router", "starting")
     assert phases[-1] == ("router", "ready")
     assert ("expert-code", "ready") in phases
+
+
+def test_an_isolated_stack_takes_no_settings_from_the_environment(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://somewhere")
+    start(folder, plan_of())
+    assert "redis redis://somewhere" in (folder / "logs" / "router.log").read_text()
+    local_stack.stop(folder, 10.0)
+    start(folder, replace(plan_of(), isolated=True))
+    assert "redis None" in (folder / "logs" / "router.log").read_text()
 
 
 def test_experts_are_told_where_the_router_serves(folder: Path) -> None:
