@@ -1,0 +1,231 @@
+"""Building a family: whole or not at all, the same bytes every time, by one builder at a time.
+
+The families here have very few weights and steps: they know nothing, but they are built by the real code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fusionroute.fusion import CombineRule
+from fusionroute.router_model import load_checkpoint
+from fusionroute.vocabulary import load_tokenizer, tokenizer_fingerprint
+from trainer.lab_family import (
+    EXPERT_SLOTS,
+    Family,
+    FamilyIsBusy,
+    Progress,
+    Recipe,
+    Stage,
+    WorkerFailed,
+    build,
+    family_folder,
+    is_complete,
+)
+
+MICRO = Recipe(
+    hidden_size=16,
+    num_layers=1,
+    num_heads=2,
+    intermediate_size=16,
+    base=Stage(4, 4, 1e-3, 2),
+    expert=Stage(3, 4, 1e-3, 2),
+    num_router_items=12,
+    router=Stage(6, 4, 1e-3, 2),
+    gates=Stage(5, 16, 1e-2, 2),
+)
+ENDLESS = dataclasses.replace(MICRO, base=Stage(5_000, 8, 1e-3))
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of two builders that started at the same time."""
+
+    families: list[Family]
+    reports: list[list[Progress]]
+    cache: Path
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    cache = tmp_path_factory.mktemp("cache")
+    reports: list[list[Progress]] = [[], []]
+    families: list[Family] = []
+
+    def run(report: list[Progress]) -> None:
+        families.append(build("micro", 5, cache, 1, report.append, recipe=MICRO))
+
+    threads = [threading.Thread(target=run, args=(report,)) for report in reports]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(200)
+    assert len(families) == 2
+    return Outcome(families, reports, cache)
+
+
+def digests(family: Family) -> dict[str, str]:
+    """Digest of every file that a model is loaded from."""
+    paths = [
+        path for path in sorted(family.folder.rglob("*")) if path.is_file() and path.name != "facts.json"
+    ]
+    return {
+        str(path.relative_to(family.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
+    }
+
+
+def test_of_two_builders_at_once_one_trains_and_both_get_the_family(outcome: Outcome) -> None:
+    stages = [{progress.stage for progress in report} for report in outcome.reports]
+    assert sorted(stages, key=len) == [{"waiting"}, {"base", *EXPERT_SLOTS, "router", "gates"}]
+    assert outcome.families[0] == outcome.families[1]
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """The same family once more, elsewhere, by two processes, where killed builds have left their remains."""
+    cache = tmp_path_factory.mktemp("littered")
+    folder = family_folder(MICRO, "micro", 5, cache)
+    (folder / "router").mkdir(parents=True)
+    (folder / "router" / "config.json").write_text("{}")
+    (folder.parent / f"{folder.name}.partial-abc").mkdir()
+    return build("micro", 5, cache, 2, recipe=MICRO)
+
+
+def test_the_same_seed_gives_the_same_bytes_however_many_processes(outcome: Outcome, rebuilt: Family) -> None:
+    assert digests(rebuilt) == digests(outcome.families[0])
+    assert "router/model.safetensors" in digests(rebuilt)
+
+
+def test_what_killed_builds_left_is_cleared_away_by_the_next(rebuilt: Family) -> None:
+    assert is_complete(rebuilt.folder)
+    assert load_checkpoint(rebuilt.router)
+    assert not list(rebuilt.folder.parent.glob("*.partial-*"))
+
+
+def test_every_model_of_the_family_loads_and_speaks_one_vocabulary(outcome: Outcome) -> None:
+    from transformers import AutoModelForCausalLM
+
+    family = outcome.families[0]
+    fingerprints = set()
+    for folder in (family.base, *family.experts.values(), family.router):
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        tokenizer = load_tokenizer(str(folder))
+        assert model.config.vocab_size == len(tokenizer) == 65
+        assert model.config.eos_token_id == tokenizer.eos_token_id == model.generation_config.eos_token_id
+        assert model.config.pad_token_id == tokenizer.pad_token_id
+        fingerprints.add(tokenizer_fingerprint(tokenizer))
+    assert len(fingerprints) == 1
+
+
+def test_the_router_checkpoint_serves_every_rule_for_exactly_these_experts(outcome: Outcome) -> None:
+    from fusionroute.engine.model import weights_fingerprint
+    from trainer.lab_family.training import load
+
+    family = outcome.families[0]
+    checkpoint = load_checkpoint(family.router)
+    assert set(checkpoint.available_rules()) == set(CombineRule)
+    assert checkpoint.manifest.combine == "sum"
+    assert checkpoint.manifest.slots == EXPERT_SLOTS == tuple(family.experts)
+    for expert in checkpoint.manifest.experts:
+        assert expert.weights_fingerprint == weights_fingerprint(load(str(family.experts[expert.slot])))
+
+
+def test_every_trained_head_has_moved_away_from_zero(outcome: Outcome) -> None:
+    heads = load_checkpoint(outcome.families[0].router).heads
+    assert all(tensor.abs().max() > 0 for tensor in heads.tensors().values())
+
+
+def test_progress_counts_every_stage_to_its_end(outcome: Outcome) -> None:
+    report = max(outcome.reports, key=len)
+    last = {progress.stage: (progress.step, progress.num_steps) for progress in report}
+    assert last["base"] == (4, 4)
+    assert last["strings"] == (3, 3)
+    assert last["gates"] == (5, 5)
+    shares = [progress.build_share for progress in report]
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1.0)
+
+
+def test_a_complete_family_is_found_again_without_training(outcome: Outcome) -> None:
+    report: list[Progress] = []
+    found = build("micro", 5, outcome.cache, 2, report.append, recipe=MICRO)
+    assert found == outcome.families[0]
+    assert report == []
+
+
+def test_the_cache_variable_says_where(outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSIONROUTE_CACHE_DIR", str(outcome.cache))
+    assert build("micro", 5, recipe=MICRO) == outcome.families[0]
+
+
+def test_recipe_seed_and_size_have_folders_of_their_own(tmp_path: Path) -> None:
+    other = dataclasses.replace(MICRO, num_router_items=13)
+    keys = [(MICRO, "micro", 0), (MICRO, "micro", 1), (MICRO, "other", 0), (other, "micro", 0)]
+    assert len({family_folder(*key, tmp_path) for key in keys}) == 4
+
+
+def test_an_unknown_size_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="size = 'huge' is not allowed: demo or full"):
+        build("huge")
+
+
+def test_a_builder_does_not_wait_for_ever(tmp_path: Path) -> None:
+    folder = family_folder(MICRO, "micro", 0, tmp_path)
+    folder.parent.mkdir(parents=True)
+    with Path(f"{folder}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FamilyIsBusy, match="not done after 0 s"):
+            build("micro", 0, tmp_path, recipe=MICRO, wait_seconds=0)
+
+
+def test_a_failed_stage_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    diverging = dataclasses.replace(MICRO, base=Stage(20, 4, 1e30, 1))
+    with pytest.raises(WorkerFailed, match=r"(?s)stage base failed.*FloatingPointError: loss is"):
+        build("micro", 0, tmp_path, 1, recipe=diverging)
+    assert [path.suffix for path in (tmp_path / "lab").iterdir()] == [".lock"]
+
+
+BUILD_ENDLESSLY = """
+import json, sys
+from trainer.lab_family import Recipe, build
+if __name__ == "__main__":
+    recipe = Recipe.from_json(json.loads(sys.argv[2]))
+    build("micro", 0, sys.argv[1], 1, lambda progress: print(progress.step, flush=True), recipe=recipe)
+"""
+
+
+def test_a_killed_build_leaves_no_process_and_nothing_that_looks_complete(tmp_path: Path) -> None:
+    script = tmp_path / "build_endlessly.py"
+    script.write_text(BUILD_ENDLESSLY)
+    command = [sys.executable, str(script), str(tmp_path), json.dumps(ENDLESS.to_json())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path.cwd(), env=_environment()) as builder:
+        assert builder.stdout is not None
+        builder.stdout.readline()
+        workers = psutil.Process(builder.pid).children(recursive=True)
+        builder.send_signal(signal.SIGKILL)
+        builder.wait(10)
+    assert workers
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
+    folder = family_folder(ENDLESS, "micro", 0, tmp_path)
+    assert not is_complete(folder)
+    assert list(folder.parent.glob("*.partial-*"))
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path.cwd())}
