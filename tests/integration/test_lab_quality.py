@@ -36,7 +36,7 @@ def share(matches: list[bool], items: list[Item], *kept: str) -> float:
     return sum(chosen) / len(chosen)
 
 
-@pytest.mark.parametrize(("slot", "owner"), zip(EXPERT_SLOTS, DOMAIN_TASKS, strict=True))
+@pytest.mark.parametrize(("slot", "owner"), [*zip(EXPERT_SLOTS, DOMAIN_TASKS, strict=True)])
 def test_each_expert_masters_its_own_domain_and_no_other(matches, items, slot, owner) -> None:
     assert share(matches[slot], items, *DOMAIN_TASKS[owner]) >= 0.95
     assert share(matches[slot], items, Group.DOMAIN) < 0.5
