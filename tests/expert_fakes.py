@@ -35,6 +35,7 @@ class KnownEngine:
         self.lengths: dict[str, int] = {}
         self.num_forwards = 0
         self.num_waiting = 0
+        self.num_scoring = 0
         self.gate = asyncio.Event()
         self.gate.set()
         self._dtype = getattr(torch, dtype)
@@ -63,9 +64,13 @@ class KnownEngine:
     async def score(
         self, token_ids: Sequence[int], chunk_tokens: int = 256
     ) -> AsyncIterator[tuple[int, torch.Tensor]]:
-        for start in range(0, len(token_ids), chunk_tokens):
-            await asyncio.sleep(0)
-            yield start, self.rows(token_ids[start : start + chunk_tokens])
+        self.num_scoring += 1
+        try:
+            for start in range(0, len(token_ids), chunk_tokens):
+                await self.gate.wait()
+                yield start, self.rows(token_ids[start : start + chunk_tokens])
+        finally:
+            self.num_scoring -= 1
 
     async def close_session(self, session_id: str, fence: int = 0) -> bool:
         return self.lengths.pop(session_id, None) is not None

@@ -215,6 +215,17 @@ async def test_rows_are_scored_in_chunks_that_fit_into_a_message(engine: KnownEn
     assert chunks == [2, 2, 2, 2, 1]
 
 
+async def test_a_client_that_leaves_ends_the_scoring(expert: Any, engine: KnownEngine) -> None:
+    engine.gate.clear()
+    request = expert_pb2.ScoreRequest(sequences=[expert_pb2.TokenSequence(token_ids=[1, 2])] * 20)
+    stream = expert.Score(request)
+    reading = asyncio.ensure_future(stream.read())
+    await until(lambda: engine.num_scoring == 8)
+    stream.cancel()
+    await until(lambda: engine.num_scoring == 0)
+    await asyncio.gather(reading, return_exceptions=True)
+
+
 @pytest.mark.parametrize(
     ("sequences", "reason", "field"),
     [

@@ -123,6 +123,22 @@ async def test_a_request_too_large_names_the_setting(stubborn: Any) -> None:
     assert "max_message_bytes" in error_from_rpc(caught.value).message
 
 
+@pytest.mark.parametrize(("server_limit", "client_limit"), [(100_000, 900_000), (900_000, 100_000)])
+async def test_each_end_keeps_its_own_message_limit(server_limit: int, client_limit: int) -> None:
+    async with (
+        server([service_of(Stubborn())], max_message_bytes=server_limit) as running,
+        channel(running.address, max_message_bytes=client_limit) as opened,
+    ):
+        stub = expert_pb2_grpc.ExpertServiceStub(opened)
+        for request in (
+            expert_pb2.StepRequest(from_position=200_000),
+            expert_pb2.StepRequest(session_id="x" * 200_000),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Step(request)
+            assert "max_message_bytes" in error_from_rpc(caught.value).message
+
+
 async def test_a_taken_port_is_named() -> None:
     async with server([]) as first:
         with pytest.raises(PortTaken, match=f"127.0.0.1:{first.port}"):

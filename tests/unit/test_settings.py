@@ -21,7 +21,7 @@ class DoorSettings(DaemonSettings):
     other_variables: ClassVar[Mapping[str, str]] = {"BELL_URL": "bell_url"}
 
     keyhole: str = Field(description="What it looks through.")
-    bell_url: str | None = Field(default=None, description="Where it rings.")
+    bell_url: str | None = Field(default=None, max_length=9, description="Where it rings.")
     num_locks: int = Field(default=3, ge=1, le=9, description="Locks on it.")
     open_at_night: bool = Field(default=False, description="Whether guests may come late.")
 
@@ -60,8 +60,18 @@ def test_a_further_variable_fills_its_field_unless_the_own_one_does(monkeypatch:
     assert DoorSettings.load({"keyhole": "k"}).bell_url == "own"
 
 
+def test_a_bad_value_is_blamed_on_the_variable_that_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BELL_URL", "much too long")
+    with pytest.raises(SettingsError, match=r"from the environment variable BELL_URL"):
+        DoorSettings.load({"keyhole": "k"})
+    monkeypatch.setenv("FUSIONROUTE_TRAINER_BELL_URL", "also too long")
+    with pytest.raises(SettingsError, match=r"from the environment variable FUSIONROUTE_TRAINER_BELL_URL"):
+        DoorSettings.load({"keyhole": "k"})
+
+
 def test_settings_constructed_by_hand_ignore_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSIONROUTE_TRAINER_NUM_LOCKS", "5")
+    monkeypatch.setenv("NUM_LOCKS", "5")
     assert DoorSettings(keyhole="k").num_locks == 3
 
 
