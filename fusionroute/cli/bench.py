@@ -113,20 +113,18 @@ async def _measure(
 
 
 def _print(report: Report) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from fusionroute.cli.console import console, table
 
-    console = Console(highlight=False, soft_wrap=True)
+    screen = console()
     told = ", ".join(f"{name} {value}" for name, value in report.configuration.items())
-    console.print(told, style="dim", markup=False)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("ms per token", "median", "min", "max"):
-        table.add_column(heading, justify="left" if heading == "ms per token" else "right")
+    screen.print(told, style="dim", markup=False)
+    numbers = ("median", "min", "max")
+    shown = table("ms per token", *numbers, right=numbers)
     for speed in report.speeds:
-        table.add_row(speed.name, f"{speed.median:.2f}", f"{min(speed.runs):.2f}", f"{max(speed.runs):.2f}")
-    console.print(table)
-    console.print("\nserved, ms per token by part (median run):")
+        shown.add_row(speed.name, f"{speed.median:.2f}", f"{min(speed.runs):.2f}", f"{max(speed.runs):.2f}")
+    screen.print(shown)
+    screen.print("\nserved, ms per token by part (median run):")
     for name, value in report.shares.items():
-        console.print(f"  {name:<16}{value:7.3f}", markup=False)
+        screen.print(f"  {name:<16}{value:7.3f}", markup=False)
     same = f"{report.num_equal_ids} of {report.configuration['new_tokens']}"
-    console.print(f"\nserved ids equal to the reference: {same}")
+    screen.print(f"\nserved ids equal to the reference: {same}")

@@ -39,14 +39,13 @@ def demo(seed: int, num_rounds: int | None, budget_seconds: float, as_json: bool
       fusionroute demo
       fusionroute demo --items 5 --json > table.json
     """
-    from rich.console import Console
-
+    from fusionroute.cli.console import console
     from fusionroute.cli.lab import build_family
     from fusionroute.cli.stack import temporary_stack
     from fusionroute.local_stack import StackPlan, threads_for
 
-    console = Console(highlight=False, soft_wrap=True, stderr=as_json)
-    clock = _Clock(console)
+    screen = console(stderr=as_json)
+    clock = _Clock(screen)
     with clock.stage("1  models: a base, three experts, a router (tiny, trained here or cached)"):
         family = build_family("demo", seed)
     plan = StackPlan(
@@ -60,11 +59,11 @@ def demo(seed: int, num_rounds: int | None, budget_seconds: float, as_json: bool
         with clock.stage("2  services: a router with its Redis, three experts"):
             state = running.enter_context(temporary_stack(plan))
         with clock.stage("3  answers, each token in the colour of the expert that took part"):
-            asyncio.run(_show(console, state.router_address, seed))
+            asyncio.run(_show(screen, state.router_address, seed))
         with clock.stage("4  table: every answer decoded through the running services"):
             budget = float("inf") if num_rounds else budget_seconds
             rounds = num_rounds or MAX_ITEMS_PER_TASK
-            result = asyncio.run(_measure(console, state.router_address, rounds, budget, seed))
+            result = asyncio.run(_measure(screen, state.router_address, rounds, budget, seed))
     clock.say(f"done in {clock.seconds:.0f} s; nothing is left running")
     if as_json:
         click.echo(json.dumps({"seed": seed, "seconds": round(clock.seconds, 1), **result}, indent=2))

@@ -44,13 +44,14 @@ def doctor(port: int, name: str, as_json: bool) -> None:
 
 
 def _print(checks: list[Check]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    from fusionroute.cli.console import console
+
+    screen = console()
     for check in checks:
         line = Text(f"{check.verdict:<5}", style=_STYLES[check.verdict])
         line.append(f"{check.name:<10} {check.finding}", style="none")
-        console.print(line)
+        screen.print(line)
         if check.advice:
-            console.print(Text(f"{'':16} {check.advice}", style="dim"))
+            screen.print(Text(f"{'':16} {check.advice}", style="dim"))

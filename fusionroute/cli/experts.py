@@ -56,20 +56,16 @@ async def _ask(address: str) -> tuple[GetRouterInfoResponse, list[ExpertEntry]]:
 
 
 def _print_table(info: GetRouterInfoResponse, entries: list[ExpertEntry]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    from fusionroute.cli.console import console, table
     from fusionroute.client import expert_state_name
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("slot", "state", "address", "family", "dtype", "kv tokens", "lease s", "model"):
-        table.add_column(heading)
+    shown = table("slot", "state", "address", "family", "dtype", "kv tokens", "lease s", "model")
     for slot in info.slots:
         serving = [entry for entry in entries if entry.slot == slot.slot]
         if not serving:
-            table.add_row(slot.slot, "nobody", "-", "-", "-", "-", "-", "-")
+            shown.add_row(slot.slot, "nobody", "-", "-", "-", "-", "-", "-")
         for entry in serving:
-            table.add_row(
+            shown.add_row(
                 entry.slot,
                 expert_state_name(entry.state),
                 entry.address,
@@ -79,7 +75,7 @@ def _print_table(info: GetRouterInfoResponse, entries: list[ExpertEntry]) -> Non
                 f"{entry.lease_remaining_seconds:.1f}",
                 entry.model.name,
             )
-    Console(highlight=False, soft_wrap=True).print(table)
+    console().print(shown)
 
 
 def _dtype_name(dtype: int) -> str:

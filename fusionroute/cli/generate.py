@@ -149,15 +149,11 @@ async def _run(address: str, request: GenerateRequest, output: Output) -> None:
 
 
 async def _terminal_printer(router: RouterClient, output: Output) -> TerminalPrinter:
-    from rich.console import Console
-
+    from fusionroute.cli.console import console
     from fusionroute.cli.render import Palette
 
     slots = [slot.slot for slot in (await router.info()).slots]
-    console = Console(highlight=False, soft_wrap=True)
-    return TerminalPrinter(
-        console, Console(stderr=True, highlight=False, soft_wrap=True), Palette(slots), output
-    )
+    return TerminalPrinter(console(), console(stderr=True), Palette(slots), output)
 
 
 class JsonPrinter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 from collections.abc import Mapping
 from types import FrameType
@@ -16,6 +17,8 @@ EXIT_FAILED = 1
 EXIT_NOBODY_THERE = 3
 EXIT_REFUSED = 4
 EXIT_INTERRUPTED = 130
+# as `telemetry.quiet_native_logs`, which takes too long to import for `--help`
+QUIET = {"GRPC_VERBOSITY": "ERROR", "GLOG_minloglevel": "2", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class Failure(click.ClickException):
@@ -65,6 +68,8 @@ class CommandGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; errors of ours become failures, SIGTERM and SIGHUP end it as Ctrl-C does."""
+        for variable, value in QUIET.items():
+            os.environ.setdefault(variable, value)
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _interrupt)
         try:

@@ -240,15 +240,15 @@ def temporary_stack(plan: StackPlan) -> Iterator[StackState]:
 
 @contextmanager
 def _progress_display() -> Iterator[OnProgress]:
-    from rich.console import Console
+    from fusionroute.cli.console import console
 
-    console = Console(stderr=True, highlight=False)
+    screen = console(stderr=True)
     started_at = time.monotonic()
-    with console.status("starting") as spinner:
+    with screen.status("starting") as spinner:
 
         def show(name: str, phase: str) -> None:
             spinner.update(f"{name}: {phase}")
-            console.print(f"{time.monotonic() - started_at:6.1f} s  {name:<16} {phase}", markup=False)
+            screen.print(f"{time.monotonic() - started_at:6.1f} s  {name:<16} {phase}", markup=False)
 
         yield show
 

@@ -111,18 +111,14 @@ def _busy(row: Row, model: ModelIdentity, load: Load) -> Row:
 
 
 def _print_table(rows: list[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from fusionroute.cli.console import console, table
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("process", "pid", "state", "address", "epoch", "kv tokens", "sessions", "queue"):
-        table.add_column(
-            heading, justify="right" if heading in ("pid", "kv tokens", "sessions", "queue") else "left"
-        )
+    numbers = ("pid", "kv tokens", "sessions", "queue")
+    shown = table("process", "pid", "state", "address", "epoch", *numbers[1:], right=numbers)
     for row in rows:
         known = row.kv_tokens_limit > 0
         kv = f"{row.kv_tokens_used} / {row.kv_tokens_limit}" if known else "-"
         sessions, queue = (str(row.num_sessions), str(row.queue_depth)) if known else ("-", "-")
-        epoch = f"{row.epoch:x}" if known else "-"
-        table.add_row(row.process, str(row.pid), row.state, row.address or "-", epoch, kv, sessions, queue)
-    Console(highlight=False).print(table)
+        epoch = f"{row.epoch:x}" if row.epoch else "-"
+        shown.add_row(row.process, str(row.pid), row.state, row.address or "-", epoch, kv, sessions, queue)
+    console().print(shown)
