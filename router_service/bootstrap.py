@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 
 import structlog
 import torch
@@ -14,7 +16,14 @@ from fusionroute import private_redis
 from fusionroute.engine import Engine, EngineLimits, LoadedModel, load_model
 from fusionroute.errors import FusionRouteError, ModelRejected, Reason, Unavailable
 from fusionroute.fusion import CombineRule
-from fusionroute.grpc_runtime import PortTaken, Progress, Service, serve_until_signalled, server
+from fusionroute.grpc_runtime import (
+    PortTaken,
+    Progress,
+    RunningServer,
+    Service,
+    serve_until_signalled,
+    server,
+)
 from fusionroute.router_model import RouterCheckpoint, load_checkpoint
 from fusionroute.settings import ExitCode
 from fusionroute.v1 import registry_pb2, registry_pb2_grpc, router_pb2, router_pb2_grpc
@@ -96,8 +105,21 @@ def offer_of(checkpoint: RouterCheckpoint, model: LoadedModel, kv_tokens: int) -
     )
 
 
-async def serve(settings: RouterSettings, checkpoint: RouterCheckpoint, model: LoadedModel) -> None:
-    """Serves a checkpoint until a signal.
+@dataclass(frozen=True, slots=True)
+class RunningRouter:
+    """A router that serves, and its parts for whoever must look inside."""
+
+    server: RunningServer
+    keeper: TurnKeeper
+    engine: Engine
+    directory: Directory
+
+
+@asynccontextmanager
+async def running_router(
+    settings: RouterSettings, checkpoint: RouterCheckpoint, model: LoadedModel
+) -> AsyncIterator[RunningRouter]:
+    """Serves a checkpoint within the context.
 
     Raises:
         PortTaken: naming the address.
@@ -110,13 +132,8 @@ async def serve(settings: RouterSettings, checkpoint: RouterCheckpoint, model: L
         )
         registry = RegistryStore(redis, lease_seconds=settings.expert_lease_seconds)
         engine = await stack.enter_async_context(Engine(model, engine_limits(settings)))
-
-        async def list_entries() -> list[registry_pb2.ExpertEntry]:
-            return []
-
-        directory = await stack.enter_async_context(
-            Directory(list_entries, settings.max_message_bytes).running()
-        )
+        directory = Directory(registry.entries, settings.max_message_bytes)
+        await stack.enter_async_context(directory.running())
         offer = offer_of(checkpoint, model, settings.kv_tokens)
         ensemble = Ensemble(
             router=LocalModel(engine),
@@ -128,22 +145,30 @@ async def serve(settings: RouterSettings, checkpoint: RouterCheckpoint, model: L
         )
         limits = TurnLimits(settings.max_running_turns, settings.alone_seconds)
         keeper = TurnKeeper(ensemble, store, offer, model.tokenizer, limits)
+        stack.push_async_callback(keeper.drain, 0.0)
         servicer = RouterServicer(keeper, store, engine, directory, offer, model.tokenizer)
+        registrar = RegistryServicer(registry, Admission(checkpoint.manifest))
         running = await stack.enter_async_context(
             server(
-                [
-                    router_service(servicer),
-                    registry_service(RegistryServicer(registry, Admission(checkpoint.manifest))),
-                ],
+                [router_service(servicer), registry_service(registrar)],
                 host=settings.host,
                 port=settings.port,
-                progress=lambda: _progress(engine, keeper),
+                progress=lambda: _progress(engine),
                 frozen_after_seconds=settings.frozen_after_seconds,
                 max_message_bytes=settings.max_message_bytes,
             )
         )
+        yield RunningRouter(running, keeper, engine, directory)
+
+
+async def serve(settings: RouterSettings, checkpoint: RouterCheckpoint, model: LoadedModel) -> None:
+    """Serves a checkpoint until a signal. Raises as `running_router`."""
+    async with running_router(settings, checkpoint, model) as router:
         await serve_until_signalled(
-            running, drain=keeper.drain, drain_seconds=settings.drain_seconds, ready_file=settings.ready_file
+            router.server,
+            drain=router.keeper.drain,
+            drain_seconds=settings.drain_seconds,
+            ready_file=settings.ready_file,
         )
 
 
@@ -183,6 +208,6 @@ async def _enter_redis(stack: AsyncExitStack, settings: RouterSettings) -> Redis
     return client
 
 
-def _progress(engine: Engine, keeper: TurnKeeper) -> Progress:
+def _progress(engine: Engine) -> Progress:
     load = engine.load()
     return Progress(pending=load.queue_depth > 0, tick=load.num_forwards)

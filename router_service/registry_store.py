@@ -114,6 +114,10 @@ class RegistryStore:
         """The living entries."""
         return _listing(await self._run("list", ""))
 
+    async def entries(self) -> Sequence[registry_pb2.ExpertEntry]:
+        """The living entries, whatever the revision."""
+        return (await self.list()).entries
+
     async def list_if_changed(self, known_revision: int) -> Listing | None:
         """The living entries, or None while the registry is at `known_revision`."""
         answer = await self._run("list", known_revision)
