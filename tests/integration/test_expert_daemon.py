@@ -155,6 +155,7 @@ async def test_a_taken_port_is_exit_code_4_and_named(tmp_path: Path, model_folde
             output = await expert.output()
     assert expert.process.returncode == 4
     assert f"127.0.0.1:{port}" in events(output)["port_taken"]["message"]
+    assert "loading" not in events(output), "found out only after the model was loaded"
     assert not expert.ready_file.exists()
 
 
@@ -166,6 +167,23 @@ async def test_a_missing_model_is_exit_code_3_and_named(tmp_path: Path) -> None:
     rejected = events(output)["model_rejected"]
     assert rejected["reason"] == "MODEL_NOT_FOUND"
     assert missing in rejected["message"]
+
+
+async def test_a_missing_device_is_exit_code_2_and_named(tmp_path: Path, model_folder: Path) -> None:
+    async with daemon(tmp_path, "--model", str(model_folder), "--device", "cuda:99") as expert:
+        output = await expert.output()
+    assert expert.process.returncode == 2
+    assert "device = 'cuda:99'" in events(output)["device_missing"]["message"]
+
+
+async def test_help_comes_without_loading_what_is_slow() -> None:
+    slow = "{'torch', 'transformers', 'grpc'}"
+    program = f"import sys, expert_service.cli; sys.exit(', '.join({slow} & set(sys.modules)) or 0)"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, stderr=asyncio.subprocess.PIPE
+    )
+    _, errors = await asyncio.wait_for(process.communicate(), START_SECONDS)
+    assert process.returncode == 0, errors.decode()
 
 
 async def test_a_bad_setting_is_exit_code_2_and_named(tmp_path: Path) -> None:

@@ -104,6 +104,13 @@ def test_a_data_folder_serves_one_server_at_a_time(tmp_path: Path):
         pass
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_server_itself_holds_the_lock_on_its_data_folder(tmp_path: Path):
+    with PrivateRedis(tmp_path) as server:
+        open_files = [os.readlink(link) for link in Path(f"/proc/{server.pid}/fd").iterdir()]
+    assert str(tmp_path / "fusionroute.lock") in open_files
+
+
 def test_a_server_that_cannot_start_says_why(tmp_path: Path):
     (tmp_path / "appendonly.aof").write_bytes(b"this is no append-only file\n")
     with pytest.raises(Unavailable, match=r"(?i)ended with 1; its log: .*bad file format") as caught:
