@@ -21,6 +21,7 @@ from fusionroute.grpc_runtime import (
     RunningServer,
     Service,
     channel,
+    check_port_free,
     serve_until_signalled,
     server,
 )
@@ -37,13 +38,27 @@ def run(settings: ExpertSettings) -> ExitCode:
     """Loads the model and serves it until a signal."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    started_at = time.monotonic()
-    log.info("loading", model=settings.model, device=settings.device)
     try:
-        model = load_model(settings.model, dtype=settings.dtype, device=settings.device)
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, depending on how it was built
+        log.error("device_missing", message=f"device = {settings.device!r} cannot be used: {error}")
+        return ExitCode.BAD_SETTINGS
+    try:
+        check_port_free(settings.host, settings.port)
+        asyncio.run(serve(settings, _load(settings)))
+    except PortTaken as error:
+        log.error("port_taken", message=str(error))
+        return ExitCode.PORT_TAKEN
     except ModelRejected as error:
         log.error("model_rejected", reason=error.reason.value, message=error.message)
         return ExitCode.MODEL_REJECTED
+    return ExitCode.STOPPED
+
+
+def _load(settings: ExpertSettings) -> LoadedModel:
+    started_at = time.monotonic()
+    log.info("loading", model=settings.model, device=settings.device)
+    model = load_model(settings.model, dtype=settings.dtype, device=settings.device)
     facts = model.facts
     log.info(
         "model_loaded",
@@ -54,12 +69,7 @@ def run(settings: ExpertSettings) -> ExitCode:
         epoch=facts.epoch,
         seconds=round(time.monotonic() - started_at, 3),
     )
-    try:
-        asyncio.run(serve(settings, model))
-    except PortTaken as error:
-        log.error("port_taken", message=str(error))
-        return ExitCode.PORT_TAKEN
-    return ExitCode.STOPPED
+    return model
 
 
 async def serve(settings: ExpertSettings, model: LoadedModel) -> None:

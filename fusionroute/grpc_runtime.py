@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -28,6 +29,7 @@ __all__ = [
     "Service",
     "backoff_seconds",
     "channel",
+    "check_port_free",
     "deadline_of",
     "error_from_rpc",
     "serve_until_signalled",
@@ -234,6 +236,23 @@ def _bind(grpc_server: grpc.aio.Server, host: str, port: int) -> int:
     if bound_port == 0:
         raise PortTaken(f"cannot listen on {address}: is the port taken by another process?")
     return bound_port
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Finds out in time, before a model is loaded for minutes, that an address cannot be bound.
+
+    Raises:
+        PortTaken: naming the address.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As gRPC does it: connections of an earlier process that linger are no hindrance.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError as error:
+            address = _join_address(host, port)
+            raise PortTaken(f"cannot listen on {address}: {error.strerror or error}") from error
 
 
 async def _watch_progress(

@@ -12,7 +12,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from fusionroute.errors import InvalidRequest, OutOfRoom, Reason
-from fusionroute.grpc_runtime import PortTaken, Progress, Service, channel, error_from_rpc, server
+from fusionroute.grpc_runtime import (
+    PortTaken,
+    Progress,
+    Service,
+    channel,
+    check_port_free,
+    error_from_rpc,
+    server,
+)
 from fusionroute.v1 import expert_pb2, expert_pb2_grpc
 
 # ruff: noqa: N802 - the contract names the methods
@@ -144,6 +152,9 @@ async def test_a_taken_port_is_named() -> None:
         with pytest.raises(PortTaken, match=f"127.0.0.1:{first.port}"):
             async with server([], port=first.port):
                 pass
+        with pytest.raises(PortTaken, match=f"127.0.0.1:{first.port}"):
+            check_port_free("127.0.0.1", first.port)
+    check_port_free("127.0.0.1", first.port)
 
 
 async def test_a_port_is_free_again_once_its_server_has_stopped() -> None:
