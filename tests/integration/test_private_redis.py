@@ -107,7 +107,7 @@ def test_a_data_folder_serves_one_server_at_a_time(tmp_path: Path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_server_itself_holds_the_lock_on_its_data_folder(tmp_path: Path):
     with PrivateRedis(tmp_path) as server:
-        open_files = [os.readlink(link) for link in Path(f"/proc/{server.pid}/fd").iterdir()]
+        open_files = [str(link.readlink()) for link in Path(f"/proc/{server.pid}/fd").iterdir()]
     assert str(tmp_path / "fusionroute.lock") in open_files
 
 
