@@ -207,9 +207,8 @@ class TokenLog:
         if outcome.verdict is WriteVerdict.CONFLICT or outcome.length < self._start:
             message = f"the store's {outcome.length} tokens of {self._lease.session_id} are not the writer's"
             raise InternalFault(Reason.INTERNAL, message)
-        self._stored_length = min(
-            outcome.length, end
-        )  # less than `end` only after a fail-over that lost some
+        # Less than `end` only after a fail-over of Redis that lost some; those are sent again.
+        self._stored_length = min(outcome.length, end)
         self.cancel_requested |= outcome.cancel_requested
         if self.num_pending_tokens > 0:
             self._has_work.set()
