@@ -61,7 +61,8 @@ async def test_every_field_of_a_step_reaches_the_engine(expert: Any, engine: Kno
     assert (call.session_id, call.from_position, list(call.token_ids), call.num_rows) == ("s", 7, [3, 4], 1)
     assert (call.expected_epoch, call.fence, call.prefix_digest) == (5, 6, 0)
     assert call.deadline is not None
-    assert 0 < call.deadline - time.monotonic() < 30
+    # gRPC rounds timeouts up on the wire.
+    assert 0 < call.deadline - time.monotonic() < 31
     assert (response.position, response.epoch, response.num_computed_tokens) == (9, 5, 2)
     timings = response.timings
     assert (timings.queue_seconds, timings.forward_seconds, timings.num_forwards) == (0.5, 0.25, 1)
