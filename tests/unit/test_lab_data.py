@@ -116,6 +116,10 @@ def test_packing_takes_every_position_exactly_once(lengths: list[int]) -> None:
     assert set(cells) == expected
 
 
+def test_rows_that_fill_a_packed_row_exactly_share_it() -> None:
+    assert pack(np.arange(3), np.array([3, 6, 3])).real.tolist() == [[True] * 6] * 2
+
+
 def test_packed_rows_have_the_hidden_states_of_padded_rows() -> None:
     seed_torch("packing")
     model = new_model(RECIPES["demo"]).eval()

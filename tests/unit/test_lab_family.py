@@ -213,7 +213,11 @@ def test_a_killed_build_leaves_no_process_and_nothing_that_looks_complete(tmp_pa
     script = tmp_path / "build_endlessly.py"
     script.write_text(BUILD_ENDLESSLY)
     command = [sys.executable, str(script), str(tmp_path), json.dumps(ENDLESS.to_json())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path.cwd(), env=_environment()) as builder:
+    complaints = tmp_path / "stderr"
+    with (
+        complaints.open("w") as stderr,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=_environment()) as builder,
+    ):
         assert builder.stdout is not None
         builder.stdout.readline()
         workers = psutil.Process(builder.pid).children(recursive=True)
@@ -222,6 +226,7 @@ def test_a_killed_build_leaves_no_process_and_nothing_that_looks_complete(tmp_pa
     assert workers
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert alive == []
+    assert complaints.read_text() == ""
     folder = family_folder(ENDLESS, "micro", 0, tmp_path)
     assert not is_complete(folder)
     assert list(folder.parent.glob("*.partial-*"))

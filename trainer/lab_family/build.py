@@ -25,7 +25,7 @@ from typing import Any
 
 import fusionroute
 import trainer
-from trainer.lab_family.progress import Progress, ProgressCallback
+from trainer.lab_family.progress import WAITING, Progress, ProgressCallback
 from trainer.lab_family.recipe import EXPERT_SLOTS, RECIPES, STAGES, Recipe
 from trainer.lab_family.workers import Job, worker_pool
 
@@ -228,7 +228,7 @@ def _only_builder(folder: Path, wait_seconds: float, progress: ProgressCallback 
                         f"another process builds {folder} and was not done after {wait_seconds:.0f} s"
                     ) from None
             if progress is not None and not told:
-                progress(Progress("waiting", 0, 1, 0.0, 0.0))
+                progress(Progress(WAITING, 0, 1, 0.0, 0.0))
                 told = True
             time.sleep(LOCK_POLL_SECONDS)
         yield

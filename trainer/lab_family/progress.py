@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+WAITING = "waiting"
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far one stage is.
@@ -57,7 +60,9 @@ def _lines(screen: Console) -> ProgressCallback:
     start = time.monotonic()
 
     def show(progress: Progress) -> None:
-        if progress.step == progress.num_steps:
+        if progress.stage == WAITING:
+            screen.print("lab: another process builds the same family; waiting for it", highlight=False)
+        elif progress.step == progress.num_steps:
             seconds = time.monotonic() - start
             screen.print(
                 f"lab {progress.stage}: {progress.num_steps} steps, loss {progress.loss:.3f}, "
