@@ -1,0 +1,140 @@
+"""The containers, for real: built, started, asked, stopped. Needs a docker engine; `make compose-test`.
+
+With FUSIONROUTE_MODELS naming a folder with lab/ in it, readable by all, nothing is trained:
+`fusionroute lab build --output FOLDER/lab`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPOSE = shlex.split(os.environ.get("COMPOSE", "docker compose"))
+PROJECT = "fusionroute-test"
+START_DEADLINE_SECONDS = 1500
+READY_DEADLINE_SECONDS = 120
+
+
+class Stack:
+    """A compose project of our own on a port of our own."""
+
+    def __init__(self, port: int) -> None:
+        self.address = f"127.0.0.1:{port}"
+        self._environment = {
+            **os.environ,
+            "FUSIONROUTE_PORT": str(port),
+            "FUSIONROUTE_IMAGE": "fusionroute:test",
+        }
+
+    def compose(self, *arguments: str, timeout_seconds: float = 120) -> str:
+        """What `docker compose` says; its complaints are shown when it fails."""
+        command = [*COMPOSE, "-p", PROJECT, *arguments]
+        return self._run(command, timeout_seconds)
+
+    def fusionroute(self, *arguments: str) -> str:
+        """What `fusionroute` says to the stack."""
+        return self._run(
+            [Path(sys.executable).with_name("fusionroute"), *arguments, "--address", self.address], 60
+        )
+
+    def generate(self, prompt: str, *options: str) -> list[dict[str, Any]]:
+        """The events of an answer."""
+        text = self.fusionroute("generate", prompt, "--json", *options)
+        return [json.loads(line) for line in text.splitlines()]
+
+    def inspect(self, template: str) -> list[str]:
+        """One line for each container."""
+        containers = self.compose("ps", "-q").split()
+        command = ["docker", "inspect", "--format", template, *containers]
+        return self._run(command, 30).splitlines()
+
+    def wait_for_experts(self, number: int) -> None:
+        """Returns once so many experts are registered."""
+        deadline = time.monotonic() + READY_DEADLINE_SECONDS
+        while len(json.loads(self.fusionroute("experts", "list", "--json"))["experts"]) < number:
+            assert time.monotonic() < deadline, self.compose("logs", "--tail", "40")
+            time.sleep(1)
+
+    def _run(self, command: list[Any], timeout_seconds: float) -> str:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def written(events: list[dict[str, Any]]) -> str:
+    """The text of an answer."""
+    parts = [event.get("token") or event.get("finished") or {} for event in events]
+    return "".join(part.get("text", "") for part in parts)
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    stack = Stack(free_port())
+    stack.compose("build", timeout_seconds=900)
+    try:
+        stack.compose("up", "-d", timeout_seconds=START_DEADLINE_SECONDS)
+        stack.wait_for_experts(3)
+        yield stack
+    finally:
+        stack.compose("down", "--volumes", "--remove-orphans", "--timeout", "30")
+
+
+def test_three_experts_write_one_answer(stack):
+    events = stack.generate("box: 4+4; rev jbef=")
+    assert written(events) == "[8; febj]"
+    experts = {event["token"]["expert"] for event in events if "token" in event}
+    assert {"math", "strings", "format"} <= experts
+
+
+def test_the_same_seed_gives_the_same_answer_after_an_expert_was_restarted(stack):
+    sampling = ("--temperature", "1.5", "--seed", "7", "--ignore-eos", "--max-tokens", "24")
+    before = written(stack.generate("rev abc=", *sampling))
+    stack.compose("restart", "expert-strings")
+    stack.wait_for_experts(3)
+    assert written(stack.generate("rev abc=", *sampling)) == before
+
+
+def test_every_container_is_confined(stack):
+    facts = stack.inspect(
+        "{{.Config.User}}|{{.HostConfig.ReadonlyRootfs}}|{{.HostConfig.CapDrop}}|{{.HostConfig.SecurityOpt}}"
+    )
+    assert len(facts) >= 5
+    for fact in facts:
+        user, read_only, dropped, options = fact.split("|")
+        assert user in {"fusionroute", "redis"}
+        assert read_only == "true"
+        assert "ALL" in dropped
+        assert "no-new-privileges" in options
+
+
+def test_a_served_model_cannot_be_written_to(stack):
+    with pytest.raises(AssertionError, match="Read-only file system"):
+        stack.compose("exec", "-T", "expert-math", "touch", "/models/lab/mark")
+    assert "router" in stack.compose("exec", "-T", "expert-math", "ls", "/models/lab")
