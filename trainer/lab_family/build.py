@@ -9,6 +9,7 @@ A family is whole when COMPLETE is there; it is written last, after the folder h
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import hashlib
 import json
@@ -154,7 +155,8 @@ def _source_digest() -> str:
         for file in files:
             if file.name not in _SOURCES_WITHOUT_EFFECT:
                 hasher.update(f"{file.relative_to(root)}\n".encode())
-                hasher.update(file.read_bytes())
+                # the syntax tree: a comment or a line break should not cost a new build
+                hasher.update(ast.dump(ast.parse(file.read_bytes())).encode())
     return hasher.hexdigest()
 
 
