@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from uuid import uuid4
 
 import structlog
@@ -72,8 +74,25 @@ def _load(settings: ExpertSettings) -> LoadedModel:
     return model
 
 
-async def serve(settings: ExpertSettings, model: LoadedModel) -> None:
-    """Serves a model until a signal.
+@dataclass(frozen=True, slots=True)
+class RunningExpert:
+    """An expert that serves, and its parts for whoever must look inside."""
+
+    server: RunningServer
+    servicer: ExpertServicer
+    engine: Engine
+    registrar: Registrar | None
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Refuses new steps, finishes the running ones and leaves the registry."""
+        self.servicer.draining = True
+        leaving = [self.registrar.leave()] if self.registrar is not None else []
+        await asyncio.gather(self.engine.drain(timeout_seconds), *leaving)
+
+
+@asynccontextmanager
+async def running_expert(settings: ExpertSettings, model: LoadedModel) -> AsyncIterator[RunningExpert]:
+    """Serves a model within the context.
 
     Raises:
         PortTaken: naming the address.
@@ -92,14 +111,17 @@ async def serve(settings: ExpertSettings, model: LoadedModel) -> None:
             )
         )
         registrar = await _enter_registrar(stack, settings, running, engine)
+        yield RunningExpert(running, servicer, engine, registrar)
 
-        async def drain(timeout_seconds: float) -> None:
-            servicer.draining = True
-            leaving = [registrar.leave()] if registrar is not None else []
-            await asyncio.gather(engine.drain(timeout_seconds), *leaving)
 
+async def serve(settings: ExpertSettings, model: LoadedModel) -> None:
+    """Serves a model until a signal. Raises as `running_expert`."""
+    async with running_expert(settings, model) as expert:
         await serve_until_signalled(
-            running, drain=drain, drain_seconds=settings.drain_seconds, ready_file=settings.ready_file
+            expert.server,
+            drain=expert.drain,
+            drain_seconds=settings.drain_seconds,
+            ready_file=settings.ready_file,
         )
 
 

@@ -11,6 +11,8 @@ from fusionroute.errors import ModelRejected, Reason
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
 
 def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a local model folder or a hub id.
@@ -18,13 +20,15 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelRejected: MODEL_NOT_FOUND or MODEL_BROKEN, naming the path.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     check_location(path_or_id)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path_or_id, trust_remote_code=False
-        )
+        declared = get_tokenizer_config(path_or_id).get("tokenizer_class")
+        # AutoTokenizer lets the model's family overrule a generic class, and may add that family's special tokens.
+        loader = PreTrainedTokenizerFast if declared in _GENERIC_CLASSES else AutoTokenizer
+        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(path_or_id, trust_remote_code=False)
     except Exception as error:
         raise ModelRejected(
             Reason.MODEL_BROKEN, f"no tokenizer can be loaded from {path_or_id!r}: {first_line(error)}"

@@ -64,6 +64,14 @@ class Instance:
             response = await self.stub.Step(request, timeout=timeout)
         except grpc.aio.AioRpcError as error:
             raise grpc_runtime.error_from_rpc(error, self.entry.address) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Closing a channel cancels its calls; to whoever waits for one, the expert has gone.
+            raise Unavailable(
+                Reason.EXPERT_UNAVAILABLE, f"the connection to {self.entry.address} was closed"
+            ) from None
         rows = wire.matrix_to_numpy(response.rows, self.entry.model.logits_width)
         return Answer(
             row=rows[0],

@@ -11,9 +11,9 @@ import copy
 from dataclasses import dataclass, field
 
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fusionroute.engine import Engine, EngineLimits, StepCall, StepOutcome, digest, prepare_model
 from fusionroute.errors import FusionRouteError, Reason
@@ -58,6 +58,10 @@ class StepMachine(RuleBasedStateMachine):
             if name not in cached:
                 del self.known[name]
 
+    def draw_known(self, data: st.DataObject) -> tuple[str, Known]:
+        name = data.draw(st.sampled_from(sorted(self.known)))
+        return name, self.known[name]
+
     def call(self, call: StepCall) -> StepOutcome | Reason:
         try:
             return self.runner.run(self.engine.step(call))
@@ -89,14 +93,13 @@ class StepMachine(RuleBasedStateMachine):
             return
         num_rows = data.draw(st.integers(0, len(tokens)))
         prefix = digest(known.tokens[:start]) if data.draw(st.booleans()) else None
-        fence = known.fence + data.draw(st.integers(0, 1))
+        fence = max(1, known.fence) + data.draw(st.integers(0, 1))
         self.expect_rows(name, StepCall(name, start, tokens, num_rows, 3, fence, prefix), fence)
 
-    @rule(name=SESSIONS, data=st.data())
-    def repeat_tokens_that_are_cached(self, name: str, data: st.DataObject) -> None:
-        known = self.known.get(name)
-        if known is None or not known.tokens:
-            return
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def repeat_tokens_that_are_cached(self, data: st.DataObject) -> None:
+        name, known = self.draw_known(data)
         start = data.draw(st.integers(0, len(known.tokens) - 1))
         call = StepCall(name, start, known.tokens[start:], 1, fence=known.fence)
         before = self.engine.load().num_forwards
@@ -114,20 +117,20 @@ class StepMachine(RuleBasedStateMachine):
             assert reason is Reason.POSITION_AHEAD
             assert self.error.cached_length == length
 
-    @rule(name=SESSIONS, tokens=TOKENS)
-    def ask_with_a_stale_fence(self, name: str, tokens: list[int]) -> None:
-        known = self.known.get(name)
-        if known and known.fence:
-            call = StepCall(name, len(known.tokens), tokens, 1, fence=known.fence - 1)
-            assert self.call(call) is Reason.STALE_FENCE
+    @precondition(lambda self: self.known)
+    @rule(tokens=TOKENS, data=st.data())
+    def ask_with_a_stale_fence(self, tokens: list[int], data: st.DataObject) -> None:
+        name, known = self.draw_known(data)
+        call = StepCall(name, len(known.tokens), tokens, 1, fence=known.fence - 1)
+        assert self.call(call) is Reason.STALE_FENCE
 
-    @rule(name=SESSIONS, tokens=TOKENS)
-    def ask_with_the_digest_of_other_tokens(self, name: str, tokens: list[int]) -> None:
-        known = self.known.get(name)
-        if known:
-            wrong = digest([*known.tokens, 5])
-            call = StepCall(name, len(known.tokens), tokens, 1, fence=known.fence, prefix_digest=wrong)
-            assert self.call(call) is Reason.DIGEST_MISMATCH
+    @precondition(lambda self: self.known)
+    @rule(tokens=TOKENS, data=st.data())
+    def ask_with_the_digest_of_other_tokens(self, tokens: list[int], data: st.DataObject) -> None:
+        name, known = self.draw_known(data)
+        wrong = digest([*known.tokens, 5])
+        call = StepCall(name, len(known.tokens), tokens, 1, fence=known.fence, prefix_digest=wrong)
+        assert self.call(call) is Reason.DIGEST_MISMATCH
 
     @rule(name=SESSIONS, bad=st.sampled_from(["epoch", "token", "rows", "empty", "long"]))
     def ask_for_the_impossible(self, name: str, bad: str) -> None:
@@ -162,5 +165,7 @@ class StepMachine(RuleBasedStateMachine):
         assert load.queue_depth == 0
 
 
-StepMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+StepMachine.TestCase.settings = settings(
+    max_examples=40, stateful_step_count=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)  # shrinking would take minutes, and the printed steps are few enough to read
 TestStep = StepMachine.TestCase
