@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, suppress
 from typing import cast
+from uuid import uuid4
 
 import torch
 
 from expert_service.checks import MESSAGE_MARGIN_BYTES, wire_dtype
-from fusionroute.engine import Engine, ModelFacts
+from fusionroute.engine import Engine, ModelFacts, StepCall
+from fusionroute.errors import FusionRouteError, OutOfRoom, Reason, SessionStateError
 from fusionroute.v1 import expert_pb2
 from fusionroute.wire import bytes_per_number, rows_to_matrix
 
@@ -20,6 +23,8 @@ MAX_CHUNK_NUMBERS = 8 * 2**20
 # Sequences that are computed while the client reads; their forwards share one batch.
 MAX_SEQUENCES_AT_WORK = 8
 MAX_CHUNKS_AHEAD = 2
+# Scoring gives way to generation for so long before it fails for want of room.
+PATIENCE_SECONDS = 60.0
 
 _Queue = asyncio.Queue["expert_pb2.ScoreResponse | BaseException | None"]
 
@@ -72,7 +77,7 @@ async def _produce(
     token_ids = list(request.sequences[index].token_ids)
     last: BaseException | None = None
     try:
-        async with aclosing(engine.score(token_ids[:-1], size)) as chunks:  # type: ignore[type-var]
+        async with aclosing(_chunks(engine, token_ids[:-1], size)) as chunks:
             async for from_position, rows in chunks:
                 gold = token_ids[from_position + 1 : from_position + 1 + len(rows)]
                 response = await asyncio.to_thread(_answer, rows, gold, request)
@@ -83,6 +88,38 @@ async def _produce(
     except Exception as error:
         last = error
     await queue.put(last)
+
+
+async def _chunks(
+    engine: Engine, token_ids: Sequence[int], size: int
+) -> AsyncGenerator[tuple[int, torch.Tensor], None]:
+    """(first position, rows [n, V]) of a whole sequence, in a session of its own that ends with it."""
+    session_id = f"score:{uuid4().hex}"
+    try:
+        for start in range(0, len(token_ids), size):
+            yield start, await _rows(engine, session_id, token_ids[: start + size], start)
+    finally:
+        with suppress(FusionRouteError):  # a stopping engine forgets by itself
+            # The client may leave while this runs; the session must go all the same.
+            await asyncio.shield(engine.close_session(session_id))
+
+
+async def _rows(engine: Engine, session_id: str, token_ids: Sequence[int], start: int) -> torch.Tensor:
+    """Rows of the tokens from `start` on; patient while there is no room, and replays after an eviction."""
+    give_up = time.monotonic() + PATIENCE_SECONDS
+    from_position = start
+    while True:
+        call = StepCall(session_id, from_position, token_ids[from_position:], len(token_ids) - start)
+        try:
+            return (await engine.step(call)).rows
+        except SessionStateError as error:
+            if error.reason is not Reason.SESSION_UNKNOWN or from_position == 0:
+                raise
+            from_position = 0
+        except OutOfRoom as error:
+            if time.monotonic() > give_up:
+                raise
+            await asyncio.sleep(error.retry_after_seconds or 0.1)
 
 
 @torch.inference_mode()

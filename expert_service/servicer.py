@@ -64,13 +64,15 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self, request: expert_pb2.CloseSessionRequest, context: Context
     ) -> expert_pb2.CloseSessionResponse:
         checks.check_session_id(request.session_id)
-        existed = await self._engine.close_session(request.session_id, request.fence)
+        # A caller that hangs up must not stop what the engine has begun.
+        existed = await asyncio.shield(self._engine.close_session(request.session_id, request.fence))
         return expert_pb2.CloseSessionResponse(existed=existed)
 
     async def ListSessions(
         self, request: expert_pb2.ListSessionsRequest, context: Context
     ) -> expert_pb2.ListSessionsResponse:
-        views, num_sessions = await self._engine.list_sessions(request.limit or checks.DEFAULT_LIST_LIMIT)
+        limit = request.limit or checks.DEFAULT_LIST_LIMIT
+        views, num_sessions = await asyncio.shield(self._engine.list_sessions(limit))
         return expert_pb2.ListSessionsResponse(
             sessions=[_session_info(view) for view in views], num_sessions=num_sessions
         )

@@ -27,7 +27,11 @@ def successor(token_id: int) -> int:
 
 
 class KnownEngine:
-    """An engine whose logits are a fixed function of the last token; an unset `gate` holds its steps back."""
+    """An engine whose logits are a fixed function of the last token.
+
+    An unset `gate` holds its steps back, `errors` are raised by the next steps, a forgetful one evicts every
+    session after its step.
+    """
 
     def __init__(self, dtype: str = "float32") -> None:
         self.facts = ModelFacts("known", "weights", "vocabulary", WIDTH, "fake", dtype, 1000, 5)
@@ -35,7 +39,8 @@ class KnownEngine:
         self.lengths: dict[str, int] = {}
         self.num_forwards = 0
         self.num_waiting = 0
-        self.num_scoring = 0
+        self.errors: list[FusionRouteError] = []
+        self.is_forgetful = False
         self.gate = asyncio.Event()
         self.gate.set()
         self._dtype = getattr(torch, dtype)
@@ -54,23 +59,19 @@ class KnownEngine:
             await self.gate.wait()
         finally:
             self.num_waiting -= 1
-        if call.from_position != self.lengths.get(call.session_id, 0):
-            raise SessionStateError(Reason.POSITION_AHEAD, "ahead", metadata={"cached_length": "3"})
+        if self.errors:
+            raise self.errors.pop(0)
+        cached = self.lengths.get(call.session_id)
+        if cached is None and call.from_position > 0:
+            raise SessionStateError(Reason.SESSION_UNKNOWN, "unknown")
+        if cached is not None and call.from_position > cached:
+            raise SessionStateError(Reason.POSITION_AHEAD, "ahead", metadata={"cached_length": str(cached)})
         self.num_forwards += 1
         length = self.lengths[call.session_id] = call.from_position + len(call.token_ids)
+        if self.is_forgetful:
+            del self.lengths[call.session_id]
         rows = self.rows(call.token_ids[len(call.token_ids) - call.num_rows :])
         return StepOutcome(rows, None, length, len(call.token_ids), 0.5, 0.25, 1, len(self.lengths))
-
-    async def score(
-        self, token_ids: Sequence[int], chunk_tokens: int = 256
-    ) -> AsyncIterator[tuple[int, torch.Tensor]]:
-        self.num_scoring += 1
-        try:
-            for start in range(0, len(token_ids), chunk_tokens):
-                await self.gate.wait()
-                yield start, self.rows(token_ids[start : start + chunk_tokens])
-        finally:
-            self.num_scoring -= 1
 
     async def close_session(self, session_id: str, fence: int = 0) -> bool:
         return self.lengths.pop(session_id, None) is not None

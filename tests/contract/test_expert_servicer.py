@@ -13,7 +13,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from fusionroute.errors import FusionRouteError, Reason
+from fusionroute.errors import FusionRouteError, InternalFault, OutOfRoom, Reason
 from fusionroute.grpc_runtime import channel, error_from_rpc
 from fusionroute.v1 import common_pb2, expert_pb2
 from fusionroute.wire import matrix_to_numpy, step_error_from_message
@@ -129,7 +129,10 @@ async def test_what_cannot_be_answered_is_refused_before_the_engine_sees_it(
     assert not engine.calls
 
 
-async def test_a_batch_answers_in_order_and_one_failure_hinders_nobody(expert: Any) -> None:
+async def test_a_batch_answers_in_order_and_one_failure_hinders_nobody(
+    expert: Any, engine: KnownEngine
+) -> None:
+    engine.lengths["b"] = 3
     steps = [
         Step(session_id="a", token_ids=[3], num_rows=1),
         Step(session_id="b", from_position=9, token_ids=[3]),
@@ -216,14 +219,48 @@ async def test_rows_are_scored_in_chunks_that_fit_into_a_message(engine: KnownEn
     assert chunks == [2, 2, 2, 2, 1]
 
 
+async def score_one(expert: Any, token_ids: list[int]) -> list[float]:
+    request = expert_pb2.ScoreRequest(sequences=[expert_pb2.TokenSequence(token_ids=token_ids)])
+    return [x async for a in expert.Score(request) for x in np.frombuffer(a.gold_log_probs, "<f4").tolist()]
+
+
+async def test_scoring_goes_on_when_its_session_is_evicted_between_chunks(
+    expert: Any, engine: KnownEngine
+) -> None:
+    token_ids = [step % WIDTH for step in range(700)]
+    engine.is_forgetful = True
+    wanted = expected_log_probs(engine, token_ids)
+    np.testing.assert_allclose(await score_one(expert, token_ids), wanted, rtol=1e-6)
+    served = [(call.from_position, len(call.token_ids)) for call in engine.calls]
+    assert served == [(0, 256), (256, 256), (0, 512), (512, 187), (0, 699)]
+
+
+async def test_scoring_waits_while_there_is_no_room(expert: Any, engine: KnownEngine) -> None:
+    engine.errors = [OutOfRoom(Reason.QUEUE_FULL, "full", retry_after_seconds=0.01) for _ in range(3)]
+    assert len(await score_one(expert, [1, 2, 3])) == 2
+    assert len(engine.calls) == 4
+
+
+async def test_scoring_that_fails_says_why(expert: Any, engine: KnownEngine) -> None:
+    engine.errors = [InternalFault(Reason.NON_FINITE_LOGITS, "NaN")]
+    error = await refusal(score_one(expert, [1, 2, 3]))
+    assert error.reason is Reason.NON_FINITE_LOGITS
+
+
+async def test_scoring_forgets_its_sessions(expert: Any, engine: KnownEngine) -> None:
+    await score_one(expert, [1, 2, 3])
+    assert engine.num_forwards == 1
+    assert engine.lengths == {}
+
+
 async def test_a_client_that_leaves_ends_the_scoring(expert: Any, engine: KnownEngine) -> None:
     engine.gate.clear()
     request = expert_pb2.ScoreRequest(sequences=[expert_pb2.TokenSequence(token_ids=[1, 2])] * 20)
     stream = expert.Score(request)
     reading = asyncio.ensure_future(stream.read())
-    await until(lambda: engine.num_scoring == 8)
+    await until(lambda: engine.num_waiting == 8)
     stream.cancel()
-    await until(lambda: engine.num_scoring == 0)
+    await until(lambda: engine.num_waiting == 0)
     await asyncio.gather(reading, return_exceptions=True)
 
 
