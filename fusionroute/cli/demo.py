@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 
 
 MAX_ITEMS_PER_TASK = 40
-EVALUATION_BUDGET_SECONDS = 110.0
+TABLE_SECONDS = (20.0, 110.0)
+DEMO_SECONDS = 300.0
 
 
 @click.command()
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the trained family.")
 @click.option("--items", "num_rounds", type=click.IntRange(1, 40), default=None,
               help="Items of each of the 23 tasks; else as many as the time allows, at most 40.")  # fmt: skip
-@click.option("--budget", "budget_seconds", type=click.FloatRange(1), default=EVALUATION_BUDGET_SECONDS,
-              show_default=True, help="Seconds for the table, unless --items is given.")  # fmt: skip
+@click.option("--budget", "budget_seconds", type=click.FloatRange(1), metavar="SECONDS",
+              help="For the table, without --items.  [default: what 5 minutes leave, <= 110]")  # fmt: skip
 @json_option
-def demo(seed: int, num_rounds: int | None, budget_seconds: float, as_json: bool) -> None:
+def demo(seed: int, num_rounds: int | None, budget_seconds: float | None, as_json: bool) -> None:
     """Everything once: build the tiny models, start the services, show answers, measure, stop.
 
     Three experts, a router and a Redis run as processes of their own for as long as the demo does. The first
@@ -61,7 +62,7 @@ def demo(seed: int, num_rounds: int | None, budget_seconds: float, as_json: bool
         with clock.stage("3  answers, each token in the colour of the expert that took part"):
             asyncio.run(_show(screen, state.router_address, seed))
         with clock.stage("4  table: every answer decoded through the running services"):
-            budget = float("inf") if num_rounds else budget_seconds
+            budget = float("inf") if num_rounds else budget_seconds or clock.seconds_for_the_table()
             rounds = num_rounds or MAX_ITEMS_PER_TASK
             result = asyncio.run(_measure(screen, state.router_address, rounds, budget, seed))
     clock.say(f"done in {clock.seconds:.0f} s; nothing is left running")
@@ -102,6 +103,11 @@ class _Clock:
     def seconds(self) -> float:
         """Since the demo began."""
         return time.monotonic() - self._started_at
+
+    def seconds_for_the_table(self) -> float:
+        """What is left of the demo's time, within limits."""
+        least, most = TABLE_SECONDS
+        return min(most, max(least, DEMO_SECONDS - self.seconds))
 
     def say(self, text: str) -> None:
         """A line between stages."""

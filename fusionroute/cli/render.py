@@ -109,7 +109,7 @@ def trace_text(token: Token, slots: Sequence[str], palette: Palette) -> Text:
     line = Text(f"{token.index:4d}  ")
     line.append(f"{quoted(token.text):<12}", style=look.style)
     line.append(
-        f" id {token.id:<7d} {look.mark} {token.expert or 'router alone':<14} logprob {token.logprob:8.3f}"
+        f" id {token.id:<7d} {look.mark} {token.expert or 'router alone':<14} logprob {token.logprob:z8.3f}"
     )
     if token.routing_weights:
         names = [*slots, "router"]
@@ -118,7 +118,7 @@ def trace_text(token: Token, slots: Sequence[str], palette: Palette) -> Text:
     for name in ("fused", "expert", "router"):
         candidates: Sequence[Candidate] = getattr(token.top, name)
         if candidates:
-            shown = "  ".join(f"{quoted(each.text)} {each.logprob:.2f}" for each in candidates)
+            shown = "  ".join(f"{quoted(each.text)} {each.logprob:z.2f}" for each in candidates)
             line.append(f"\n        {name:<7}{shown}", style="dim")
     return line
 
