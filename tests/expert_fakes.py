@@ -74,6 +74,9 @@ class KnownEngine:
         return StepOutcome(rows, None, length, len(call.token_ids), 0.5, 0.25, 1, len(self.lengths))
 
     async def close_session(self, session_id: str, fence: int = 0) -> bool:
+        self.num_waiting += 1
+        await self.gate.wait()
+        self.num_waiting -= 1
         return self.lengths.pop(session_id, None) is not None
 
     async def list_sessions(self, limit: int) -> tuple[list[SessionView], int]:

@@ -221,19 +221,6 @@ async def test_scoring_leaves_no_session_behind_even_when_the_client_leaves(expe
     assert (await expert.step("s", 0, TOKENS)).position == len(TOKENS)
 
 
-async def test_a_client_that_hangs_up_while_closing_or_listing_does_no_harm(expert: Any) -> None:
-    await expert.step("s", 0, TOKENS)
-    for _ in range(30):
-        calls = [
-            expert.stub.ListSessions(expert_pb2.ListSessionsRequest()),
-            expert.stub.CloseSession(expert_pb2.CloseSessionRequest(session_id="s")),
-        ]
-        await asyncio.sleep(0.001)
-        for call in calls:
-            call.cancel()
-    assert (await expert.step("t", 0, TOKENS)).position == len(TOKENS)
-
-
 async def test_a_deadline_that_has_passed_is_not_computed(expert: Expert) -> None:
     before = expert.engine.load().num_forwards
     request = expert_pb2.StepRequest(session_id="s", token_ids=TOKENS, num_rows=1)

@@ -183,6 +183,19 @@ async def test_sessions_are_listed_and_closed(expert: Any, engine: KnownEngine) 
     assert not (await expert.CloseSession(close)).existed
 
 
+async def test_a_client_that_hangs_up_does_not_stop_the_closing_of_its_session(
+    expert: Any, engine: KnownEngine
+) -> None:
+    engine.lengths["s"] = 3
+    engine.gate.clear()
+    closing = expert.CloseSession(expert_pb2.CloseSessionRequest(session_id="s"))
+    await until(lambda: engine.num_waiting == 1)
+    closing.cancel()
+    await asyncio.sleep(0.1)
+    engine.gate.set()
+    await until(lambda: engine.lengths == {})
+
+
 def expected_log_probs(engine: KnownEngine, token_ids: list[int]) -> np.ndarray[Any, Any]:
     log_probs = torch.log_softmax(engine.rows(token_ids[:-1]), dim=1)
     return log_probs[range(len(token_ids) - 1), token_ids[1:]].numpy()
