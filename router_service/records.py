@@ -1,11 +1,10 @@
-"""What is stored of each token: twelve bytes, little-endian.
+"""What is stored of each token: sixteen bytes, little-endian.
 
 bytes   field      type
 0-3     token_id   u32
 4-7     logprob    f32  natural log, fused distribution; 0 for prompt tokens
-8       source     u8   a `TokenSource`
-9       expert     u8   place of the expert's slot in the checkpoint; 0 where no expert took part
-10-11   epoch      u16  the expert's epoch, its low 16 bits; 0 where no expert took part
+8-15    origin     u64  lowest byte: a `TokenSource`; next byte: place of the expert's slot in the checkpoint;
+                        upper six bytes: the expert's epoch; 0 where no expert took part
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ import numpy.typing as npt
 
 from fusionroute.errors import InternalFault, Reason
 
-RECORD_DTYPE = np.dtype(
-    [("token_id", "<u4"), ("logprob", "<f4"), ("source", "u1"), ("expert", "u1"), ("epoch", "<u2")]
-)
+RECORD_DTYPE = np.dtype([("token_id", "<u4"), ("logprob", "<f4"), ("origin", "<u8")])
 RECORD_BYTES = RECORD_DTYPE.itemsize
-_ONE_RECORD = Struct("<IfBBH")
+_ONE_RECORD = Struct("<IfQ")
+_EPOCH_MASK = 2**48 - 1
 
 Records = npt.NDArray[np.void]
 """A vector with RECORD_DTYPE: one row per token, columns by name, for example ``records["token_id"]``."""
@@ -43,7 +41,7 @@ class TokenSource(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """One token as it is stored; `logprob` comes back rounded to f32 and `epoch` cut to 16 bits."""
+    """One token as it is stored; `logprob` comes back rounded to f32 and `epoch` cut to 48 bits."""
 
     token_id: int
     logprob: float = 0.0
@@ -59,9 +57,8 @@ def pack(records: Sequence[TokenRecord]) -> bytes:
 
 def pack_one(record: TokenRecord) -> bytes:
     """The stored form of one record; a fraction of numpy's time, which counts once per token."""
-    return _ONE_RECORD.pack(
-        record.token_id, record.logprob, record.source, record.expert, record.epoch & 0xFFFF
-    )
+    origin = (record.epoch & _EPOCH_MASK) << 16 | record.expert << 8 | record.source
+    return _ONE_RECORD.pack(record.token_id, record.logprob, origin)
 
 
 def pack_prompt(token_ids: Iterable[int] | npt.NDArray[Any]) -> bytes:
@@ -87,6 +84,6 @@ def unpack(data: bytes) -> Records:
 def to_token_records(records: Records) -> list[TokenRecord]:
     """The rows of `records` as objects."""
     return [
-        TokenRecord(token_id, logprob, TokenSource(source), expert, epoch)
-        for token_id, logprob, source, expert, epoch in records.tolist()
+        TokenRecord(token_id, logprob, TokenSource(origin & 0xFF), origin >> 8 & 0xFF, origin >> 16)
+        for token_id, logprob, origin in records.tolist()
     ]

@@ -1,7 +1,7 @@
 """Sessions in Redis: their tokens, their turn and who may write them. The tokens here are the truth.
 
     fr:{sid}:meta    hash    fence, owner, and the latest turn: state, request id, answer position ...
-    fr:{sid}:tok     string  the tokens, prompts included, as records of twelve bytes
+    fr:{sid}:tok     string  the tokens, prompts included, as records of sixteen bytes
     fr:{sid}:lease   string  the owner; gone when its writer has not been heard of for a while
 
 A writer acquires a session and is given a fence, a number that only grows. Every write carries it: who was

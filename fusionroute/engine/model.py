@@ -138,7 +138,7 @@ def load_model(
         dtype: "float32", "float16", "bfloat16", or "auto" for the format of the stored weights.
         device: a torch device.
         heads: a router's heads.
-        epoch: of these weights; None = seconds since 1970, which no later load can undercut.
+        epoch: of these weights; None = milliseconds since 1970, which no later load can undercut.
 
     Raises:
         ModelRejected: MODEL_NOT_FOUND, MODEL_UNSUPPORTED, MODEL_BROKEN or VOCABULARY_MISMATCH, naming the model.
@@ -175,7 +175,7 @@ def prepare_model(
         family=model.config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
         max_context_tokens=int(getattr(model.config, "max_position_embeddings", 1 << 20)),
-        epoch=int(time.time()) if epoch is None else epoch,
+        epoch=time.time_ns() // 1_000_000 if epoch is None else epoch,
     )
     attention.register()
     model.eval()

@@ -23,4 +23,4 @@ end
 redis.call('SET', lease, owner, 'PX', lease_ms)
 redis.call('PEXPIRE', meta, ttl_ms)
 redis.call('PEXPIRE', tok, tonumber(ttl_ms) + 1000)
-return {'done', fence, redis.call('STRLEN', tok) / 12}
+return {'done', fence, redis.call('STRLEN', tok) / 16}

@@ -5,5 +5,5 @@
 local meta, tok, lease = KEYS[1], KEYS[2], KEYS[3]
 local fields = redis.call('HGETALL', meta)
 if #fields == 0 then return {'unknown'} end
-return {'done', fields, redis.call('STRLEN', tok) / 12, redis.call('GETRANGE', tok, ARGV[1] * 12, -1),
+return {'done', fields, redis.call('STRLEN', tok) / 16, redis.call('GETRANGE', tok, ARGV[1] * 16, -1),
   redis.call('PTTL', meta), math.max(redis.call('PTTL', lease), 0)}

@@ -1,9 +1,9 @@
 -- What every script that writes to a session begins with.
--- KEYS  1 meta (hash)  2 tok (string of 12-byte records)  3 lease (string: the owner)
+-- KEYS  1 meta (hash)  2 tok (string of 16-byte records)  3 lease (string: the owner)
 -- ARGV  1 fence  2 lease in ms  3 time to live in ms  then the script's own, from ARGV[4] on
 local meta, tok, lease = KEYS[1], KEYS[2], KEYS[3]
 local fence, lease_ms, ttl_ms = ARGV[1], ARGV[2], ARGV[3]
-local RECORD_BYTES = 12
+local RECORD_BYTES = 16
 
 local function length()
   return redis.call('STRLEN', tok) / RECORD_BYTES

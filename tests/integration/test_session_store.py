@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from fusionroute.errors import InternalFault, InvalidRequest, Reason, SessionStateError, Unavailable
 from fusionroute.private_redis import PrivateRedis, connect
-from router_service.records import TokenRecord, TokenSource, pack, pack_prompt
+from router_service.records import TokenRecord, TokenSource, pack, pack_prompt, to_token_records
 from router_service.session_store import SessionStore, session_keys
 from router_service.stored_session import (
     FinishReason,
@@ -99,11 +99,8 @@ async def test_appended_records_come_back(store: SessionStore, sid: str):
     written = TokenRecord(5, -0.5, TokenSource.EXPERT, expert=3, epoch=70_000)
     outcome = await store.append(lease, 2, pack([written]))
     assert (outcome.verdict, outcome.length) == (WriteVerdict.DONE, 3)
-    assert (await store.get(sid)).records.tolist() == [
-        (7, 0.0, 0, 0, 0),
-        (2**32 - 1, 0.0, 0, 0, 0),
-        (5, -0.5, 1, 3, 70_000 % 65_536),
-    ]
+    prompt = [TokenRecord(7), TokenRecord(2**32 - 1)]
+    assert to_token_records((await store.get(sid)).records) == [*prompt, written]
     assert (await store.get(sid, from_position=2)).records["token_id"].tolist() == [5]
     assert len((await store.get(sid, from_position=9)).records) == 0
 

@@ -213,7 +213,7 @@ async def test_a_tail_that_a_fail_over_lost_is_sent_again(
             log.append(TokenRecord(token_id))
         await log.flush()
         tok = session_keys(lease.session_id)[1]
-        kept = await redis_client.getrange(tok, 0, 3 * 12 - 1)
+        kept = await redis_client.getrange(tok, 0, 3 * 16 - 1)
         await redis_client.execute_command("SET", tok, pack_prompt([100, 0, 1]), "KEEPTTL")
         assert kept == pack_prompt([100, 0, 1])
         log.append(TokenRecord(5))

@@ -23,7 +23,7 @@ RECORDS = st.builds(
     logprob=st.floats(width=32, allow_nan=False),
     source=st.sampled_from(TokenSource),
     expert=st.integers(0, 255),
-    epoch=st.integers(0, 65_535),
+    epoch=st.integers(0, 2**48 - 1),
 )
 
 
@@ -34,18 +34,18 @@ def test_unpacked_records_equal_the_packed(records):
 
 @given(records=st.lists(RECORDS, min_size=1))
 def test_packing_agrees_with_the_declared_layout(records):
-    rows = [(r.token_id, r.logprob, r.source, r.expert, r.epoch) for r in records]
+    rows = [(r.token_id, r.logprob, r.source + 256 * r.expert + 65_536 * r.epoch) for r in records]
     assert pack(records) == np.array(rows, dtype=RECORD_DTYPE).tobytes()
 
 
-def test_the_layout_is_twelve_little_endian_bytes():
-    record = TokenRecord(0x01020304, 1.0, TokenSource.EXPERT, expert=5, epoch=0x0607)
-    assert pack([record]) == bytes.fromhex("04030201 0000803f 01 05 0706")
-    assert RECORD_BYTES == 12
+def test_the_layout_is_sixteen_little_endian_bytes():
+    record = TokenRecord(0x01020304, 1.0, TokenSource.EXPERT, expert=5, epoch=0x060708090A0B)
+    assert pack([record]) == bytes.fromhex("04030201 0000803f 01 05 0b0a09080706")
+    assert RECORD_BYTES == 16
 
 
-def test_an_epoch_is_cut_to_sixteen_bits():
-    assert to_token_records(unpack(pack([TokenRecord(1, epoch=0x1_0002)])))[0].epoch == 2
+def test_an_epoch_is_cut_to_forty_eight_bits():
+    assert to_token_records(unpack(pack([TokenRecord(1, epoch=2**48 + 2)])))[0].epoch == 2
 
 
 @pytest.mark.parametrize("ids", [[], [1, 2, 3], np.array([1, 2, 3])])
