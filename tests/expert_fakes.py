@@ -43,6 +43,9 @@ class KnownEngine:
         self.is_forgetful = False
         self.gate = asyncio.Event()
         self.gate.set()
+        self.num_closing = 0
+        self.closing_gate = asyncio.Event()
+        self.closing_gate.set()
         self._dtype = getattr(torch, dtype)
 
     def rows(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -74,9 +77,9 @@ class KnownEngine:
         return StepOutcome(rows, None, length, len(call.token_ids), 0.5, 0.25, 1, len(self.lengths))
 
     async def close_session(self, session_id: str, fence: int = 0) -> bool:
-        self.num_waiting += 1
-        await self.gate.wait()
-        self.num_waiting -= 1
+        self.num_closing += 1
+        await self.closing_gate.wait()
+        self.num_closing -= 1
         return self.lengths.pop(session_id, None) is not None
 
     async def list_sessions(self, limit: int) -> tuple[list[SessionView], int]:

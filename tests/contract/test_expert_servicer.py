@@ -20,6 +20,7 @@ from fusionroute.wire import matrix_to_numpy, step_error_from_message
 from tests.expert_fakes import WIDTH, KnownEngine, served_expert, successor, until
 
 Step = expert_pb2.StepRequest
+UNKNOWN_DTYPE: Any = 9
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ async def test_a_bad_session_id_is_refused_by_every_call(
     ("request_", "reason", "field"),
     [
         (Step(session_id="s", token_ids=[3], draft_tokens=65), Reason.INVALID_FIELD, "draft_tokens"),
-        (Step(session_id="s", token_ids=[3], dtype=9), Reason.INVALID_FIELD, "dtype"),  # type: ignore[arg-type]
+        (Step(session_id="s", token_ids=[3], dtype=UNKNOWN_DTYPE), Reason.INVALID_FIELD, "dtype"),
         (Step(session_id="s", from_position=960, token_ids=[3], draft_tokens=40), Reason.CONTEXT_FULL, None),
         (Step(session_id="s", token_ids=[3] * 1200, num_rows=1200), Reason.INVALID_FIELD, "num_rows"),
         (Step(session_id="s", token_ids=[3], num_rows=2**32 - 1), Reason.INVALID_FIELD, "num_rows"),
@@ -187,12 +188,12 @@ async def test_a_client_that_hangs_up_does_not_stop_the_closing_of_its_session(
     expert: Any, engine: KnownEngine
 ) -> None:
     engine.lengths["s"] = 3
-    engine.gate.clear()
+    engine.closing_gate.clear()
     closing = expert.CloseSession(expert_pb2.CloseSessionRequest(session_id="s"))
-    await until(lambda: engine.num_waiting == 1)
+    await until(lambda: engine.num_closing == 1)
     closing.cancel()
     await asyncio.sleep(0.1)
-    engine.gate.set()
+    engine.closing_gate.set()
     await until(lambda: engine.lengths == {})
 
 
