@@ -208,7 +208,7 @@ class Engine:
                 chunk = token_ids[start : start + chunk_tokens]
                 yield start, (await self.step(StepCall(session_id, start, chunk, len(chunk)))).rows
         finally:
-            await self.close_session(session_id)
+            await asyncio.shield(self.close_session(session_id))
 
     async def close_session(self, session_id: str, fence: int = 0) -> bool:
         """Forgets a session; returns whether it existed. Raises SessionStateError STALE_FENCE."""
@@ -258,10 +258,15 @@ class Engine:
         answer: Future[T] = Future()
 
         def run() -> None:
+            is_awaited = answer.set_running_or_notify_cancel()
             try:
-                answer.set_result(question())
+                result = question()
             except Exception as error:
-                answer.set_exception(error)
+                if is_awaited:
+                    answer.set_exception(error)
+            else:
+                if is_awaited:
+                    answer.set_result(result)
 
         with self._wake:
             if self._stopping:

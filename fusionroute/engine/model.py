@@ -7,6 +7,7 @@ of its own eager attention on a short check, else refused by name.
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -202,7 +203,10 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
 def _load_weights(path_or_id: str, dtype: str, device: str) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
     except Exception as error:

@@ -161,12 +161,12 @@ async def test_a_cancelled_step_leaves_the_session_usable() -> None:
     engine, reference = make_engine(prefill_chunk_tokens=1)
     async with engine:
         task = asyncio.create_task(engine.step(StepCall("s", 0, list(range(2, 60)), 1)))
-        while engine.load().num_forwards < 3:
+        while engine.load().num_forwards < 3:  # noqa: ASYNC110 - the worker thread tells nobody
             await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while engine.load().queue_depth:
+        while engine.load().queue_depth:  # noqa: ASYNC110 - the worker thread tells nobody
             await asyncio.sleep(0.001)
         outcome = await engine.step(StepCall("s", 0, [2, 3, 4, 50], 1))
         assert_rows_equal(outcome.rows, eager_rows(reference, [2, 3, 4, 50])[-1:])
@@ -212,3 +212,17 @@ async def test_digest_of_other_tokens_is_refused() -> None:
         with pytest.raises(FusionRouteError) as caught:
             await engine.step(StepCall("s", 4, [7], 1, prefix_digest=digest([3, 4, 5, 5])))
         assert caught.value.reason is Reason.DIGEST_MISMATCH
+
+
+async def test_a_question_whose_asker_has_left_neither_stops_the_engine_nor_is_forgotten() -> None:
+    engine, _ = make_engine(prefill_chunk_tokens=1)
+    async with engine:
+        await engine.step(StepCall("left", 0, [3], 1))
+        long = asyncio.create_task(engine.step(StepCall("s", 0, list(range(2, 60)), 1)))
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(engine.close_session("left"))
+        await asyncio.sleep(0)
+        closing.cancel()
+        assert (await long).position == 58
+        views, _ = await engine.list_sessions(10)
+        assert [view.session_id for view in views] == ["s"]

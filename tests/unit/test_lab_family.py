@@ -145,6 +145,14 @@ def test_the_router_checkpoint_serves_every_rule_for_exactly_these_experts(outco
         assert expert.weights_fingerprint == weights_fingerprint(load(str(family.experts[expert.slot])))
 
 
+def test_other_users_may_read_a_family_as_far_as_the_umask_lets_them(
+    outcome: Outcome, tmp_path: Path
+) -> None:
+    ordinary = tmp_path / "ordinary"
+    ordinary.mkdir()
+    assert outcome.families[0].folder.stat().st_mode == ordinary.stat().st_mode
+
+
 def test_every_trained_head_has_moved_away_from_zero(outcome: Outcome) -> None:
     heads = load_checkpoint(outcome.families[0].router).heads
     assert all(tensor.abs().max() > 0 for tensor in heads.tensors().values())
