@@ -148,9 +148,11 @@ def test_the_router_checkpoint_serves_every_rule_for_exactly_these_experts(outco
 def test_other_users_may_read_a_family_as_far_as_the_umask_lets_them(
     outcome: Outcome, tmp_path: Path
 ) -> None:
-    ordinary = tmp_path / "ordinary"
-    ordinary.mkdir()
-    assert outcome.families[0].folder.stat().st_mode == ordinary.stat().st_mode
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    ordinary = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert {path.stat().st_mode for path in outcome.families[0].folder.rglob("*")} == ordinary
+    assert outcome.families[0].folder.stat().st_mode in ordinary
 
 
 def test_every_trained_head_has_moved_away_from_zero(outcome: Outcome) -> None:

@@ -15,8 +15,8 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,7 +165,8 @@ def _build(
 ) -> None:
     """Train into a folder of another name, then give it its name, then declare it complete."""
     start = time.perf_counter()
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial.mkdir()
     report = _Reporter(recipe, progress)
     try:
         stages: dict[str, Any] = {}
@@ -184,7 +185,7 @@ def _build(
             "wall_seconds": round(time.perf_counter() - start, 1),
         }
         (partial / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        _sync_tree(partial)
+        _settle_tree(partial)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -243,8 +244,12 @@ def _remove_remains(folder: Path) -> None:
             shutil.rmtree(remains)
 
 
-def _sync_tree(folder: Path) -> None:
+def _settle_tree(folder: Path) -> None:
+    """Everything safe on disk, and weights as readable as other files: safetensors writes them for us alone."""
+    ordinary_mode = (folder / FACTS_FILE).stat().st_mode
     for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            path.chmod(ordinary_mode)
         _sync(path)
     _sync(folder)
 
