@@ -17,7 +17,9 @@ from fusionroute.router_model import load_checkpoint
 def load_causal_lm(folder: str | Path) -> Any:
     """A transformers causal LM in evaluation mode, in the number format of its weights."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", trust_remote_code=False).eval()
 
 

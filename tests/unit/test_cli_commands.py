@@ -51,7 +51,7 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def run(*arguments: str, **options: str) -> Result:
-    return CliRunner().invoke(main, arguments, **options)  # type: ignore[arg-type]
+    return CliRunner().invoke(main, arguments, **options)
 
 
 def all_commands() -> list[tuple[str, ...]]:

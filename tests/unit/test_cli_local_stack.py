@@ -43,7 +43,7 @@ def plan_of(router: str = "good", **experts: str) -> StackPlan:
 
 def start(folder: Path, plan: StackPlan, **options: object) -> StackState:
     arguments = {"ask_registry": everyone_is_ready, "programs": PROGRAMS, "deadline_seconds": 20.0, **options}
-    return local_stack.start(plan, folder, **arguments)  # type: ignore[arg-type]
+    return local_stack.start(plan, folder, **arguments)
 
 
 def survivors(folder: Path) -> list[int]:
