@@ -245,7 +245,7 @@ def _remove_remains(folder: Path) -> None:
 
 
 def _settle_tree(folder: Path) -> None:
-    """Everything safe on disk, and weights as readable as other files: safetensors writes them for us alone."""
+    """Everything safe on disk, and weights, which come readable for us alone, as readable as other files."""
     ordinary_mode = (folder / FACTS_FILE).stat().st_mode
     for path in sorted(folder.rglob("*")):
         if path.is_file():
