@@ -51,7 +51,7 @@ def test_a_confidence_of_one_is_refused() -> None:
 
 
 def test_a_constant_difference_has_an_interval_of_no_width() -> None:
-    estimate = paired_difference([1.0, 0.5, 0.75], [0.5, 0.0, 0.25], ["a", "b", "c"])
+    estimate = paired_difference([1.0, 0.5, 0.75], [0.5, 0.0, 0.25], ["a", "a", "b"])
     assert (estimate.value, estimate.low, estimate.high) == (0.5, 0.5, 0.5)
     assert estimate.excludes_zero
 
