@@ -243,10 +243,14 @@ def _answers(socket_path: Path) -> bool:
     return False
 
 
-def connect(url: str, *, timeout_seconds: float = 5.0) -> Redis:
+def connect(url: str, *, timeout_seconds: float = 2.0) -> Redis:
     """A client for `url` (redis://, rediss:// or unix://) that connects on first use and answers with bytes.
 
     It sends each command once: whether repeating one is safe is known only to whoever sends it.
+
+    Args:
+        timeout_seconds: for connecting and for each answer; less than the deadlines of what is built on it, so
+            that a connection that hangs leaves time for another.
 
     Raises:
         InvalidRequest: the URL is not one.

@@ -11,6 +11,7 @@ class LossyProxy:
     """Passes bytes between clients of its socket and Redis, and loses answers on demand.
 
     `answers_to_lose`: so many of the next commands reach Redis, but their connection breaks, unanswered.
+    `is_mute`: connections stay open, but no answer comes back.
     `is_down`: connections break at once.
     """
 
@@ -21,6 +22,7 @@ class LossyProxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self.answers_to_lose = 0
+        self.is_mute = False
         self.is_down = False
         self.num_commands = 0
         self.num_lost = 0
@@ -54,21 +56,37 @@ class LossyProxy:
         self._writers.discard(writer)
         writer.close()
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pass_on(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        """Passes on both directions until either ends, then closes both."""
         if self.is_down:
             return
-        from_redis, to_redis = await asyncio.open_unix_connection(self._redis_path)
+        redis, to_redis = await asyncio.open_unix_connection(self._redis_path)
+        is_losing = asyncio.Event()
         try:
-            while command := await reader.read(1 << 20):  # our clients send one command, then wait
-                if self.is_down:
-                    return
-                self.num_commands += 1
-                to_redis.write(command)
-                answer = await from_redis.read(1 << 20)
-                if self.answers_to_lose > 0 and b"EVALSHA" in command:
-                    self.answers_to_lose -= 1
-                    self.num_lost += 1
-                    return
-                writer.write(answer)
+            answers = asyncio.create_task(self._answers(redis, to_client, is_losing))
+            commands = asyncio.create_task(self._commands(client, to_redis, is_losing))
+            await asyncio.wait([answers, commands], return_when=asyncio.FIRST_COMPLETED)
         finally:
             to_redis.close()
+            to_client.close()
+        await asyncio.gather(answers, commands, return_exceptions=True)
+
+    async def _commands(
+        self, client: asyncio.StreamReader, to_redis: asyncio.StreamWriter, is_losing: asyncio.Event
+    ) -> None:
+        while (data := await client.read(1 << 20)) and not self.is_down:
+            self.num_commands += 1
+            if self.answers_to_lose > 0 and b"EVALSHA" in data:
+                self.answers_to_lose -= 1
+                is_losing.set()
+            to_redis.write(data)
+
+    async def _answers(
+        self, redis: asyncio.StreamReader, to_client: asyncio.StreamWriter, is_losing: asyncio.Event
+    ) -> None:
+        while data := await redis.read(1 << 20):
+            if is_losing.is_set():
+                self.num_lost += 1
+                return
+            if not self.is_mute:
+                to_client.write(data)

@@ -351,6 +351,22 @@ async def test_operations_whose_answers_are_lost_are_repeated_without_harm(
         await client.aclose()
 
 
+async def test_a_connection_that_hangs_is_replaced_within_the_deadline(
+    redis_url: str, tmp_path: Path, sid: str
+):
+    async with LossyProxy(redis_url, tmp_path) as proxy:
+        client = connect(proxy.url, timeout_seconds=0.1)
+        store = SessionStore(client)
+        lease = await store.acquire(sid, "one")
+        proxy.is_mute = True
+        appending = asyncio.create_task(store.append(lease, 0, pack_prompt([1, 2])))
+        await asyncio.sleep(0.15)
+        proxy.is_mute = False
+        assert (await appending).verdict is WriteVerdict.DONE
+        assert await stored_ids(store, sid) == [1, 2]
+        await client.aclose()
+
+
 async def test_an_absent_redis_is_told_at_the_deadline():
     with PrivateRedis() as server:
         url = server.url
