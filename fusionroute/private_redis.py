@@ -249,7 +249,7 @@ def connect(url: str, *, timeout_seconds: float = 2.0) -> Redis:
     It sends each command once: whether repeating one is safe is known only to whoever sends it.
 
     Args:
-        timeout_seconds: for connecting and for each answer; less than the deadlines of what is built on it, so
+        timeout_seconds: for connecting and for each answer. Less than the deadlines of whoever uses it, so
             that a connection that hangs leaves time for another.
 
     Raises:
