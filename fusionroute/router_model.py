@@ -218,7 +218,9 @@ def save_checkpoint(
         tokenizer.save_pretrained(staged)
         save_file(heads.tensors(), staged / HEAD_FILE)
         (staged / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        staged.chmod(0o755)
         for path in staged.iterdir():
+            path.chmod(0o644)  # safetensors writes 0600, which a container's other user could not read
             _sync(path)
         (staged / COMPLETE_FILE).touch()
         _sync(staged)

@@ -21,6 +21,7 @@ from fusionroute.grpc_runtime import (
     Progress,
     RunningServer,
     Service,
+    check_port_free,
     serve_until_signalled,
     server,
 )
@@ -49,17 +50,23 @@ def run(settings: RouterSettings) -> ExitCode:
     """Loads the checkpoint and serves it until a signal."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    log.info("loading", checkpoint=settings.checkpoint, device=settings.device)
     try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, depending on how it was built
+        log.error("device_missing", message=f"device = {settings.device!r} cannot be used: {error}")
+        return ExitCode.BAD_SETTINGS
+    try:
+        check_port_free(settings.host, settings.port)
+        asyncio.run(_check_redis(settings))
+        log.info("loading", checkpoint=settings.checkpoint, device=settings.device)
         checkpoint, model = load_router(settings.checkpoint, dtype=settings.dtype, device=settings.device)
-    except ModelRejected as error:
-        log.error("checkpoint_rejected", reason=error.reason.value, message=error.message)
-        return ExitCode.MODEL_REJECTED
-    try:
         asyncio.run(serve(settings, checkpoint, model))
     except PortTaken as error:
         log.error("port_taken", message=str(error))
         return ExitCode.PORT_TAKEN
+    except ModelRejected as error:
+        log.error("checkpoint_rejected", reason=error.reason.value, message=error.message)
+        return ExitCode.MODEL_REJECTED
     except Unavailable as error:
         log.error("redis_unreachable", message=error.message)
         return ExitCode.REDIS_UNREACHABLE
@@ -193,6 +200,13 @@ def registry_service(servicer: RegistryServicer) -> Service:
     return Service(
         REGISTRY_SERVICE, lambda s: registry_pb2_grpc.add_RegistryServiceServicer_to_server(servicer, s)
     )
+
+
+async def _check_redis(settings: RouterSettings) -> None:
+    """Finds out before the model is loaded that a named Redis cannot be used. Raises Unavailable."""
+    if settings.redis_url is not None:
+        async with private_redis.connect(settings.redis_url.get_secret_value()) as client:
+            await private_redis.check(client)
 
 
 async def _enter_redis(stack: AsyncExitStack, settings: RouterSettings) -> Redis:

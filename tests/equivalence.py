@@ -136,3 +136,13 @@ def assert_all_equal(verdict: Verdict, count: int) -> None:
     assert not verdict.different, verdict.different[:3]
     assert verdict.num_equal + verdict.num_ties == count
     assert verdict.num_ties <= count // 50
+
+
+def assert_written_across_restarts(spans: list[set[tuple[str, int]]], num_instances: int) -> None:
+    """All instances took part, and some answers were begun by one instance of an expert and ended by another.
+
+    Args:
+        spans: for each answer the (expert, epoch) pairs of its tokens.
+    """
+    assert len({pair for span in spans for pair in span if pair[0]}) == num_instances
+    assert any(len({expert for expert, _ in span}) < len(span) for span in spans)

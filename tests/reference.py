@@ -68,7 +68,9 @@ class Reference:
         return answer
 
     @staticmethod
-    def _margin(scores: np.ndarray, sampling: Sampling, position: int, seen: SeenTokens, chosen: int) -> float:
+    def _margin(
+        scores: np.ndarray, sampling: Sampling, position: int, seen: SeenTokens, chosen: int
+    ) -> float:
         """How far the chosen token's score can sink before another one is chosen, found by sinking it."""
         for depth in (1e-5, 2e-5, 5e-5, 1e-4, 1e-3):
             sunk = scores.copy()

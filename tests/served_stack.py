@@ -36,7 +36,9 @@ class Family:
 
     def reference(self) -> Reference:
         """The same models as plain Hugging Face models."""
-        models = [AutoModelForCausalLM.from_pretrained(path) for path in (self.router, *self.experts.values())]
+        models = [
+            AutoModelForCausalLM.from_pretrained(path) for path in (self.router, *self.experts.values())
+        ]
         for model in models:
             model.set_attn_implementation("eager")
         return Reference(models[0].eval(), load_checkpoint(self.router).heads, [m.eval() for m in models[1:]])
@@ -54,7 +56,9 @@ def make_family(folder: Path, slots: tuple[str, ...] = SLOTS, *, gates: bool = T
     for slot, path in experts.items():
         facts = load_model(str(path)).facts
         records.append(
-            ExpertRecord(slot, slot, facts.tokenizer_fingerprint, facts.logits_width, facts.weights_fingerprint)
+            ExpertRecord(
+                slot, slot, facts.tokenizer_fingerprint, facts.logits_width, facts.weights_fingerprint
+            )
         )
     torch.manual_seed(5)
     hidden = router.config.hidden_size

@@ -203,7 +203,9 @@ async def test_cancel_interrupts_waiting_for_an_expert_that_is_gone(stack: Stack
 
 
 async def test_a_second_turn_computes_only_what_is_new(stack: Stack) -> None:
-    first = await stack.answer(ask(10, session_id="talk", combine=router_pb2.COMBINE_RULE_SUM, fixed_expert="math"))
+    first = await stack.answer(
+        ask(10, session_id="talk", combine=router_pb2.COMBINE_RULE_SUM, fixed_expert="math")
+    )
     engines = {"router": stack.router.engine, "math": stack.engines["math"]}
     cached = {name: await cached_length(engine, "talk") for name, engine in engines.items()}
     assert cached == {"router": 13, "math": 13}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,11 @@ import pytest
 from fusionroute.errors import Reason
 from fusionroute.grpc_runtime import channel, error_from_rpc, server
 from fusionroute.v1 import expert_pb2, expert_pb2_grpc
+from tests import daemons
+from tests.daemons import START_SECONDS, Daemon, events
 from tests.expert_fakes import MemoryRegistry, registry_service, until
 from tests.tiny_models import save_tiny_model
 
-START_SECONDS = 60
 LONG = 2000
 
 
@@ -32,46 +31,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
 
 
-class Daemon:
-    """A running expert-service."""
-
-    def __init__(self, process: asyncio.subprocess.Process, ready_file: Path) -> None:
-        self.process = process
-        self.ready_file = ready_file
-
-    async def address(self) -> str:
-        await until(lambda: self.ready_file.exists() or self.process.returncode is not None, START_SECONDS)
-        assert self.process.returncode is None, await self.output()
-        return self.ready_file.read_text().strip()
-
-    async def output(self) -> str:
-        """What it has written, once it has ended."""
-        async with asyncio.timeout(START_SECONDS):
-            output, _ = await self.process.communicate()
-        return output.decode()
-
-
-@asynccontextmanager
-async def daemon(tmp_path: Path, *options: str) -> AsyncIterator[Daemon]:
-    ready_file = tmp_path / "ready"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "expert_service", "--port", "0", "--threads", "1", "--log-format", "json",
-        "--ready-file", str(ready_file), *options,
-        env={name: value for name, value in os.environ.items() if not name.startswith("FUSIONROUTE_")},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        yield Daemon(process, ready_file)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
-
-
-def events(output: str) -> dict[str, dict[str, Any]]:
-    """The JSON events of a log, by name."""
-    parsed = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    return {event["event"]: event for event in parsed}
+def daemon(tmp_path: Path, *options: str) -> AbstractAsyncContextManager[Daemon]:
+    return daemons.daemon("expert_service", tmp_path, *options)
 
 
 async def test_a_daemon_registers_serves_drains_and_leaves(tmp_path: Path, model_folder: Path) -> None:

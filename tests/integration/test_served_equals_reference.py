@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fusionroute.v1.router_pb2 import GenerateRequest
-from tests.equivalence import Case, assert_all_equal, compare, make_cases
+from tests.equivalence import Case, assert_all_equal, assert_written_across_restarts, compare, make_cases
 from tests.served_stack import Answer, Family, Stack, make_family, served
 
 
@@ -52,13 +52,12 @@ async def test_forced_evictions_change_nothing(family: Family, cases: list[Case]
 
 async def test_experts_restarted_in_mid_generation_change_nothing(family: Family, cases: list[Case]) -> None:
     async with served(family) as stack:
-        num_replays = 0
+        spans: list[set[tuple[str, int]]] = []
 
         async def answer(request: GenerateRequest) -> Answer:
-            nonlocal num_replays
             got = await stack.answer(request)
             assert got.finished is not None
-            num_replays += got.finished.statistics.num_replays
+            spans.append({(token.expert, token.expert_epoch) for token in got.tokens})
             return got
 
         async def restart(done: int) -> None:
@@ -69,6 +68,7 @@ async def test_experts_restarted_in_mid_generation_change_nothing(family: Family
 
         verdict = await compare(cases, answer, 16, restart)
         assert_all_equal(verdict, len(cases))
+        assert_written_across_restarts(spans, 6)
 
 
 async def test_one_more_expert_costs_no_more_forwards(tmp_path: Path) -> None:

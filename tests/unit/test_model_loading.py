@@ -59,7 +59,9 @@ def test_a_family_outside_the_list_is_taken_when_its_logits_equal_eager_ones(tmp
 def test_families_that_keep_their_past_elsewhere_are_refused_by_name(tmp_path: Path, family: str) -> None:
     """Bloom's attention goes by a mask of the whole batch, Mamba has no attention at all."""
     if family == "bloom":
-        BloomForCausalLM(BloomConfig(vocab_size=WIDTH, hidden_size=16, n_layer=2, n_head=2)).save_pretrained(tmp_path)
+        BloomForCausalLM(BloomConfig(vocab_size=WIDTH, hidden_size=16, n_layer=2, n_head=2)).save_pretrained(
+            tmp_path
+        )
     else:
         MambaForCausalLM(
             MambaConfig(vocab_size=WIDTH, hidden_size=16, num_hidden_layers=2, state_size=4)
@@ -72,9 +74,9 @@ def test_families_that_keep_their_past_elsewhere_are_refused_by_name(tmp_path: P
 
 
 def test_learned_positions_work_where_they_are_given(tmp_path: Path) -> None:
-    GPT2LMHeadModel(GPT2Config(vocab_size=WIDTH, n_embd=16, n_layer=2, n_head=2, n_positions=64)).save_pretrained(
-        tmp_path
-    )
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=WIDTH, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    ).save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
     assert load_model(str(tmp_path)).facts.family == "gpt2"
 

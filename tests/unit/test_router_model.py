@@ -69,7 +69,9 @@ def test_the_heads_give_each_score_its_place() -> None:
         torch.tensor(layout.routing(row)), heads.routing_weight @ hidden[3] + heads.routing_bias
     )
     assert heads.gate_weight is not None and heads.gate_bias is not None
-    torch.testing.assert_close(torch.tensor(layout.gate(row)), heads.gate_weight @ hidden[3] + heads.gate_bias)
+    torch.testing.assert_close(
+        torch.tensor(layout.gate(row)), heads.gate_weight @ hidden[3] + heads.gate_bias
+    )
     assert heads.sum_gate_weight is not None and heads.sum_gate_bias is not None
     wanted = float(heads.sum_gate_weight @ hidden[3] + heads.sum_gate_bias)
     assert layout.sum_gate(row) == pytest.approx(wanted, abs=1e-5)
@@ -147,7 +149,9 @@ def test_heads_for_another_number_of_experts_are_not_written(tmp_path: Path) -> 
 
 def test_the_fingerprint_follows_heads_manifest_and_weights(folder: Path) -> None:
     checkpoint = load_checkpoint(folder)
-    assert checkpoint.fingerprint("a") == load_checkpoint(folder).fingerprint("a") != checkpoint.fingerprint("b")
+    assert (
+        checkpoint.fingerprint("a") == load_checkpoint(folder).fingerprint("a") != checkpoint.fingerprint("b")
+    )
     text = (folder / MANIFEST_FILE).read_text()
     (folder / MANIFEST_FILE).write_text(text.replace('"code_version": ""', '"code_version": "x"'))
     assert load_checkpoint(folder).fingerprint("a") != checkpoint.fingerprint("a")

@@ -166,6 +166,9 @@ class StepMachine(RuleBasedStateMachine):
 
 
 StepMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+    max_examples=40,
+    stateful_step_count=25,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )  # shrinking would take minutes, and the printed steps are few enough to read
 TestStep = StepMachine.TestCase
