@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-CONTEXT_TOKENS = 8
+CONTEXT_TOKENS = 16
 """Tokens before an answer that may decide how its first token is spelt, such as a leading space."""
 
 
@@ -177,8 +177,8 @@ class TurnKeeper:
         if turn.parameters.checkpoint != self.offer.checkpoint:
             raise SessionStateError(
                 Reason.CHECKPOINT_CHANGED,
-                f"the turn of session {session_id!r} was begun under checkpoint {turn.parameters.checkpoint}, this router"
-                f" serves {self.offer.checkpoint}",
+                f"the turn of session {session_id!r} was begun under checkpoint {turn.parameters.checkpoint}, this"
+                f" router serves {self.offer.checkpoint}",
             )
         self._check_capacity()
         lease = await self.store.acquire(session_id, owner=uuid4().hex, create=False)
@@ -310,8 +310,8 @@ class TurnKeeper:
         if num_before + num_prompt > limit:
             raise InvalidRequest(
                 Reason.CONTEXT_FULL,
-                f"{num_before} tokens of the session + {num_prompt} of the prompt = {num_before + num_prompt}; the longest"
-                f" prompt is {limit} tokens",
+                f"{num_before} tokens of the session + {num_prompt} of the prompt = {num_before + num_prompt}; the"
+                f" longest prompt is {limit} tokens",
                 metadata={"field": "prompt", "limit": str(limit)},
             )
 

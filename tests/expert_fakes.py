@@ -176,5 +176,5 @@ def unknown_slot() -> FusionRouteError:
 async def until(condition: Callable[[], bool], timeout_seconds: float = 10.0) -> None:
     """Waits for a condition; TimeoutError when it does not come true."""
     async with asyncio.timeout(timeout_seconds):
-        while not condition():  # noqa: ASYNC110 - what is waited for knows no event
+        while not condition():
             await asyncio.sleep(0.01)

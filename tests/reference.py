@@ -40,11 +40,12 @@ class Reference:
         for _ in range(max_tokens):
             output = self.router(input_ids=torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
             h, r = output.hidden_states[-1][0, -1], output.logits[0, -1].double()
-            expert = int(torch.argmax(self.heads.routing_weight @ h + self.heads.routing_bias))
+            routed = int(torch.argmax(self.heads.routing_weight @ h + self.heads.routing_bias))
             if rule in ("mixture", "select"):
                 w = torch.softmax((self.heads.gate_weight @ h + self.heads.gate_bias).double(), -1)
-                expert = int(torch.argmax(w[:-1]))
-            e = self.experts[expert](input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].double()
+                routed = int(torch.argmax(w[:-1]))
+            e = self.experts[routed](input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].double()
+            expert: int | None = routed
             if rule == "sum":
                 fused = e + r
             elif rule == "gated_sum":
@@ -54,7 +55,7 @@ class Reference:
                 p = (1 - w[-1]) * torch.softmax(e, -1) + w[-1] * torch.softmax(r, -1)
                 fused = torch.log(p)
             elif rule == "select":
-                fused, expert = (r, None) if w[-1] > w[expert] else (e, expert)
+                fused, expert = (r, None) if w[-1] > w[routed] else (e, routed)
             else:
                 fused = e
             scores = fused.float().numpy()

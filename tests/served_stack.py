@@ -188,13 +188,15 @@ async def served(
     """
     checkpoint, model = await asyncio.to_thread(load_router, str(family.router))
     settings = RouterSettings(checkpoint=str(family.router), port=0, **router)
-    async with running_router(settings, checkpoint, model) as running:
-        async with RouterClient.open(running.server.address) as client:
-            stack = Stack(running, client, family)
-            try:
-                if start:
-                    for slot in family.experts:
-                        await stack.start_expert(slot, **(experts or {}))
-                yield stack
-            finally:
-                await stack.close()
+    async with (
+        running_router(settings, checkpoint, model) as running,
+        RouterClient.open(running.server.address) as client,
+    ):
+        stack = Stack(running, client, family)
+        try:
+            if start:
+                for slot in family.experts:
+                    await stack.start_expert(slot, **(experts or {}))
+            yield stack
+        finally:
+            await stack.close()

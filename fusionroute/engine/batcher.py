@@ -28,7 +28,6 @@ from fusionroute.engine.model import ForwardOutput, LoadedModel, ModelFacts
 from fusionroute.engine.sessions import NoRoomYet, Session, SessionTable, SessionView, StepCall, room_taken
 from fusionroute.errors import FusionRouteError, InternalFault, OutOfRoom, Reason, Unavailable
 
-
 T = TypeVar("T")
 
 

@@ -258,8 +258,8 @@ class SessionTable:
         if call.prefix_digest is not None and call.prefix_digest != session.digests[call.from_position]:
             raise SessionStateError(
                 Reason.DIGEST_MISMATCH,
-                f"the first {call.from_position} cached tokens of session {call.session_id!r} are not those of the caller;"
-                " send the tokens from position 0",
+                f"the first {call.from_position} cached tokens of session {call.session_id!r} are not those of the"
+                " caller; send the tokens from position 0",
                 metadata={"cached_length": str(session.cached_length)},
             )
 

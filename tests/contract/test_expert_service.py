@@ -236,7 +236,7 @@ async def test_a_draining_expert_refuses_new_steps_and_finishes_the_running_ones
     steps = [expert_pb2.StepRequest(session_id=name, token_ids=long, num_rows=1) for name in "ab"]
     running = asyncio.ensure_future(expert.stub.StepBatch(expert_pb2.StepBatchRequest(steps=steps)))
     async with asyncio.timeout(10):
-        while expert.engine.load().queue_depth == 0:  # noqa: ASYNC110 - looks often, lest the steps end unseen
+        while expert.engine.load().queue_depth == 0:
             await asyncio.sleep(0)
     await expert.engine.drain(10)
     error = await refusal(expert.step("late", 0, TOKENS))

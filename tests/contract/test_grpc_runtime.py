@@ -180,7 +180,7 @@ async def ask_health(stub: health_pb2_grpc.HealthStub, service: str) -> int:
 
 async def health_turns(stub: health_pb2_grpc.HealthStub, status: int) -> None:
     async with asyncio.timeout(5):
-        while await ask_health(stub, NAME) != status:  # noqa: ASYNC110 - polled as an orchestrator does
+        while await ask_health(stub, NAME) != status:
             await asyncio.sleep(0.02)
 
 

@@ -294,7 +294,7 @@ async def test_text_prompts_are_encoded_by_the_checkpoints_tokenizer(stack: Stac
     assert (await stack.answer(text)).ids == (await stack.answer(ask(5))).ids
 
 
-BAD = [
+BAD: list[tuple[dict[str, Any], Reason, str]] = [
     ({"sampling": {"temperature": -1.0}}, Reason.INVALID_FIELD, "temperature"),
     ({"sampling": {"temperature": float("nan")}}, Reason.INVALID_FIELD, "temperature"),
     ({"sampling": {"top_p": 0.0}}, Reason.INVALID_FIELD, "top_p"),

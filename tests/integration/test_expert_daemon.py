@@ -67,7 +67,7 @@ async def test_a_daemon_registers_serves_drains_and_leaves(tmp_path: Path, model
 async def until_info(stub: Any, condition: Callable[[expert_pb2.GetInfoResponse], bool]) -> None:
     """Asks for the expert's state until it is as wanted."""
     async with asyncio.timeout(10):
-        while not condition(await stub.GetInfo(expert_pb2.GetInfoRequest())):  # noqa: ASYNC110 - another process is watched
+        while not condition(await stub.GetInfo(expert_pb2.GetInfoRequest())):
             await asyncio.sleep(0.005)
 
 

@@ -47,7 +47,7 @@ async def stored_ids(store: SessionStore, lease: Lease) -> list[int]:
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(5):
-        while not await condition():  # noqa: ASYNC110 - Redis tells nobody
+        while not await condition():
             await asyncio.sleep(0.01)
 
 

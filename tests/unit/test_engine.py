@@ -161,12 +161,12 @@ async def test_a_cancelled_step_leaves_the_session_usable() -> None:
     engine, reference = make_engine(prefill_chunk_tokens=1)
     async with engine:
         task = asyncio.create_task(engine.step(StepCall("s", 0, list(range(2, 60)), 1)))
-        while engine.load().num_forwards < 3:  # noqa: ASYNC110 - the worker thread tells nobody
+        while engine.load().num_forwards < 3:
             await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while engine.load().queue_depth:  # noqa: ASYNC110 - the worker thread tells nobody
+        while engine.load().queue_depth:
             await asyncio.sleep(0.001)
         outcome = await engine.step(StepCall("s", 0, [2, 3, 4, 50], 1))
         assert_rows_equal(outcome.rows, eager_rows(reference, [2, 3, 4, 50])[-1:])

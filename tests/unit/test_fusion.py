@@ -157,7 +157,7 @@ def test_filters_keep_exactly_the_tokens_of_their_definition(
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:top_k]
     probabilities = np.exp(scores[order].astype(np.float64) - float(scores.max()))
     shares = probabilities / probabilities.sum()
-    allowed = set()
+    allowed: set[int] = set()
     before = 0.0
     for token, probability, share in zip(order, probabilities, shares, strict=True):
         if allowed and (before >= top_p + 1e-9 or probability < min_p - 1e-9):
