@@ -179,6 +179,8 @@ class Directory:
                 await self.refresh()
             except FusionRouteError as error:
                 log.warning("registry_unreachable", reason=error.reason.value, message=error.message)
+            except Exception:
+                log.exception("registry_refresh_failed")  # the next one may succeed; stale entries are worse
             await asyncio.sleep(FASTEST_REFRESH_SECONDS)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REFRESH_SECONDS):

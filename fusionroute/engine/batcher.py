@@ -317,7 +317,7 @@ class Engine:
                 job.session, job.num_cached = self._table.begin(job.call, now)
             except NoRoomYet:
                 if now - job.arrived > self.limits.room_wait_seconds:
-                    self._fail(job, room_taken(self.limits.room_wait_seconds, self.limits.kv_tokens))
+                    self._fail(job, room_taken(self.limits.kv_tokens))
                 else:
                     self._waiting.append(job)
                 continue

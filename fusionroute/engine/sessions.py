@@ -311,12 +311,12 @@ class SessionTable:
         self._free(session.session_id)
 
 
-def room_taken(retry_after_seconds: float, kv_tokens: int) -> OutOfRoom:
+def room_taken(kv_tokens: int) -> OutOfRoom:
     """The error for a step that waited in vain for room."""
     return OutOfRoom(
         Reason.KV_MEMORY_FULL,
         f"running sessions hold all key-value memory ({kv_tokens} tokens)",
-        retry_after_seconds=retry_after_seconds,
+        retry_after_seconds=0.5,
     )
 
 

@@ -204,6 +204,22 @@ async def test_room_held_by_running_steps_is_waited_for() -> None:
         assert_rows_equal(outcome.rows, eager_rows(reference, list(call.token_ids))[-1:])
 
 
+async def test_a_step_that_waits_in_vain_for_room_is_refused_with_a_hint() -> None:
+    model = prepare_model(tiny_model("llama"), word_tokenizer(), name="tiny", epoch=7)
+    async with Engine(
+        model, EngineLimits(kv_tokens=64, prefill_chunk_tokens=1, room_wait_seconds=0.0)
+    ) as engine:
+        long = asyncio.create_task(engine.step(StepCall("long", 0, list(range(2, 60)), 1)))
+        while engine.load().num_forwards < 3:
+            await asyncio.sleep(0.001)
+        with pytest.raises(FusionRouteError) as caught:
+            await engine.step(StepCall("other", 0, [3, 4], 1))
+        assert caught.value.reason is Reason.KV_MEMORY_FULL
+        assert caught.value.retry_after_seconds is not None
+        assert (await long).position == 58
+        assert (await engine.step(StepCall("other", 0, [3, 4], 1))).position == 2
+
+
 async def test_digest_of_other_tokens_is_refused() -> None:
     engine, _ = make_engine()
     async with engine:
