@@ -89,7 +89,7 @@ wheel-test: $(READY) ## Build the wheel, use it from outside the checkout
 constraints: ## Resolve the dependencies anew and write constraints.txt
 	scripts/make_constraints.sh "$(PYTHON)" $(PIP_FLAGS)
 
-COMPOSE ?= docker compose
+export COMPOSE ?= docker compose
 
 .PHONY: compose-up
 compose-up: ## Build the image and start redis, three experts and the router (docker)
