@@ -60,12 +60,18 @@ class StackPlan:
     host: str = "127.0.0.1"
     # of the router; 0 = any free one
     port: int = DEFAULT_ROUTER_PORT
-    device: str = "cpu"
+    # of the router and then of each expert in turn, from the start again when they run out
+    devices: tuple[str, ...] = ("cpu",)
     dtype: str = "auto"
     # torch threads of each process
     threads: int = 1
     # take no settings from the environment, so that the stack shares nothing, such as a Redis, with others
     isolated: bool = False
+
+    def device_of(self, process: str) -> str:
+        """Where a process runs its model."""
+        names = [ROUTER, *(expert_process(slot) for slot in self.experts)]
+        return self.devices[names.index(process) % len(self.devices)]
 
 
 def threads_for(num_processes: int, num_cores: int | None = None) -> int:
@@ -174,7 +180,7 @@ class _Launch:
     def _spawn(self, name: str, program: Sequence[str], options: Mapping[str, str]) -> None:
         common = {
             "host": self.plan.host,
-            "device": self.plan.device,
+            "device": self.plan.device_of(name),
             "dtype": self.plan.dtype,
             "threads": str(self.plan.threads),
             "ready-file": str(self.folder / "ready" / name),

@@ -48,7 +48,14 @@ TEMPORARY_STOP_SECONDS = 10.0
     show_default=True,
     help="Port of the router; 0 = any free one.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where the models run.")
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    default=("cpu",),
+    show_default=True,
+    help="Where the models run. Give several to share them out: the router's, then one for each expert.",
+)
 @click.option(
     "--dtype", default="auto", show_default=True, help="Number format: auto, float32, bfloat16, float16."
 )
@@ -67,7 +74,7 @@ def up(
     lab: str | None,
     preset: str | None,
     port: int,
-    device: str,
+    devices: tuple[str, ...],
     dtype: str,
     threads: int,
     foreground: bool,
@@ -89,7 +96,7 @@ def up(
         router_checkpoint=checkpoint,
         experts=models,
         port=port,
-        device=device,
+        devices=devices,
         dtype=dtype,
         threads=threads or threads_for(1 + len(models)),
     )

@@ -248,3 +248,9 @@ def test_cores_are_shared_out_with_at_least_one_thread_each() -> None:
 
 def test_the_tail_of_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
     assert tail(tmp_path / "no.log", 5) == []
+
+
+def test_devices_are_shared_out_from_the_router_on() -> None:
+    plan = StackPlan("router", {"math": "m", "code": "c", "instruct": "i"}, devices=("cuda:0", "cuda:1"))
+    names = ["router", "expert-math", "expert-code", "expert-instruct"]
+    assert [plan.device_of(name) for name in names] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
