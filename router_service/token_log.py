@@ -48,7 +48,7 @@ class TokenLog:
         position: int,
         *,
         max_pending_tokens: int = 512,
-        linger_seconds: float = 0.005,
+        linger_seconds: float = 0.05,
         patience_seconds: float = 15.0,
     ) -> None:
         self._store = store
