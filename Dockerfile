@@ -24,6 +24,7 @@ COPY expert_service /src/expert_service
 COPY router_service /src/router_service
 COPY trainer /src/trainer
 COPY evaluation /src/evaluation
+COPY presets /src/presets
 RUN pip install --no-deps --no-build-isolation .
 
 

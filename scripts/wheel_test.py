@@ -48,9 +48,11 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def expected_files() -> set[str]:
-    """What git knows or would know under the packages; all of it belongs into the wheel."""
-    listing = run("git", "ls-files", "--cached", "--others", "--exclude-standard", *PACKAGES, cwd=ROOT)
-    return {line for line in listing.splitlines() if (ROOT / line).is_file()}
+    """What git knows or would know under the packages and `presets`; all of it belongs into the wheel."""
+    folders = (*PACKAGES, "presets")
+    listing = run("git", "ls-files", "--cached", "--others", "--exclude-standard", *folders, cwd=ROOT)
+    present = {line for line in listing.splitlines() if (ROOT / line).is_file()}
+    return {f"fusionroute/{line}" if line.startswith("presets/") else line for line in present}
 
 
 def build_wheel(scratch: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -70,7 +71,10 @@ def generate(prompt: str, as_json: bool, trace: bool, address: str | None, name:
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     request = build_request(text, trace=trace, **options)
-    asyncio.run(_run(router_address(address, name), request, Output(as_json, trace)))
+    try:
+        asyncio.run(_run(router_address(address, name), request, Output(as_json, trace)))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 def build_request(
@@ -131,6 +135,10 @@ async def _run(address: str, request: GenerateRequest, output: Output) -> None:
     from fusionroute.client import RouterClient
 
     session_id = request.session_id
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGINT is asyncio's own
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     async with RouterClient.open(address) as router:
         printer = JsonPrinter() if output.as_json else await _terminal_printer(router, output)
         try:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -146,7 +147,16 @@ def _cache_root(cache_dir: Path | str | None) -> Path:
     return Path(chosen).expanduser().resolve()
 
 
+_parsing = threading.Lock()
+"""CPython 3.11 may fail to build a syntax tree while another thread builds one."""
+
+
 def _source_digest() -> str:
+    with _parsing:
+        return _digest_of_sources()
+
+
+def _digest_of_sources() -> str:
     hasher = hashlib.sha256()
     for package, names in _SOURCES.items():
         root = Path(package.__path__[0])
