@@ -7,7 +7,7 @@ Everything here is a pure function of its arguments, noise included: the noise o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -22,6 +22,9 @@ ROUTER_ALONE_BELOW = 1e-4
 
 GUMBEL_RANGE = 41.0
 """The noise lies within 36.8 and -3.7, so a candidate that is further behind the best can never win."""
+
+_HOPEFUL_RANGE = 8.0
+"""Candidates so far behind the best, after temperature, need a noise that one in some thousands has."""
 
 _UNIT_GATE = math.log(math.e - 1.0)
 """softplus of this is 1: a sum gate of zero is the plain sum."""
@@ -129,13 +132,11 @@ def fuse(rule: CombineRule, decision: Decision, expert_row: Row | None, router_r
     if router_row is None or rule in (CombineRule.ROUTE, CombineRule.SELECT):
         return expert_row
     if rule is CombineRule.MIXTURE:
-        router_weight = max(float(decision.weights[-1]), 1e-38)
-        expert_weight = max(1.0 - float(decision.weights[-1]), 1e-38)
-        mixed: Row = np.logaddexp(
-            expert_row - np.float32(logsumexp(expert_row) - math.log(expert_weight)),
-            router_row - np.float32(logsumexp(router_row) - math.log(router_weight)),
-        )
-        return mixed
+        router_weight = float(decision.weights[-1])
+        mixed = (1.0 - router_weight) * softmax(expert_row) + router_weight * softmax(router_row)
+        # Below this float32 has no more room; such a token can still be forced by a bias.
+        logs: Row = np.log(np.maximum(mixed, np.finfo(np.float32).tiny), dtype=np.float32)
+        return logs
     if decision.complement == 1.0:
         return expert_row + router_row
     return expert_row + np.float32(decision.complement) * router_row
@@ -256,23 +257,43 @@ def _sample(scores: Row, sampling: Sampling, position: int) -> int:
     if sampling.top_p < 1.0 or sampling.min_p > 0.0:
         keep = _nucleus(scaled, sampling.top_p, sampling.min_p)
         ids, scaled = ids[keep], scaled[keep]
-    return int(ids[np.argmax(scaled + gumbel_noise(sampling.seed, position, ids))])
+    return int(ids[_gumbel_argmax(scaled, sampling.seed, position, ids)])
+
+
+def _gumbel_argmax(scaled: NDArray[np.float64], seed: int, position: int, ids: NDArray[np.int64]) -> int:
+    """Place of the largest scaled score + noise; the first of several.
+
+    Only a candidate with a high score, or with a high hash, can win: the rest is spared the two logarithms.
+    """
+    bits = _noise_bits(seed, position, ids)
+    hopeful = scaled >= scaled.max() - _HOPEFUL_RANGE
+    best_so_far = float(np.max(scaled[hopeful] + _gumbel(bits[hopeful])))
+    needed = best_so_far - float(scaled.max()) + _HOPEFUL_RANGE  # noise, for one that is not hopeful
+    hopeful |= bits >= np.uint64(max(0.0, math.exp(-math.exp(-needed + 1e-6)) * 2.0**52 - 2.0))
+    places = np.flatnonzero(hopeful)
+    return int(places[np.argmax(scaled[places] + _gumbel(bits[places]))])
 
 
 def _nucleus(scaled: NDArray[np.float64], top_p: float, min_p: float) -> NDArray[np.int64]:
     """Ascending places of the candidates within the nucleus and above min_p; always at least one."""
-    order = np.argsort(-scaled, kind="stable")
-    probabilities = np.exp(scaled[order] - scaled[order[0]])
-    count = len(order)
-    if top_p < 1.0:
-        cumulative = np.cumsum(probabilities)
-        count = int(np.searchsorted(cumulative, top_p * cumulative[-1], side="left")) + 1
+    probabilities = np.exp(scaled - scaled.max())
+    count = len(scaled)
     if min_p > 0.0:
-        count = min(count, int(np.count_nonzero(probabilities >= min_p)))
-    return np.sort(order[: max(1, min(count, len(order)))])
+        count = int(np.count_nonzero(probabilities >= min_p))
+    if top_p < 1.0:
+        wanted = top_p * float(probabilities.sum())
+        looked_at = 64
+        while True:
+            order = _best(scaled, looked_at)
+            cumulative = np.cumsum(probabilities[order])
+            if cumulative[-1] >= wanted or len(order) == len(scaled):
+                break
+            looked_at *= 8
+        count = min(count, int(np.searchsorted(cumulative, wanted, side="left")) + 1, len(order))
+    return np.sort(_best(scaled, max(1, count)))
 
 
-def _best(row: Row, count: int) -> NDArray[np.int64]:
+def _best(row: NDArray[np.floating], count: int) -> NDArray[np.int64]:
     """The `count` best ids, best first; equal scores by id."""
     count = min(count, len(row))
     threshold = np.partition(row, len(row) - count)[len(row) - count]
@@ -282,12 +303,21 @@ def _best(row: Row, count: int) -> NDArray[np.int64]:
     return ids[np.lexsort((ids, -row[ids]))]
 
 
-def gumbel_noise(seed: int, position: int, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
+def gumbel_noise(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """Standard Gumbel noise of each candidate, a hash of (seed, position, id)."""
+    return _gumbel(_noise_bits(seed, position, ids))
+
+
+def _noise_bits(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """52 bits for each candidate."""
     with np.errstate(over="ignore"):
         key = _mix(np.uint64(seed & (2**64 - 1)) + _mix(np.uint64(position + 1) * _GOLDEN))
-        bits = _mix(key + np.asarray(ids, dtype=np.uint64) * _GOLDEN)
-    uniform = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+        return _mix(key + np.asarray(ids, dtype=np.uint64) * _GOLDEN) >> np.uint64(12)
+
+
+def _gumbel(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Increases with the bits."""
+    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-52
     noise: NDArray[np.float64] = -np.log(-np.log(uniform))
     return noise
 
@@ -297,10 +327,13 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 def _mix(values: np.uint64 | NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of splitmix64."""
-    mixed = np.asarray(values, dtype=np.uint64)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    mixed = np.array(values, dtype=np.uint64)
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 def softmax(scores: Row) -> Row:

@@ -31,6 +31,9 @@ from router_service.text import AnswerText
 from router_service.token_log import TokenLog
 from router_service.turn_request import Showing, Turn
 
+LARGE_ROW = 16384
+"""Sampling from rows longer than this takes milliseconds, which the event loop is spared."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ensemble:
@@ -151,7 +154,7 @@ class TurnWriter:
                 break
             finally:
                 self.is_asking = False
-            token = self._next_token(router, expert, decision, seen)
+            token = await self._next_token(router, expert, decision, seen)
             await self.log.room()
             self.log.append(token.record)
             self.text.tokens.append(token.record.token_id)
@@ -179,23 +182,23 @@ class TurnWriter:
         self.costs.num_expert_calls += 1
         return answer
 
-    def _next_token(
+    async def _next_token(
         self, router: Answer | None, expert: Answer | None, decision: Decision, seen: SeenTokens
     ) -> WrittenToken:
         started = time.monotonic()
         router_row = None if router is None else router.row
         expert_row = None if expert is None else expert.row
         fused = fuse(self.turn.rule, decision, expert_row, router_row)
-        choice = choose(fused, self.turn.sampling, len(self.text.tokens), seen)
+        if len(fused) > LARGE_ROW and (self.turn.sampling.temperature or self.showing.num_top_candidates):
+            choice, top = await asyncio.to_thread(self._choose, fused, expert_row, router_row, seen)
+        else:
+            choice, top = self._choose(fused, expert_row, router_row, seen)
         if expert is None or decision.expert is None:
             record = TokenRecord(choice.token_id, choice.logprob, TokenSource.ROUTER)
         else:
             record = TokenRecord(
                 choice.token_id, choice.logprob, TokenSource.EXPERT, decision.expert, expert.epoch
             )
-        top = None
-        if self.showing.num_top_candidates:
-            top = self._candidates(fused, expert_row, router_row)
         token = WrittenToken(
             index=self._num_written,
             record=record,
@@ -208,9 +211,14 @@ class TurnWriter:
             self.costs.first_token_seconds = time.monotonic() - self.costs.started
         return token
 
-    def _candidates(self, fused: Row, expert_row: Row | None, router_row: Row | None) -> Candidates:
+    def _choose(
+        self, fused: Row, expert_row: Row | None, router_row: Row | None, seen: SeenTokens
+    ) -> tuple[Choice, Candidates | None]:
+        choice = choose(fused, self.turn.sampling, len(self.text.tokens), seen)
         count = self.showing.num_top_candidates
-        return Candidates(
+        if not count:
+            return choice, None
+        return choice, Candidates(
             fused=top_candidates(fused, count),
             expert=[] if expert_row is None else top_candidates(expert_row, count),
             router=[] if router_row is None else top_candidates(router_row, count),

@@ -123,7 +123,12 @@ class TurnKeeper:
         """
         live = self._live.get(session_id)
         if live is None:
-            live = await self._restore(session_id)
+            try:
+                live = await self._restore(session_id)
+            except SessionStateError as error:
+                live = self._live.get(session_id)  # another stream may have had the same idea first
+                if live is None or error.reason is not Reason.SESSION_BUSY:
+                    raise
         if live.is_over and from_token > len(live.tokens):
             raise invalid("from_token", from_token, f"the turn has {len(live.tokens)} tokens")
         return live

@@ -282,13 +282,15 @@ class SessionTable:
     def _make_room(self, session_id: str, wanted: int, length: int, reserved: int, *, is_new: bool) -> int:
         """Evicts idle sessions until `wanted` (or, if that cannot be, `length`) tokens fit; returns what to reserve."""
         free = self.kv_tokens - self.kv_tokens_used
+        need_slot = is_new and len(self._sessions) >= self.max_sessions
+        if wanted - reserved <= free and not need_slot:
+            return wanted
         idle = [s for s in self._sessions.values() if not s.busy and s.session_id != session_id]
         evictable = sum(s.reserved_tokens for s in idle)
         if wanted - reserved > free + evictable:
             wanted = length
         if wanted - reserved > free + evictable:
             raise NoRoomYet
-        need_slot = is_new and len(self._sessions) >= self.max_sessions
         if need_slot and not idle:
             raise NoRoomYet
         for session in idle:

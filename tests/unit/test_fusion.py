@@ -232,3 +232,33 @@ def test_softplus_is_stable_at_both_ends() -> None:
     assert softplus(800.0) == 800.0
     assert softplus(-800.0) == 0.0
     assert softplus(0.0) == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 30.0])
+def test_sparing_candidates_their_noise_never_changes_the_choice_in_a_large_vocabulary(spread: float) -> None:
+    width = 5000
+    for seed in range(40):
+        scores = np.random.default_rng(seed).normal(0, spread, width).astype(np.float32)
+        naive = int(np.argmax(scores.astype(np.float64) + gumbel_noise(seed, 9, np.arange(width))))
+        assert choose(scores, Sampling(temperature=1.0, seed=seed), 9).token_id == naive
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_the_sorted_whole(top_p: float) -> None:
+    scores = np.random.default_rng(3).normal(0, 1.0, 3000).astype(np.float32)
+    order = np.argsort(-scores, kind="stable")
+    shares = np.exp(scores[order].astype(np.float64))
+    count = int(np.searchsorted(np.cumsum(shares) / shares.sum(), top_p)) + 1
+    assert 64 < count < 3000
+    kept = np.full_like(scores, -np.inf)
+    kept[order[:count]] = scores[order[:count]]
+    for seed in range(100):
+        noise = gumbel_noise(seed, 0, np.arange(3000))
+        naive = int(np.argmax(kept.astype(np.float64) + noise))
+        assert choose(scores, Sampling(temperature=1.0, top_p=top_p, seed=seed), 0).token_id == naive
+
+
+def test_a_token_that_mixture_gives_no_probability_can_still_be_forced() -> None:
+    far = np.array([0.0, -500.0], np.float32)
+    fused = fuse(CombineRule.MIXTURE, decide(CombineRule.MIXTURE, FULL, SCORES), far, far)
+    assert choose(fused, Sampling(logit_bias={1: 100.0}), 0).token_id == 1
