@@ -191,7 +191,14 @@ def test_the_environment_can_name_the_router(address: str, monkeypatch: pytest.M
 def test_ctrl_c_cancels_the_answer_and_keeps_what_was_written(router: FakeRouter, address: str) -> None:
     router.hold = True
     command = [sys.executable, "-m", "fusionroute.cli", "generate", "x", "--address", address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background may have had SIGINT ignored for all children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert router.holding.wait(30.0)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
