@@ -199,7 +199,12 @@ class _Launch:
     def _environment(self) -> dict[str, str | None]:
         inherited = [name for name in os.environ if name.startswith(SETTINGS_VARIABLES)]
         removed = dict.fromkeys(inherited if self.plan.isolated else ())
-        return {**removed, "OMP_NUM_THREADS": str(self.plan.threads), "PYTHONUNBUFFERED": "1"}
+        threads = {
+            "OMP_NUM_THREADS": str(self.plan.threads),
+            # Only one of the processes computes a token's part at a time; the others should not spin meanwhile.
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        return {**removed, **threads, "PYTHONUNBUFFERED": "1"}
 
     def _wait_for_address(self, name: str) -> str:
         ready_file = self.folder / "ready" / name

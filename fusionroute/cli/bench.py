@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from fusionroute.cli.target import json_option
 
 if TYPE_CHECKING:
     from evaluation.bench_decode import Report
+    from fusionroute.local_stack import StackPlan
 
 PROMPT = "box: 4+4; rev jbef="
 
@@ -37,6 +40,18 @@ bench = CommandGroup(
     default="demo",
     show_default=True,
     help="Which trained family to run.",
+)
+@click.option(
+    "--shape",
+    type=click.Choice(("h512", "h128")),
+    help="Random weights of this size instead: h512 = hidden 512, 8 layers, vocabulary 128,256.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(("float32", "bfloat16", "float16")),
+    default="float32",
+    show_default=True,
+    help="Number format of --shape.",
 )
 @click.option(
     "--tokens",
@@ -65,28 +80,35 @@ bench = CommandGroup(
               help="Write the JSON there too.")  # fmt: skip
 @json_option
 def decode(
-    lab: str, num_tokens: int, num_runs: int, threads: int, output: Path | None, as_json: bool
+    lab: str,
+    shape: str | None,
+    dtype: str,
+    num_tokens: int,
+    num_runs: int,
+    threads: int,
+    output: Path | None,
+    as_json: bool,
 ) -> None:
     """Milliseconds per token: one model, a fused reference in one process, the served stack, and its parts.
 
-    The models are those of `fusionroute lab build`; the stack is started for the occasion and stopped again.
+    The models are those of `fusionroute lab build`, or of a --shape with random weights; the stack is started
+    for the occasion and stopped again.
 
     \b
     Example:
       fusionroute bench decode --lab demo --runs 9 --output decode.json
+      fusionroute bench decode --shape h512 --dtype bfloat16 --threads 2
     """
-    from fusionroute.cli.lab import build_family
     from fusionroute.cli.stack import temporary_stack
     from fusionroute.local_stack import StackPlan, threads_for
 
-    family = build_family(lab)
-    experts = {slot: str(path) for slot, path in family.experts.items()}
-    threads = threads or threads_for(1 + len(experts))
-    plan = StackPlan(str(family.router), experts, port=0, threads=threads, isolated=True)
-    with temporary_stack(plan) as state:
-        report = asyncio.run(
-            _measure(state.router_address, plan.router_checkpoint, experts, num_tokens, num_runs, threads)
-        )
+    with _models(lab, shape, dtype) as (router, experts, prompt_ids):
+        threads = threads or threads_for(1 + len(experts))
+        plan = StackPlan(router, experts, port=0, threads=threads, isolated=True)
+        with temporary_stack(plan) as state:
+            report = asyncio.run(
+                _measure(state.router_address, plan, prompt_ids, num_tokens, num_runs, threads)
+            )
     text = json.dumps(report.to_json(), indent=2)
     if output is not None:
         output.write_text(text + "\n")
@@ -96,17 +118,42 @@ def decode(
         _print(report)
 
 
+@contextmanager
+def _models(
+    lab: str, shape: str | None, dtype: str
+) -> Iterator[tuple[str, Mapping[str, str], Sequence[int]]]:
+    """Router checkpoint, experts by slot and prompt ids; random models are deleted afterwards."""
+    if shape is None:
+        from fusionroute.cli.lab import build_family
+        from fusionroute.vocabulary import load_tokenizer
+
+        family = build_family(lab)
+        experts = {slot: str(path) for slot, path in family.experts.items()}
+        yield str(family.router), experts, load_tokenizer(str(family.router))(PROMPT)["input_ids"]
+        return
+    from evaluation.bench_shapes import SHAPES, prompt, write_family
+
+    with tempfile.TemporaryDirectory(prefix="fusionroute-bench-") as folder:
+        click.echo(f"writing four random models of shape {shape}", err=True)
+        random = write_family(Path(folder), SHAPES[shape], dtype)
+        experts = {slot: str(path) for slot, path in random.experts.items()}
+        yield str(random.router), experts, prompt(SHAPES[shape])
+
+
 async def _measure(
-    address: str, checkpoint: str, experts: Mapping[str, str], num_tokens: int, num_runs: int, threads: int
+    address: str,
+    plan: StackPlan,
+    prompt_ids: Sequence[int],
+    num_tokens: int,
+    num_runs: int,
+    threads: int,
 ) -> Report:
     from evaluation.bench_decode import measure
     from fusionroute.client import RouterClient
-    from fusionroute.vocabulary import load_tokenizer
 
-    prompt_ids = load_tokenizer(checkpoint)(PROMPT)["input_ids"]
     async with RouterClient.open(address) as router:
         return await measure(
-            router, checkpoint, experts, prompt_ids,
+            router, plan.router_checkpoint, plan.experts, prompt_ids,
             num_tokens=num_tokens, num_runs=num_runs, threads=threads,
             on_run=lambda number: click.echo(f"run {number + 1} done", err=True),
         )  # fmt: skip
