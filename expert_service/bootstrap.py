@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 import structlog
-import torch
 
 from expert_service.registrar import Registrar, Registration
 from expert_service.servicer import ExpertServicer
 from expert_service.settings import ExpertSettings
-from fusionroute.engine import Engine, EngineLimits, LoadedModel, load_model
+from fusionroute.engine import Engine, LoadedModel, load_model
 from fusionroute.errors import ModelRejected
 from fusionroute.grpc_runtime import (
     PortTaken,
@@ -27,6 +26,7 @@ from fusionroute.grpc_runtime import (
     serve_until_signalled,
     server,
 )
+from fusionroute.model_settings import DeviceMissing, prepare_torch
 from fusionroute.settings import ExitCode
 from fusionroute.v1 import expert_pb2, expert_pb2_grpc
 from fusionroute.wire import identity_to_message, load_to_message
@@ -38,16 +38,13 @@ SERVICE_NAME = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
 
 def run(settings: ExpertSettings) -> ExitCode:
     """Loads the model and serves it until a signal."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, depending on how it was built
-        log.error("device_missing", message=f"device = {settings.device!r} cannot be used: {error}")
-        return ExitCode.BAD_SETTINGS
-    try:
+        prepare_torch(settings)
         check_port_free(settings.host, settings.port)
         asyncio.run(serve(settings, _load(settings)))
+    except DeviceMissing as error:
+        log.error("device_missing", message=str(error))
+        return ExitCode.BAD_SETTINGS
     except PortTaken as error:
         log.error("port_taken", message=str(error))
         return ExitCode.PORT_TAKEN
@@ -98,7 +95,7 @@ async def running_expert(settings: ExpertSettings, model: LoadedModel) -> AsyncI
         PortTaken: naming the address.
     """
     async with AsyncExitStack() as stack:
-        engine = await stack.enter_async_context(Engine(model, engine_limits(settings)))
+        engine = await stack.enter_async_context(Engine(model, settings.engine_limits()))
         servicer = ExpertServicer(engine, settings.slot, settings.max_message_bytes)
         running = await stack.enter_async_context(
             server(
@@ -137,17 +134,6 @@ def progress_of(engine: Engine) -> Progress:
     """The engine's pulse: forwards must happen while steps wait."""
     load = engine.load()
     return Progress(pending=load.queue_depth > 0, tick=load.num_forwards)
-
-
-def engine_limits(settings: ExpertSettings) -> EngineLimits:
-    """What the engine may use."""
-    return EngineLimits(
-        kv_tokens=settings.kv_tokens,
-        max_batch_tokens=settings.max_batch_tokens,
-        prefill_chunk_tokens=settings.prefill_chunk_tokens,
-        max_queue=settings.max_queue,
-        max_sessions=settings.max_sessions,
-    )
 
 
 async def _enter_registrar(

@@ -9,11 +9,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import structlog
-import torch
 from redis.asyncio import Redis
 
 from fusionroute import private_redis
-from fusionroute.engine import Engine, EngineLimits, LoadedModel, load_model
+from fusionroute.engine import Engine, LoadedModel, load_model
 from fusionroute.errors import FusionRouteError, ModelRejected, Reason, Unavailable
 from fusionroute.fusion import CombineRule
 from fusionroute.grpc_runtime import (
@@ -25,6 +24,7 @@ from fusionroute.grpc_runtime import (
     serve_until_signalled,
     server,
 )
+from fusionroute.model_settings import DeviceMissing, prepare_torch
 from fusionroute.router_model import RouterCheckpoint, load_checkpoint
 from fusionroute.settings import ExitCode
 from fusionroute.v1 import registry_pb2, registry_pb2_grpc, router_pb2, router_pb2_grpc
@@ -48,19 +48,16 @@ REGISTRY_SERVICE = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"].f
 
 def run(settings: RouterSettings) -> ExitCode:
     """Loads the checkpoint and serves it until a signal."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, depending on how it was built
-        log.error("device_missing", message=f"device = {settings.device!r} cannot be used: {error}")
-        return ExitCode.BAD_SETTINGS
-    try:
+        prepare_torch(settings)
         check_port_free(settings.host, settings.port)
         asyncio.run(_check_redis(settings))
         log.info("loading", checkpoint=settings.checkpoint, device=settings.device)
         checkpoint, model = load_router(settings.checkpoint, dtype=settings.dtype, device=settings.device)
         asyncio.run(serve(settings, checkpoint, model))
+    except DeviceMissing as error:
+        log.error("device_missing", message=str(error))
+        return ExitCode.BAD_SETTINGS
     except PortTaken as error:
         log.error("port_taken", message=str(error))
         return ExitCode.PORT_TAKEN
@@ -138,7 +135,7 @@ async def running_router(
             redis, ttl_seconds=settings.session_ttl_seconds, lease_seconds=settings.session_lease_seconds
         )
         registry = RegistryStore(redis, lease_seconds=settings.expert_lease_seconds)
-        engine = await stack.enter_async_context(Engine(model, engine_limits(settings)))
+        engine = await stack.enter_async_context(Engine(model, settings.engine_limits()))
         directory = Directory(registry.entries, settings.max_message_bytes)
         await stack.enter_async_context(directory.running())
         offer = offer_of(checkpoint, model, settings.kv_tokens)
@@ -177,17 +174,6 @@ async def serve(settings: RouterSettings, checkpoint: RouterCheckpoint, model: L
             drain_seconds=settings.drain_seconds,
             ready_file=settings.ready_file,
         )
-
-
-def engine_limits(settings: RouterSettings) -> EngineLimits:
-    """What the router's engine may use."""
-    return EngineLimits(
-        kv_tokens=settings.kv_tokens,
-        max_batch_tokens=settings.max_batch_tokens,
-        prefill_chunk_tokens=settings.prefill_chunk_tokens,
-        max_queue=settings.max_queue,
-        max_sessions=settings.max_sessions,
-    )
 
 
 def router_service(servicer: RouterServicer) -> Service:

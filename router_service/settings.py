@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field, SecretStr
 
-from fusionroute.settings import DaemonSettings, Port, Positive, Seconds
+from fusionroute.model_settings import ModelSettings
+from fusionroute.settings import Port, Positive, Seconds
 
 
-class RouterSettings(DaemonSettings):
+class RouterSettings(ModelSettings):
     """One router checkpoint, its sessions and its registry behind one port."""
 
     table: ClassVar[str] = "router"
@@ -26,19 +27,7 @@ class RouterSettings(DaemonSettings):
     redis_data_dir: Path | None = Field(
         None, description="Where the private Redis keeps sessions across restarts; absent = it keeps nothing."
     )
-    device: Annotated[str, Field(pattern=r"^(cpu|mps|(cuda|xpu)(:[0-9]+)?)$")] = Field(
-        "cpu", description="Device of the router's model: cpu, cuda, cuda:1, ..."
-    )
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="Number format of the router's model; auto = that of its weights."
-    )
-    kv_tokens: Positive = Field(65536, description="Tokens for which there is key-value memory.")
-    max_batch_tokens: Positive = Field(2048, description="Most tokens in one forward.")
-    prefill_chunk_tokens: Positive = Field(512, description="Most tokens of one session in one forward.")
-    max_queue: Positive = Field(256, description="Most steps of the router's model waiting or running.")
-    max_sessions: Positive = Field(4096, description="Most sessions cached at a time.")
     max_running_turns: Positive = Field(256, description="Most turns written at a time.")
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="Threads of torch; 0 = its own choice.")
     expert_timeout_seconds: Seconds = Field(
         60.0, description="How long one row may take, waiting for a restarted expert included."
     )

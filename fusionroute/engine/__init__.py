@@ -1,9 +1,10 @@
 """One Hugging Face causal LM with the caches of many sessions; runs experts and routers alike."""
 
-from fusionroute.engine.batcher import Engine, EngineLimits, EngineLoad, StepOutcome
+from fusionroute.engine.batcher import Engine
 from fusionroute.engine.digest import digest
 from fusionroute.engine.model import LoadedModel, ModelFacts, load_model, prepare_model
 from fusionroute.engine.sessions import SessionView, StepCall
+from fusionroute.engine.steps import EngineLimits, EngineLoad, StepOutcome
 
 __all__ = [
     "Engine",

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, TypeVar
 from uuid import uuid4
@@ -25,107 +24,11 @@ from torch import Tensor
 from fusionroute.engine.attention import RaggedBatch, Segment
 from fusionroute.engine.kv_cache import KVCache
 from fusionroute.engine.model import ForwardOutput, LoadedModel, ModelFacts
-from fusionroute.engine.sessions import NoRoomYet, Session, SessionTable, SessionView, StepCall, room_taken
+from fusionroute.engine.sessions import NoRoomYet, SessionTable, SessionView, StepCall, room_taken
+from fusionroute.engine.steps import Chunk, EngineLimits, EngineLoad, Job, StepOutcome
 from fusionroute.errors import FusionRouteError, InternalFault, OutOfRoom, Reason, Unavailable
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What an engine may use.
-
-    Attributes:
-        kv_tokens: tokens for which there is key-value memory, all sessions together.
-        max_batch_tokens: tokens in one forward.
-        prefill_chunk_tokens: tokens of one session in one forward.
-        max_queue: steps waiting or running.
-        max_sessions: sessions cached at a time.
-        room_wait_seconds: how long a step waits for running sessions to give room.
-    """
-
-    kv_tokens: int = 65536
-    max_batch_tokens: int = 2048
-    prefill_chunk_tokens: int = 512
-    max_queue: int = 256
-    max_sessions: int = 4096
-    room_wait_seconds: float = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
-    """How busy an engine is; `Load` on the wire."""
-
-    num_sessions: int
-    queue_depth: int
-    queue_limit: int
-    kv_tokens_used: int
-    kv_tokens_limit: int
-    num_forwards: int
-    num_evictions: int
-
-
-@dataclass(slots=True)
-class StepOutcome:
-    """What a step gave.
-
-    Attributes:
-        rows: logits [num_rows, logits width] of the last tokens, on the CPU, in the model's number format.
-        head_scores: scores of a router's heads [num_rows, k], float32.
-        position: cached length after the step.
-        num_computed_tokens: tokens that were fed, the others being cached already.
-        queue_seconds: from arrival to the first forward.
-        forward_seconds: within forwards.
-        num_forwards: forwards that computed this step.
-        max_batch_sessions: most sessions that shared one of them.
-    """
-
-    rows: Tensor
-    head_scores: Tensor | None
-    position: int
-    num_computed_tokens: int
-    queue_seconds: float
-    forward_seconds: float
-    num_forwards: int
-    max_batch_sessions: int
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A step on its way through the worker."""
-
-    call: StepCall
-    arrived: float
-    future: Future[StepOutcome] = field(default_factory=Future)
-    session: Session | None = None
-    num_cached: int = 0
-    num_fed: int = 0
-    started: float | None = None
-    forward_seconds: float = 0.0
-    num_forwards: int = 0
-    max_batch_sessions: int = 0
-    rows: list[Tensor] = field(default_factory=list)
-    head_scores: list[Tensor] = field(default_factory=list)
-
-    @property
-    def num_left(self) -> int:
-        """Tokens still to be fed."""
-        return len(self.call.token_ids) - self.num_fed
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """The part of a job that goes into one forward."""
-
-    job: _Job
-    start: int
-    stop: int
-
-    @property
-    def wanted(self) -> range:
-        """Token indices within the call whose rows are wanted."""
-        first = len(self.job.call.token_ids) - self.job.call.num_rows
-        return range(max(self.start, first), self.stop)
 
 
 class Engine:
@@ -147,9 +50,9 @@ class Engine:
             free=self._cache.free,
         )
         self._wake = threading.Condition()
-        self._inbox: deque[_Job | Callable[[], None]] = deque()
-        self._waiting: deque[_Job] = deque()  # for room
-        self._running: deque[_Job] = deque()  # admitted, not all fed
+        self._inbox: deque[Job | Callable[[], None]] = deque()
+        self._waiting: deque[Job] = deque()  # for room
+        self._running: deque[Job] = deque()  # admitted, not all fed
         self._num_unfinished = 0
         self._num_forwards = 0
         self._draining = False
@@ -237,7 +140,7 @@ class Engine:
     # --- callers' side ------------------------------------------------------------------------------------------
 
     def _enqueue(self, call: StepCall) -> Future[StepOutcome]:
-        job = _Job(call, time.monotonic())
+        job = Job(call, time.monotonic())
         with self._wake:
             if self._draining or self._stopping:
                 raise Unavailable(Reason.DRAINING, "the service is about to stop", retry_after_seconds=1.0)
@@ -300,7 +203,7 @@ class Engine:
             arrived = list(self._inbox)
             self._inbox.clear()
         for item in arrived:
-            if isinstance(item, _Job):
+            if isinstance(item, Job):
                 self._waiting.append(item)
             else:
                 item()
@@ -328,10 +231,10 @@ class Engine:
             job.num_fed = job.num_cached
             self._running.append(job)
 
-    def _compose(self) -> list[_Chunk]:
+    def _compose(self) -> list[Chunk]:
         """The next forward: every session's next tokens, oldest first, within the token budget."""
         room = self.limits.max_batch_tokens
-        chunks: list[_Chunk] = []
+        chunks: list[Chunk] = []
         now = time.monotonic()
         for job in list(self._running):
             if not self._is_wanted(job, now):
@@ -345,10 +248,10 @@ class Engine:
             if count == 0:
                 break
             room -= count
-            chunks.append(_Chunk(job, job.num_fed, job.num_fed + count))
+            chunks.append(Chunk(job, job.num_fed, job.num_fed + count))
         return chunks
 
-    def _execute(self, chunks: list[_Chunk]) -> None:
+    def _execute(self, chunks: list[Chunk]) -> None:
         started = time.monotonic()
         try:
             output = self._forward(chunks)
@@ -367,7 +270,7 @@ class Engine:
             self._commit(chunk, output, slice(row, row + count), started, seconds, len(chunks))
             row += count
 
-    def _forward(self, chunks: list[_Chunk]) -> ForwardOutput:
+    def _forward(self, chunks: list[Chunk]) -> ForwardOutput:
         segments: list[Segment] = []
         token_ids: list[int] = []
         positions: list[int] = []
@@ -386,7 +289,7 @@ class Engine:
 
     def _commit(
         self,
-        chunk: _Chunk,
+        chunk: Chunk,
         output: ForwardOutput,
         rows: slice,
         started: float,
@@ -424,7 +327,7 @@ class Engine:
         else:
             self._succeed(job)
 
-    def _is_wanted(self, job: _Job, now: float) -> bool:
+    def _is_wanted(self, job: Job, now: float) -> bool:
         """Whether anybody still waits for the step; ends it if not."""
         if job.future.cancelled():
             self._finish(job)
@@ -435,7 +338,7 @@ class Engine:
             return False
         return True
 
-    def _succeed(self, job: _Job) -> None:
+    def _succeed(self, job: Job) -> None:
         session = job.session
         assert session is not None
         if job.rows:
@@ -456,12 +359,12 @@ class Engine:
         if job.future.set_running_or_notify_cancel():
             job.future.set_result(outcome)
 
-    def _fail(self, job: _Job, error: FusionRouteError) -> None:
+    def _fail(self, job: Job, error: FusionRouteError) -> None:
         self._finish(job)
         if job.future.set_running_or_notify_cancel():
             job.future.set_exception(error)
 
-    def _finish(self, job: _Job) -> None:
+    def _finish(self, job: Job) -> None:
         if job.session is not None:
             self._table.end(job.session, time.monotonic())
         with self._wake:

@@ -1,0 +1,107 @@
+"""A step on its way through the engine, and what an engine may use and has used."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fusionroute.engine.sessions import Session, StepCall
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What an engine may use.
+
+    Attributes:
+        kv_tokens: tokens for which there is key-value memory, all sessions together.
+        max_batch_tokens: tokens in one forward.
+        prefill_chunk_tokens: tokens of one session in one forward.
+        max_queue: steps waiting or running.
+        max_sessions: sessions cached at a time.
+        room_wait_seconds: how long a step waits for running sessions to give room.
+    """
+
+    kv_tokens: int = 65536
+    max_batch_tokens: int = 2048
+    prefill_chunk_tokens: int = 512
+    max_queue: int = 256
+    max_sessions: int = 4096
+    room_wait_seconds: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy an engine is; `Load` on the wire."""
+
+    num_sessions: int
+    queue_depth: int
+    queue_limit: int
+    kv_tokens_used: int
+    kv_tokens_limit: int
+    num_forwards: int
+    num_evictions: int
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What a step gave.
+
+    Attributes:
+        rows: logits [num_rows, logits width] of the last tokens, on the CPU, in the model's number format.
+        head_scores: scores of a router's heads [num_rows, k], float32.
+        position: cached length after the step.
+        num_computed_tokens: tokens that were fed, the others being cached already.
+        queue_seconds: from arrival to the first forward.
+        forward_seconds: within forwards.
+        num_forwards: forwards that computed this step.
+        max_batch_sessions: most sessions that shared one of them.
+    """
+
+    rows: Tensor
+    head_scores: Tensor | None
+    position: int
+    num_computed_tokens: int
+    queue_seconds: float
+    forward_seconds: float
+    num_forwards: int
+    max_batch_sessions: int
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A step on its way through the worker."""
+
+    call: StepCall
+    arrived: float
+    future: Future[StepOutcome] = field(default_factory=Future)
+    session: Session | None = None
+    num_cached: int = 0
+    num_fed: int = 0
+    started: float | None = None
+    forward_seconds: float = 0.0
+    num_forwards: int = 0
+    max_batch_sessions: int = 0
+    rows: list[Tensor] = field(default_factory=list)
+    head_scores: list[Tensor] = field(default_factory=list)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens still to be fed."""
+        return len(self.call.token_ids) - self.num_fed
+
+
+@dataclass(slots=True)
+class Chunk:
+    """The part of a job that goes into one forward."""
+
+    job: Job
+    start: int
+    stop: int
+
+    @property
+    def wanted(self) -> range:
+        """Token indices within the call whose rows are wanted."""
+        first = len(self.job.call.token_ids) - self.job.call.num_rows
+        return range(max(self.start, first), self.stop)

@@ -1,0 +1,61 @@
+"""What every daemon that runs a model has: settings of its engine, and torch made ready for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from fusionroute.settings import DaemonSettings, Positive
+
+if TYPE_CHECKING:
+    from fusionroute.engine import EngineLimits
+
+
+class ModelSettings(DaemonSettings):
+    """A daemon with one model behind one engine."""
+
+    device: Annotated[str, Field(pattern=r"^(cpu|mps|(cuda|xpu)(:[0-9]+)?)$")] = Field(
+        "cpu", description="Device of the model: cpu, cuda, cuda:1, ..."
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="Number format of the model; auto = that of its weights."
+    )
+    kv_tokens: Positive = Field(65536, description="Tokens for which there is key-value memory.")
+    max_batch_tokens: Positive = Field(2048, description="Most tokens in one forward.")
+    prefill_chunk_tokens: Positive = Field(512, description="Most tokens of one session in one forward.")
+    max_queue: Positive = Field(256, description="Most steps waiting or running.")
+    max_sessions: Positive = Field(4096, description="Most sessions cached at a time.")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="Threads of torch; 0 = its own choice.")
+
+    def engine_limits(self) -> EngineLimits:
+        """What the engine may use."""
+        from fusionroute.engine import EngineLimits
+
+        return EngineLimits(
+            kv_tokens=self.kv_tokens,
+            max_batch_tokens=self.max_batch_tokens,
+            prefill_chunk_tokens=self.prefill_chunk_tokens,
+            max_queue=self.max_queue,
+            max_sessions=self.max_sessions,
+        )
+
+
+class DeviceMissing(Exception):
+    """The device cannot be used; the message names it."""
+
+
+def prepare_torch(settings: ModelSettings) -> None:
+    """Sets torch's threads and tries the device, before anything slow is done.
+
+    Raises:
+        DeviceMissing: naming the device.
+    """
+    import torch
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, depending on how it was built
+        raise DeviceMissing(f"device = {settings.device!r} cannot be used: {error}") from error
