@@ -94,7 +94,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         if stored.turn is not None:
             parameters = stored.turn.parameters
             response.answer_position = stored.turn.answer_position
-            response.answer_text = self._keeper.answer_text(stored)
+            response.answer_text = await self._keeper.answer_text(stored)
             response.seed = parameters.seed
             response.combine = RULE_MESSAGES[CombineRule(parameters.combine)]
             response.checkpoint = parameters.checkpoint

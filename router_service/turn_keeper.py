@@ -153,9 +153,9 @@ class TurnKeeper:
             live.cancel()
         return await self.store.delete(session_id)
 
-    def answer_text(self, stored: StoredSession) -> str:
+    async def answer_text(self, stored: StoredSession) -> str:
         """The text of a stored session's latest answer."""
-        live, answer_text = self._read_back(stored, _latest_turn(stored))
+        live, answer_text = await asyncio.to_thread(self._read_back, stored, _latest_turn(stored))
         pieces = [token.text for token in live.tokens]
         pieces.append(answer_text.finish() if live.ending is None else live.ending.text)
         return "".join(pieces)
@@ -176,7 +176,7 @@ class TurnKeeper:
         stored = await self.store.get(session_id)
         turn = _latest_turn(stored)
         if stored.state is SessionState.FINISHED:
-            return self._read_back(stored, turn)[0]
+            return (await asyncio.to_thread(self._read_back, stored, turn))[0]
         if stored.is_being_written:
             raise _busy(session_id, stored.lease_remaining_seconds)
         if turn.parameters.checkpoint != self.offer.checkpoint:
@@ -189,7 +189,7 @@ class TurnKeeper:
         lease = await self.store.acquire(session_id, owner=uuid4().hex, create=False)
         async with _released_on_error(self.store, lease):
             stored = await self.store.get(session_id)
-            live, answer_text = self._read_back(stored, _latest_turn(stored))
+            live, answer_text = await asyncio.to_thread(self._read_back, stored, _latest_turn(stored))
         text = Text(session_id, lease.fence, stored.records["token_id"].tolist())
         self._start(live, lease, text, answer_text)
         return live

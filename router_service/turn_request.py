@@ -171,7 +171,7 @@ async def read_prompt(
                 metadata={"field": "token_ids", "limit": str(offer.logits_width - 1)},
             )
     elif kind == "messages":
-        ids = _render_messages(request.messages, tokenizer)
+        ids = await asyncio.to_thread(_render_messages, request.messages, tokenizer)
     elif len(request.text) > LONG_TEXT_CHARACTERS:
         ids = await asyncio.to_thread(_encode, tokenizer, request.text, first_turn)
     else:
