@@ -1,0 +1,80 @@
+"""Requests become turns, and turns survive being stored."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusionroute.errors import FusionRouteError, Reason
+from fusionroute.fusion import CombineRule, Sampling
+from fusionroute.v1.router_pb2 import ChatMessage, ChatMessages, GenerateRequest
+from router_service.stored_session import TurnParameters
+from router_service.turn_request import LONG_TEXT_CHARACTERS, Offer, Turn, read_prompt, read_turn
+from tests.tiny_models import WIDTH, word_tokenizer
+
+OFFER = Offer(("math", "code"), (CombineRule.SUM, CombineRule.ROUTE), CombineRule.SUM, WIDTH, 96, "checkpoint")
+
+TURNS = st.builds(
+    Turn,
+    rule=st.sampled_from(CombineRule),
+    sampling=st.builds(
+        Sampling,
+        temperature=st.floats(0, 100),
+        top_k=st.integers(0, 1000),
+        logit_bias=st.dictionaries(st.integers(0, WIDTH - 1), st.floats(-100, 100)),
+        seed=st.integers(0, 2**64 - 1),
+    ),
+    max_tokens=st.integers(1, 10_000),
+    stops=st.lists(st.text(min_size=1, max_size=9)).map(tuple),
+    ignore_eos=st.booleans(),
+    fixed_expert=st.none() | st.integers(0, 7),
+    checkpoint=st.just("checkpoint"),
+)
+
+
+@given(TURNS)
+def test_a_turn_comes_back_from_the_store_as_it_was(turn: Turn) -> None:
+    stored = turn.to_stored()
+    through_json = json.loads(json.dumps(dict(stored.sampling)))
+    again = TurnParameters(stored.seed, stored.combine, stored.checkpoint, through_json)
+    assert Turn.from_stored(again) == turn
+
+
+def test_an_empty_request_is_greedy_by_the_checkpoints_rule() -> None:
+    turn = read_turn(GenerateRequest(text="w5"), OFFER)
+    assert (turn.rule, turn.max_tokens, turn.stops, turn.fixed_expert) == (CombineRule.SUM, 256, (), None)
+    assert (turn.sampling.temperature, turn.sampling.top_p) == (0.0, 1.0)
+
+
+def messages(*pairs: tuple[str, str]) -> GenerateRequest:
+    told = [ChatMessage(role=role, content=content) for role, content in pairs]
+    return GenerateRequest(messages=ChatMessages(messages=told))
+
+
+async def test_chat_messages_are_rendered_by_the_template_with_the_answers_prefix() -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w2 ' if m.role == 'user' else 'w3 ' }}{{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}w4{% endif %}"
+    )
+    request = messages(("user", "w10 w11"), ("assistant", "w12"), ("user", "w13"))
+    assert await read_prompt(request, tokenizer, OFFER, first_turn=True) == [2, 10, 11, 3, 12, 2, 13, 4]
+
+
+async def test_roles_and_templates_that_refuse_are_named() -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('only one user message') }}"
+    for request, named in ((messages(("user", "x")), "only one user message"), (messages(("boss", "x")), "boss")):
+        with pytest.raises(FusionRouteError) as caught:
+            await read_prompt(request, tokenizer, OFFER, first_turn=True)
+        assert caught.value.reason is Reason.INVALID_FIELD
+        assert named in caught.value.message
+
+
+async def test_a_long_text_is_encoded_like_a_short_one() -> None:
+    text = "w5 w6 " * LONG_TEXT_CHARACTERS
+    ids = await read_prompt(GenerateRequest(text=text), word_tokenizer(), OFFER, first_turn=True)
+    assert ids == [5, 6] * LONG_TEXT_CHARACTERS
