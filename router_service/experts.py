@@ -13,6 +13,7 @@ import grpc
 import structlog
 
 from fusionroute import grpc_runtime, wire
+from fusionroute.background import end_task
 from fusionroute.engine import StepCall
 from fusionroute.errors import FusionRouteError, Reason, Unavailable
 from fusionroute.v1 import expert_pb2, expert_pb2_grpc, registry_pb2
@@ -110,8 +111,7 @@ class Directory:
         try:
             yield self
         finally:
-            task.cancel()
-            await asyncio.wait([task])
+            await end_task(task)
             async with AsyncExitStack() as stack:
                 for instance in self.instances.values():
                     stack.push_async_callback(instance.channel.close)

@@ -8,6 +8,7 @@ import time
 from types import TracebackType
 from typing import Self
 
+from fusionroute.background import end_task
 from fusionroute.errors import (
     FusionRouteError,
     InternalFault,
@@ -164,8 +165,7 @@ class TokenLog:
     async def _stop_sender(self) -> None:
         if self._sender is not None:
             sender, self._sender = self._sender, None
-            sender.cancel()
-            await asyncio.wait([sender])
+            await end_task(sender)
 
     async def _send_until_stopped(self) -> None:
         try:

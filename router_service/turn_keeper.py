@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import structlog
 
+from fusionroute.background import end_task
 from fusionroute.errors import (
     FusionRouteError,
     InternalFault,
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = structlog.get_logger(__name__)
+
+CLEAN_UP_SECONDS = 5.0
+"""What a turn that is put aside has to store its tokens and give its lease back."""
 
 CONTEXT_TOKENS = 16
 """Tokens before an answer that may decide how its first token is spelt, such as a leading space."""
@@ -165,10 +169,7 @@ class TurnKeeper:
         self._draining = True
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_seconds)
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await asyncio.gather(*(end_task(task, patience_seconds=CLEAN_UP_SECONDS) for task in list(self._tasks)))
 
     # --- what is written already ---------------------------------------------------------------------------------
 

@@ -78,7 +78,7 @@ class Engine:
     ) -> None:
         with self._wake:
             self._stopping = True
-            self._wake.notify()
+            self._wake.notify_all()
         await asyncio.to_thread(self._thread.join)
 
     async def step(self, call: StepCall) -> StepOutcome:
@@ -152,7 +152,7 @@ class Engine:
                 )
             self._num_unfinished += 1
             self._inbox.append(job)
-            self._wake.notify()
+            self._wake.notify_all()
         return job.future
 
     async def _ask(self, question: Callable[[], T]) -> T:
@@ -174,7 +174,7 @@ class Engine:
             if self._stopping:
                 raise Unavailable(Reason.DRAINING, "the service is about to stop", retry_after_seconds=1.0)
             self._inbox.append(run)
-            self._wake.notify()
+            self._wake.notify_all()
         return await asyncio.wrap_future(answer)
 
     def _wait_until_idle(self, timeout_seconds: float) -> None:
