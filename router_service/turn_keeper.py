@@ -113,6 +113,9 @@ class TurnKeeper:
             begun = await self.store.begin_turn(
                 lease, len(tokens), pack_prompt(prompt), turn.to_stored(), request_id=request.request_id
             )
+        if not begun.is_new:  # another router has begun this very request since we looked
+            await self.store.release(lease)
+            return await self.resume(session_id)
         text = Text(session_id, lease.fence, tokens + prompt)
         live = LiveTurn(session_id, request.request_id, turn, showing, begun.answer_position)
         self._start(live, lease, text, self._answer_text(turn, text.tokens))
@@ -169,7 +172,9 @@ class TurnKeeper:
         self._draining = True
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_seconds)
-        await asyncio.gather(*(end_task(task, patience_seconds=CLEAN_UP_SECONDS) for task in list(self._tasks)))
+        await asyncio.gather(
+            *(end_task(task, patience_seconds=CLEAN_UP_SECONDS) for task in list(self._tasks))
+        )
 
     # --- what is written already ---------------------------------------------------------------------------------
 
