@@ -6,6 +6,7 @@
     ├── OutOfRoom             no capacity now; try again later
     ├── Unavailable           a part is not there now; try again later
     ├── ModelRejected         a model or checkpoint cannot be served
+    ├── TrainingFailed        a training run cannot begin or go on
     └── InternalFault         our own doing
 
 `Reason` is what programs act on; the message is for people and names field, value and limit.
@@ -83,6 +84,19 @@ class Reason(Enum):
     CHECKPOINT_INCOMPLETE = StatusCode.FAILED_PRECONDITION, "CHECKPOINT_INCOMPLETE"
     VOCABULARY_MISMATCH = StatusCode.FAILED_PRECONDITION, "VOCABULARY_MISMATCH"
 
+    # training
+    DATA_INVALID = StatusCode.INVALID_ARGUMENT, "DATA_INVALID"
+    LABELS_STALE = StatusCode.FAILED_PRECONDITION, "LABELS_STALE"
+    EXPERTS_MISMATCH = StatusCode.FAILED_PRECONDITION, "EXPERTS_MISMATCH"
+    LOSS_NOT_FINITE = StatusCode.FAILED_PRECONDITION, "LOSS_NOT_FINITE"
+    STORAGE_FULL = StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL"
+    STATE_BROKEN = StatusCode.FAILED_PRECONDITION, "STATE_BROKEN"
+    JOB_UNKNOWN = StatusCode.NOT_FOUND, "JOB_UNKNOWN"
+    JOB_STATE = StatusCode.FAILED_PRECONDITION, "JOB_STATE"
+    KEY_REUSED = StatusCode.ALREADY_EXISTS, "KEY_REUSED"
+    CHECKPOINT_UNKNOWN = StatusCode.NOT_FOUND, "CHECKPOINT_UNKNOWN"
+    NOTHING_TO_ROLL_BACK = StatusCode.FAILED_PRECONDITION, "NOTHING_TO_ROLL_BACK"
+
     # our own doing
     NON_FINITE_LOGITS = StatusCode.INTERNAL, "NON_FINITE_LOGITS"
     INTERNAL = StatusCode.INTERNAL, "INTERNAL"
@@ -142,6 +156,10 @@ class Unavailable(FusionRouteError):
 
 class ModelRejected(FusionRouteError):
     """A model or checkpoint cannot be served as it is."""
+
+
+class TrainingFailed(FusionRouteError):
+    """A training run cannot begin or go on as it is."""
 
 
 class InternalFault(FusionRouteError):

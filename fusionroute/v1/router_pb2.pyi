@@ -863,11 +863,23 @@ class GetRouterInfoResponse(_message.Message):
     SLOTS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     NUM_RUNNING_GENERATIONS_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_ID_FIELD_NUMBER: _builtins.int
+    PROMOTION_REVISION_FIELD_NUMBER: _builtins.int
+    PROMOTION_ERROR_FIELD_NUMBER: _builtins.int
+    NUM_RETIRING_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
     """Fingerprint of the checkpoint: weights, head and manifest."""
     default_combine: Global___CombineRule.ValueType
     """The rule used when a request names none."""
     num_running_generations: _builtins.int
+    checkpoint_id: _builtins.str
+    """Id of the checkpoint if it was promoted; empty for the one of the settings."""
+    promotion_revision: _builtins.int
+    """The promotion this router has acted upon, and how it went."""
+    promotion_error: _builtins.str
+    """Why the latest promotion was not taken up; empty when it was."""
+    num_retiring_checkpoints: _builtins.int
+    """Earlier checkpoints whose turns are not finished yet."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelIdentity: ...
     @_builtins.property
@@ -890,10 +902,14 @@ class GetRouterInfoResponse(_message.Message):
         slots: _abc.Iterable[Global___ExpertSlot] | None = ...,
         load: _common_pb2.Load | None = ...,
         num_running_generations: _builtins.int = ...,
+        checkpoint_id: _builtins.str = ...,
+        promotion_revision: _builtins.int = ...,
+        promotion_error: _builtins.str = ...,
+        num_retiring_checkpoints: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_combine", b"available_combine", "checkpoint", b"checkpoint", "default_combine", b"default_combine", "load", b"load", "model", b"model", "num_running_generations", b"num_running_generations", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_combine", b"available_combine", "checkpoint", b"checkpoint", "checkpoint_id", b"checkpoint_id", "default_combine", b"default_combine", "load", b"load", "model", b"model", "num_retiring_checkpoints", b"num_retiring_checkpoints", "num_running_generations", b"num_running_generations", "promotion_error", b"promotion_error", "promotion_revision", b"promotion_revision", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

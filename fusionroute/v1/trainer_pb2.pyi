@@ -32,6 +32,10 @@ class _JobKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobKind.Value
     """Supervised fine-tuning of router and head."""
     JOB_KIND_CDPO: _JobKind.ValueType  # 3
     """Complemented preference optimisation, mixed with fine-tuning samples."""
+    JOB_KIND_PAIRS: _JobKind.ValueType  # 4
+    """Preference pairs from the wrong answers of a serving router."""
+    JOB_KIND_EXTEND: _JobKind.ValueType  # 5
+    """One more expert for an existing router."""
 
 class JobKind(_JobKind, metaclass=_JobKindEnumTypeWrapper): ...
 
@@ -42,6 +46,10 @@ JOB_KIND_SFT: JobKind.ValueType  # 2
 """Supervised fine-tuning of router and head."""
 JOB_KIND_CDPO: JobKind.ValueType  # 3
 """Complemented preference optimisation, mixed with fine-tuning samples."""
+JOB_KIND_PAIRS: JobKind.ValueType  # 4
+"""Preference pairs from the wrong answers of a serving router."""
+JOB_KIND_EXTEND: JobKind.ValueType  # 5
+"""One more expert for an existing router."""
 Global___JobKind: _TypeAlias = JobKind  # noqa: Y015
 
 class _JobState:
@@ -81,6 +89,8 @@ class Job(_message.Message):
     STARTED_AT_SECONDS_FIELD_NUMBER: _builtins.int
     ENDED_AT_SECONDS_FIELD_NUMBER: _builtins.int
     NUM_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    FOLDER_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     kind: Global___JobKind.ValueType
     state: Global___JobState.ValueType
@@ -94,6 +104,10 @@ class Job(_message.Message):
     ended_at_seconds: _builtins.float
     num_attempts: _builtins.int
     """Times it was started."""
+    config: _builtins.str
+    """Its configuration, JSON."""
+    folder: _builtins.str
+    """Where it keeps log, metrics, report and states, on the trainer's machine."""
     @_builtins.property
     def progress(self) -> Global___JobProgress: ...
     def __init__(
@@ -109,10 +123,12 @@ class Job(_message.Message):
         started_at_seconds: _builtins.float = ...,
         ended_at_seconds: _builtins.float = ...,
         num_attempts: _builtins.int = ...,
+        config: _builtins.str = ...,
+        folder: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_id", b"checkpoint_id", "ended_at_seconds", b"ended_at_seconds", "job_id", b"job_id", "kind", b"kind", "num_attempts", b"num_attempts", "progress", b"progress", "started_at_seconds", b"started_at_seconds", "state", b"state", "state_reason", b"state_reason", "submitted_at_seconds", b"submitted_at_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_id", b"checkpoint_id", "config", b"config", "ended_at_seconds", b"ended_at_seconds", "folder", b"folder", "job_id", b"job_id", "kind", b"kind", "num_attempts", b"num_attempts", "progress", b"progress", "started_at_seconds", b"started_at_seconds", "state", b"state", "state_reason", b"state_reason", "submitted_at_seconds", b"submitted_at_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -147,11 +163,15 @@ class JobProgress(_message.Message):
     LOSS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     REMAINING_SECONDS_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     num_steps: _builtins.int
     loss: _builtins.float
+    """Absent where the stage has none."""
     remaining_seconds: _builtins.float
-    """0 = not known yet."""
+    """Absent = not known yet."""
+    stage: _builtins.str
+    """What it is doing, for example "labels" or "training"."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """By name, for example "expert_share/math"."""
@@ -161,15 +181,23 @@ class JobProgress(_message.Message):
         *,
         step: _builtins.int = ...,
         num_steps: _builtins.int = ...,
-        loss: _builtins.float = ...,
+        loss: _builtins.float | None = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
-        remaining_seconds: _builtins.float = ...,
+        remaining_seconds: _builtins.float | None = ...,
+        stage: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_remaining_seconds", b"_remaining_seconds", "loss", b"loss", "remaining_seconds", b"remaining_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "metrics", b"metrics", "num_steps", b"num_steps", "remaining_seconds", b"remaining_seconds", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_remaining_seconds", b"_remaining_seconds", "loss", b"loss", "metrics", b"metrics", "num_steps", b"num_steps", "remaining_seconds", b"remaining_seconds", "stage", b"stage", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__remaining_seconds: _TypeAlias = _typing.Literal["remaining_seconds"]  # noqa: Y015
+    _WhichOneofArgType__remaining_seconds: _TypeAlias = _typing.Literal["_remaining_seconds", b"_remaining_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__remaining_seconds) -> _WhichOneofReturnType__remaining_seconds | None: ...
 
 Global___JobProgress: _TypeAlias = JobProgress  # noqa: Y015
 
@@ -182,7 +210,9 @@ class SubmitJobRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     kind: Global___JobKind.ValueType
     config: _builtins.str
-    """The job's configuration, TOML."""
+    """The job's configuration, JSON (docs/training.md). Paths are those of the
+    trainer's machine.
+    """
     idempotency_key: _builtins.str
     """Chosen by the caller, 1 to 128 characters."""
     def __init__(
@@ -434,6 +464,7 @@ class Checkpoint(_message.Message):
     MANIFEST_FIELD_NUMBER: _builtins.int
     PROMOTED_FIELD_NUMBER: _builtins.int
     CREATED_AT_SECONDS_FIELD_NUMBER: _builtins.int
+    FOLDER_FIELD_NUMBER: _builtins.int
     checkpoint_id: _builtins.str
     job_id: _builtins.str
     """Job that made it."""
@@ -442,8 +473,10 @@ class Checkpoint(_message.Message):
     manifest: _builtins.str
     """The manifest, JSON."""
     promoted: _builtins.bool
-    """Whether routers serve it now."""
+    """Whether it is the one that routers are told to serve."""
     created_at_seconds: _builtins.float
+    folder: _builtins.str
+    """Where it lies, on the trainer's machine."""
     def __init__(
         self,
         *,
@@ -453,14 +486,66 @@ class Checkpoint(_message.Message):
         manifest: _builtins.str = ...,
         promoted: _builtins.bool = ...,
         created_at_seconds: _builtins.float = ...,
+        folder: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_id", b"checkpoint_id", "created_at_seconds", b"created_at_seconds", "fingerprint", b"fingerprint", "job_id", b"job_id", "manifest", b"manifest", "promoted", b"promoted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_id", b"checkpoint_id", "created_at_seconds", b"created_at_seconds", "fingerprint", b"fingerprint", "folder", b"folder", "job_id", b"job_id", "manifest", b"manifest", "promoted", b"promoted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
+
+@_typing.final
+class ReadJobLogRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    FROM_OFFSET_FIELD_NUMBER: _builtins.int
+    FOLLOW_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    from_offset: _builtins.int
+    """Bytes of the log to skip."""
+    follow: _builtins.bool
+    """Go on until the job has ended."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        from_offset: _builtins.int = ...,
+        follow: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "from_offset", b"from_offset", "job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadJobLogRequest: _TypeAlias = ReadJobLogRequest  # noqa: Y015
+
+@_typing.final
+class ReadJobLogResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    NEXT_OFFSET_FIELD_NUMBER: _builtins.int
+    text: _builtins.bytes
+    """UTF-8 text."""
+    next_offset: _builtins.int
+    """Where the next piece begins."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.bytes = ...,
+        next_offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_offset", b"next_offset", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadJobLogResponse: _TypeAlias = ReadJobLogResponse  # noqa: Y015
 
 @_typing.final
 class ListCheckpointsRequest(_message.Message):

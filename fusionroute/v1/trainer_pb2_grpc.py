@@ -65,6 +65,11 @@ class TrainerServiceStub(object):
                 request_serializer=fusionroute_dot_v1_dot_trainer__pb2.ResumeJobRequest.SerializeToString,
                 response_deserializer=fusionroute_dot_v1_dot_trainer__pb2.ResumeJobResponse.FromString,
                 _registered_method=True)
+        self.ReadJobLog = channel.unary_stream(
+                '/fusionroute.v1.TrainerService/ReadJobLog',
+                request_serializer=fusionroute_dot_v1_dot_trainer__pb2.ReadJobLogRequest.SerializeToString,
+                response_deserializer=fusionroute_dot_v1_dot_trainer__pb2.ReadJobLogResponse.FromString,
+                _registered_method=True)
         self.ListCheckpoints = channel.unary_unary(
                 '/fusionroute.v1.TrainerService/ListCheckpoints',
                 request_serializer=fusionroute_dot_v1_dot_trainer__pb2.ListCheckpointsRequest.SerializeToString,
@@ -132,6 +137,13 @@ class TrainerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadJobLog(self, request, context):
+        """What a job has logged, in pieces, from an offset on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListCheckpoints(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -190,6 +202,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.ResumeJob,
                     request_deserializer=fusionroute_dot_v1_dot_trainer__pb2.ResumeJobRequest.FromString,
                     response_serializer=fusionroute_dot_v1_dot_trainer__pb2.ResumeJobResponse.SerializeToString,
+            ),
+            'ReadJobLog': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadJobLog,
+                    request_deserializer=fusionroute_dot_v1_dot_trainer__pb2.ReadJobLogRequest.FromString,
+                    response_serializer=fusionroute_dot_v1_dot_trainer__pb2.ReadJobLogResponse.SerializeToString,
             ),
             'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
                     servicer.ListCheckpoints,
@@ -375,6 +392,33 @@ class TrainerService(object):
             '/fusionroute.v1.TrainerService/ResumeJob',
             fusionroute_dot_v1_dot_trainer__pb2.ResumeJobRequest.SerializeToString,
             fusionroute_dot_v1_dot_trainer__pb2.ResumeJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadJobLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fusionroute.v1.TrainerService/ReadJobLog',
+            fusionroute_dot_v1_dot_trainer__pb2.ReadJobLogRequest.SerializeToString,
+            fusionroute_dot_v1_dot_trainer__pb2.ReadJobLogResponse.FromString,
             options,
             channel_credentials,
             insecure,

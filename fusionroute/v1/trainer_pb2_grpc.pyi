@@ -44,6 +44,8 @@ class TrainerServiceStub:
     """Stops a job; it saves its state unless told otherwise."""
     ResumeJob: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ResumeJobRequest, _trainer_pb2.ResumeJobResponse]
     """Queues a cancelled or failed job again from its last saved state."""
+    ReadJobLog: _grpc.UnaryStreamMultiCallable[_trainer_pb2.ReadJobLogRequest, _trainer_pb2.ReadJobLogResponse]
+    """What a job has logged, in pieces, from an offset on."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ListCheckpointsRequest, _trainer_pb2.ListCheckpointsResponse]
     GetCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.GetCheckpointRequest, _trainer_pb2.GetCheckpointResponse]
     PromoteCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.PromoteCheckpointRequest, _trainer_pb2.PromoteCheckpointResponse]
@@ -67,6 +69,8 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """Stops a job; it saves its state unless told otherwise."""
     ResumeJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ResumeJobRequest, _trainer_pb2.ResumeJobResponse]  # type: ignore[assignment]
     """Queues a cancelled or failed job again from its last saved state."""
+    ReadJobLog: _aio.UnaryStreamMultiCallable[_trainer_pb2.ReadJobLogRequest, _trainer_pb2.ReadJobLogResponse]  # type: ignore[assignment]
+    """What a job has logged, in pieces, from an offset on."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ListCheckpointsRequest, _trainer_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
     GetCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_pb2.GetCheckpointRequest, _trainer_pb2.GetCheckpointResponse]  # type: ignore[assignment]
     PromoteCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_pb2.PromoteCheckpointRequest, _trainer_pb2.PromoteCheckpointResponse]  # type: ignore[assignment]
@@ -123,6 +127,14 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.ResumeJobResponse, _abc.Awaitable[_trainer_pb2.ResumeJobResponse]]:
         """Queues a cancelled or failed job again from its last saved state."""
+
+    @_abc_1.abstractmethod
+    def ReadJobLog(
+        self,
+        request: _trainer_pb2.ReadJobLogRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_trainer_pb2.ReadJobLogResponse], _abc.AsyncIterator[_trainer_pb2.ReadJobLogResponse]]:
+        """What a job has logged, in pieces, from an offset on."""
 
     @_abc_1.abstractmethod
     def ListCheckpoints(
