@@ -16,8 +16,8 @@ from typing import Any
 from redis.asyncio import Redis
 
 from fusionroute.errors import Reason, SessionStateError
+from fusionroute.redis_scripts import ScriptRunner, load_script
 from fusionroute.v1 import common_pb2, registry_pb2
-from router_service.store_scripts import ScriptRunner, load_script
 
 _KEY_PARTS = ("revision", "entries", "leases", "states", "loads", "addresses")
 _TTL_SECONDS = 86_400.0  # longer than any lease; the keys of a registry that nobody uses vanish
@@ -140,7 +140,7 @@ class RegistryStore:
         return max(round(self.lease_seconds * 1000), 1)
 
     async def _run(self, verb: str, *arguments: str | bytes | int) -> Sequence[Any]:
-        script = load_script("registry", f"registry_{verb}")
+        script = load_script("router_service", "registry", f"registry_{verb}")
         ttl_ms = round(max(_TTL_SECONDS, 2 * self.lease_seconds) * 1000)
         return await self._runner.run(script, self._keys, [ttl_ms, *arguments])
 

@@ -20,8 +20,8 @@ from typing import Any
 from redis.asyncio import Redis
 
 from fusionroute.errors import FusionRouteError, Reason, SessionStateError, invalid
+from fusionroute.redis_scripts import ScriptRunner, load_script
 from router_service.records import RECORD_BYTES
-from router_service.store_scripts import ScriptRunner, load_script
 from router_service.stored_session import (
     CancelOutcome,
     FinishReason,
@@ -80,7 +80,9 @@ class SessionStore:
         if not owner:
             raise invalid("owner", owner, "it must not be empty")
         arguments: list[str | bytes | int] = [owner, *self._times, int(create)]
-        answer = await self._runner.run(load_script("acquire"), session_keys(session_id), arguments)
+        answer = await self._runner.run(
+            load_script("router_service", "acquire"), session_keys(session_id), arguments
+        )
         if answer[0] == b"held":
             wait = max(int(answer[1]), 1) / 1000
             message = f"session {session_id} is being written by another; its lease ends in {wait:.3f} s"
@@ -171,7 +173,7 @@ class SessionStore:
         Raises:
             SessionStateError: SESSION_UNKNOWN.
         """
-        answer = await self._runner.run(load_script("cancel"), session_keys(session_id), [])
+        answer = await self._runner.run(load_script("router_service", "cancel"), session_keys(session_id), [])
         self._reject(session_id, answer)
         return CancelOutcome(was_running=answer[0] == b"done", writer_is_alive=int(answer[1]) > 0)
 
@@ -181,13 +183,15 @@ class SessionStore:
         Raises:
             SessionStateError: SESSION_UNKNOWN.
         """
-        answer = await self._runner.run(load_script("read"), session_keys(session_id), [from_position])
+        answer = await self._runner.run(
+            load_script("router_service", "read"), session_keys(session_id), [from_position]
+        )
         self._reject(session_id, answer)
         return parse_session(session_id, from_position, answer)
 
     async def delete(self, session_id: str) -> bool:
         """Forgets a session; whoever writes it learns so from its next write. Returns whether it existed."""
-        answer = await self._runner.run(load_script("delete"), session_keys(session_id), [])
+        answer = await self._runner.run(load_script("router_service", "delete"), session_keys(session_id), [])
         return bool(answer[0] == b"done")
 
     async def _write(
@@ -198,7 +202,7 @@ class SessionStore:
         deadline_seconds: float | None = None,
     ) -> Sequence[Any]:
         answer = await self._runner.run(
-            load_script("session", script),
+            load_script("router_service", "session", script),
             session_keys(lease.session_id),
             [lease.fence, *self._times, *arguments],
             deadline_seconds=deadline_seconds,

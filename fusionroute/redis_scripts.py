@@ -1,4 +1,4 @@
-"""Runs the store's Lua scripts: one round trip each, repeated within a deadline while Redis is away.
+"""Runs the Lua scripts of a package's stores: one round trip each, repeated within a deadline while Redis is away.
 
 Every script is idempotent, so an attempt whose answer was lost may be repeated. No script relies on anything
 newer than Redis 6.2.
@@ -54,9 +54,9 @@ class Script:
 
 
 @cache
-def load_script(*names: str) -> Script:
-    """The script made of the files `scripts/<name>.lua`, one after the other."""
-    folder = resources.files("router_service") / "scripts"
+def load_script(package: str, *names: str) -> Script:
+    """The script made of the files `scripts/<name>.lua` of a package, one after the other."""
+    folder = resources.files(package) / "scripts"
     source = "\n".join((folder / f"{name}.lua").read_text(encoding="utf-8") for name in names)
     return Script(names[-1], source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
