@@ -13,6 +13,9 @@ from fusionroute.cli.group import EXIT_NOBODY_THERE, Failure
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+TRAINER_VARIABLE = "FUSIONROUTE_TRAINER"
+"""Without a further part: FUSIONROUTE_TRAINER_... are the trainer's own settings."""
+
 
 def name_option(command: Command) -> Command:
     """--name: which local stack."""
@@ -25,6 +28,16 @@ def address_options(command: Command) -> Command:
         "--address",
         metavar="HOST:PORT",
         help="Router to talk to; else $FUSIONROUTE_ADDRESS, else the local stack's.",
+    )
+    return name_option(option(command))
+
+
+def trainer_options(command: Command) -> Command:
+    """--trainer and --name: which trainer."""
+    option = click.option(
+        "--trainer",
+        metavar="HOST:PORT",
+        help=f"Trainer to talk to; else ${TRAINER_VARIABLE}, else the local stack's.",
     )
     return name_option(option(command))
 
@@ -65,3 +78,26 @@ def router_address(address: str | None, name: str) -> str:
             EXIT_NOBODY_THERE,
         )
     return state.router_address
+
+
+def trainer_address(trainer: str | None, name: str) -> str:
+    """The address given, the environment's, or that of the trainer in the local stack of this name.
+
+    Raises:
+        Failure: no address given and no such stack is up, or it has no trainer.
+    """
+    from fusionroute.stack_state import StackError, load_state
+
+    explicit = trainer or os.environ.get(TRAINER_VARIABLE)
+    if explicit:
+        return explicit
+    try:
+        state = load_state(folder_of(name))
+    except StackError as error:
+        raise Failure(str(error)) from None
+    address = "" if state is None else state.addresses.get("trainer", "")
+    if not address:
+        what = f"no stack {name!r} is up" if state is None else f"the stack {name!r} has no trainer"
+        hint = "start one with `fusionroute up --trainer`, or name a trainer with --trainer"
+        raise Failure(f"{what}: {hint}", EXIT_NOBODY_THERE)
+    return address
