@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -215,6 +216,11 @@ class JobConfig(_Table):
             content = json.loads(text)
         except ValueError as error:
             raise InvalidRequest(Reason.INVALID_FIELD, f"config is not valid JSON: {error}") from None
+        return cls._validated(content, "config")
+
+    @classmethod
+    def from_values(cls, content: Mapping[str, Any]) -> Self:
+        """The configuration of plain values. Raises InvalidRequest as `from_toml`."""
         return cls._validated(content, "config")
 
     def to_json(self) -> str:
