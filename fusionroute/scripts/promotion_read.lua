@@ -1,0 +1,2 @@
+-- Answer  {'done', revision, checkpoint_id, fingerprint, previous}
+return answer('done')
