@@ -1,0 +1,113 @@
+"""Answers of the family's fused policy (rule `sum`) for many prompts at once, decoded here without services."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusionroute.lab.tokenizer import EOS_ID, PAD_ID
+from fusionroute.router_model import load_checkpoint
+from trainer.lab_family.training import load
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+BATCH_PROMPTS = 256
+
+
+class FusedPolicy:
+    """Router and experts, loaded.
+
+    Args:
+        router: folder of a router checkpoint.
+        experts: folders in the order of its heads.
+    """
+
+    def __init__(self, router: Path, experts: Sequence[Path]) -> None:
+        heads = load_checkpoint(router).heads
+        self._routing = (heads.routing_weight, heads.routing_bias)
+        self._models = [load(str(folder)).eval() for folder in (router, *experts)]
+
+    @torch.no_grad()
+    def answers(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[list[int]]:
+        """Answers as token ids, each with its end token unless it has reached `max_new_tokens`.
+
+        Args:
+            temperature: 0 takes the best token, above 0 draws.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        found: list[list[int]] = [[] for _ in prompts]
+        for first in range(0, len(order), BATCH_PROMPTS):
+            batch = order[first : first + BATCH_PROMPTS]
+            rows = [prompts[index] for index in batch]
+            for index, answer in zip(
+                batch, self._batch(rows, max_new_tokens, temperature, generator), strict=True
+            ):
+                found[index] = answer
+        return found
+
+    def _batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> list[list[int]]:
+        """Padded on the left, so that all rows continue at the same column; rows that ended run on unheard."""
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.tensor([[PAD_ID] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        caches: list[Any] = [None] * len(self._models)
+        answers: list[list[int]] = [[] for _ in prompts]
+        ended = torch.zeros(len(prompts), dtype=torch.bool)
+        for _ in range(max_new_tokens):
+            chosen = self._next(ids, mask, caches, temperature, generator)
+            for index, token in enumerate(chosen.tolist()):
+                if not ended[index]:
+                    answers[index].append(token)
+            ended |= chosen == EOS_ID
+            if bool(ended.all()):
+                break
+            ids = chosen[:, None]
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        return answers
+
+    def _next(
+        self, ids: Tensor, mask: Tensor, caches: list[Any], temperature: float, generator: torch.Generator
+    ) -> Tensor:
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        hidden = [
+            self._last_hidden(model, ids, mask, positions, caches, index)
+            for index, model in enumerate(self._models)
+        ]
+        rows = [model.lm_head(states) for model, states in zip(self._models, hidden, strict=True)]
+        routes = torch.nn.functional.linear(hidden[0], *self._routing).argmax(dim=1)
+        fused = torch.stack(rows[1:])[routes, torch.arange(len(routes))] + rows[0]
+        if temperature == 0.0:
+            best: Tensor = fused.argmax(dim=1)
+            return best
+        shares = torch.softmax(fused / temperature, dim=1)
+        drawn: Tensor = torch.multinomial(shares, 1, generator=generator)[:, 0]
+        return drawn
+
+    @staticmethod
+    def _last_hidden(
+        model: LlamaForCausalLM, ids: Tensor, mask: Tensor, positions: Tensor, caches: list[Any], index: int
+    ) -> Tensor:
+        output = model.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=caches[index],
+            use_cache=True,
+        )
+        caches[index] = output.past_key_values
+        states: Tensor = output.last_hidden_state[:, -1]
+        return states
