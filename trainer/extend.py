@@ -78,10 +78,10 @@ def extend_heads(
     informative = torch.cat([domain.informative for domain in domains])
     shares = _even_shares([int(domain.informative.sum()) for domain in domains], [len(d.sample) for d in domains])
     learnt = torch.nonzero(informative)[:, 0]
-    routing_row = zero_head(hidden.shape[1], 1)
-    gate_row = None if heads.gate_weight is None else zero_head(hidden.shape[1], 1)
     old_routing = nn.functional.linear(hidden, heads.routing_weight.float(), heads.routing_bias.float())
     old_gate = _gate_scores(heads, hidden)
+    routing_row = _competing_row(hidden, old_routing[learnt])
+    gate_row = None if old_gate is None else _competing_row(hidden, old_gate[learnt])
 
     def losses_at(flat: Tensor) -> dict[str, Tensor]:
         at = learnt[flat]
@@ -108,6 +108,14 @@ def extend_heads(
     }
 
 
+def _competing_row(hidden: Tensor, old_scores: Tensor) -> nn.Linear:
+    """A row that begins with half of the weight: far below the trained rows its gradient would vanish."""
+    row = zero_head(hidden.shape[1], 1)
+    if len(old_scores) > 0:
+        nn.init.constant_(row.bias, float(old_scores.logsumexp(dim=1).mean()))
+    return row
+
+
 def _even_shares(num_informative: list[int], num_targets: list[int]) -> Tensor:
     return torch.cat(
         [
@@ -118,8 +126,11 @@ def _even_shares(num_informative: list[int], num_targets: list[int]) -> Tensor:
 
 
 def _weighted(scores: Tensor, gold_logprobs: Tensor, weights: Tensor) -> Tensor:
-    """L_expert with a weight for each target; all of them informative."""
-    return (weights * (torch.softmax(scores, dim=1) * -gold_logprobs).sum(dim=1)).mean()
+    """-log sum_i w_i pi_i with a weight for each target; all of them informative.
+
+    Not the linear form of L_expert: its gradient dies where the new row has little weight, which alone can move.
+    """
+    return -(weights * torch.logsumexp(torch.log_softmax(scores, dim=1) + gold_logprobs, dim=1)).mean()
 
 
 def _gate_scores(heads: Heads, hidden: Tensor) -> Tensor | None:
