@@ -1,7 +1,7 @@
 """Vocabulary rows that never exist all at once: what is computed of them in forward is computed again in backward.
 
 A row has V numbers, V may be 256,000, and a micro-batch thousands of tokens; no more than `chunk_tokens` rows are alive
-at any time. What reads them in float32 does so by blocks of `BLOCK_NUMBERS`, so that it needs no second chunk.
+at any time. What reads them in float32 does so by small blocks, so that it needs no second chunk.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 BLOCK_NUMBERS = 1 << 22
 
@@ -27,12 +26,14 @@ class RowMaker:
         softcap: of the final logits (Gemma); None = none.
         scale: of the logits before the soft-cap (Cohere, Granite, ...).
         dtype: of the matrix products; everything after them is float32 or wider.
+        block_numbers: numbers of a block, which are read and written at a time.
     """
 
     width: int
     softcap: float | None
     scale: float
     dtype: torch.dtype
+    block_numbers: int = BLOCK_NUMBERS
 
     @property
     def exact_dtype(self) -> torch.dtype:
@@ -44,16 +45,23 @@ class RowMaker:
         cut = weight[: self.width].to(self.dtype)
         return cut, None if bias is None else bias[: self.width].to(self.dtype)
 
-    def products(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``[c, H]`` to ``[c, V]`` in `dtype`: h W^T + b alone, for parameters from `cast`."""
-        return functional.linear(hidden.to(self.dtype), weight, bias)
+    def buffer(self, like: Tensor, num_rows: int) -> Tensor:
+        """Room ``[num_rows, V]`` for `products`; one for all chunks, else two would be alive in passing."""
+        return like.new_empty((num_rows, self.width), dtype=self.dtype)
+
+    def products(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+        """``[c, H]`` to ``[c, V]`` in the buffer: h W^T + b alone, for parameters from `cast`."""
+        out = buffer[: len(hidden)]
+        if bias is None:
+            return torch.mm(hidden.to(self.dtype), weight.T, out=out)
+        return torch.addmm(bias, hidden.to(self.dtype), weight.T, out=out)
 
     def blocks(self, products: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Rows in float32, a few at a time; they may overwrite the products."""
-        size = max(1, BLOCK_NUMBERS // max(1, products.shape[1]))
+        size = max(1, self.block_numbers // max(1, products.shape[1]))
         for first in range(0, len(products), size):
             block = slice(first, first + size)
-            yield block, self._capped_(products[block].to(self.exact_dtype))
+            yield block, self.finished_(products[block])
 
     def slope(self, rows: Tensor) -> Tensor | float:
         """d rows / d products, from finished rows."""
@@ -61,12 +69,14 @@ class RowMaker:
             return self.scale
         return rows.div(self.softcap).square_().neg_().add_(1).mul_(self.scale)
 
-    def _capped_(self, products: Tensor) -> Tensor:
+    def finished_(self, products: Tensor) -> Tensor:
+        """Rows in float32 from products, in their memory where they are float32 already."""
+        rows = products.to(self.exact_dtype)
         if self.scale != 1:
-            products.mul_(self.scale)
+            rows.mul_(self.scale)
         if self.softcap is not None:
-            products.div_(self.softcap).tanh_().mul_(self.softcap)
-        return products
+            rows.div_(self.softcap).tanh_().mul_(self.softcap)
+        return rows
 
 
 def logsumexp_(rows: Tensor) -> Tensor:
@@ -95,8 +105,9 @@ class GoldLogprobs(torch.autograd.Function):
         logsumexp = torch.empty_like(logprobs)
         with torch.autocast(hidden.device.type, enabled=False):
             cut, offset = maker.cast(weight, bias)
+            buffer = maker.buffer(hidden, min(len(hidden), chunk_tokens))
             for chunk in chunks(len(hidden), chunk_tokens):
-                for block, rows in maker.blocks(maker.products(hidden[chunk], cut, offset)):
+                for block, rows in maker.blocks(maker.products(hidden[chunk], cut, offset, buffer)):
                     place = _within(chunk, block)
                     score = rows.gather(1, gold[place, None])[:, 0]
                     logsumexp[place] = logsumexp_(rows)
@@ -113,8 +124,9 @@ class GoldLogprobs(torch.autograd.Function):
         (outer,) = upstream
         with torch.autocast(hidden.device.type, enabled=False):
             gradient = _HeadGradient(maker, hidden, weight, bias, ctx.needs_input_grad[:3])
+            buffer = maker.buffer(hidden, min(len(hidden), ctx.chunk_tokens))
             for chunk in chunks(len(hidden), ctx.chunk_tokens):
-                products = gradient.products(hidden[chunk])
+                products = gradient.products(hidden[chunk], buffer)
                 for block, rows in maker.blocks(products):
                     place = _within(chunk, block)
                     slope = maker.slope(rows)
@@ -158,13 +170,15 @@ class FusedLogPartition(torch.autograd.Function):
         joint, result = torch.empty_like(own), torch.empty_like(own)
         with torch.autocast(hidden.device.type, enabled=False):
             cut, offset = maker.cast(weight, bias)
+            buffer = maker.buffer(hidden, _half(chunk_tokens, len(hidden)))
             for expert, places in _by_route(experts, routes, chunk_tokens):
                 parameters = expert.maker.cast(expert.weight, expert.bias)
+                room = expert.maker.buffer(hidden, len(places[0]))
                 for piece in places:
-                    mine = maker.products(hidden[piece], cut, offset)
-                    theirs = expert.maker.products(expert.hidden[piece], *parameters)
-                    pairs = zip(maker.blocks(mine), expert.maker.blocks(theirs), strict=True)
-                    for (block, router_rows), (_, expert_rows) in pairs:
+                    mine = maker.products(hidden[piece], cut, offset, buffer)
+                    theirs = expert.maker.products(expert.hidden[piece], *parameters, room)
+                    for block, router_rows in maker.blocks(mine):
+                        expert_rows = expert.maker.finished_(theirs[block])
                         tokens = piece[block]
                         joint[tokens] = logsumexp_(router_rows + expert_rows)
                         own[tokens] = logsumexp_(router_rows)
@@ -181,13 +195,15 @@ class FusedLogPartition(torch.autograd.Function):
         (outer,) = upstream
         with torch.autocast(hidden.device.type, enabled=False):
             gradient = _HeadGradient(maker, hidden, weight, bias, ctx.needs_input_grad[:3])
+            buffer = maker.buffer(hidden, _half(ctx.chunk_tokens, len(hidden)))
             for expert, places in _by_route(ctx.experts, routes, ctx.chunk_tokens):
                 parameters = expert.maker.cast(expert.weight, expert.bias)
+                room = expert.maker.buffer(hidden, len(places[0]))
                 for piece in places:
-                    mine = gradient.products(hidden[piece])
-                    theirs = expert.maker.products(expert.hidden[piece], *parameters)
-                    pairs = zip(maker.blocks(mine), expert.maker.blocks(theirs), strict=True)
-                    for (block, rows), (_, fused) in pairs:
+                    mine = gradient.products(hidden[piece], buffer)
+                    theirs = expert.maker.products(expert.hidden[piece], *parameters, room)
+                    for block, rows in maker.blocks(mine):
+                        fused = expert.maker.finished_(theirs[block])
                         tokens = piece[block]
                         slope = maker.slope(rows)
                         fused.add_(rows).sub_(joint[tokens, None]).exp_()
@@ -209,9 +225,9 @@ class _HeadGradient:
         self._of_weight = self._sums(weight) if needed[1] else None
         self._of_bias = self._sums(bias) if bias is not None and needed[2] else None
 
-    def products(self, hidden: Tensor) -> Tensor:
+    def products(self, hidden: Tensor, buffer: Tensor) -> Tensor:
         """The products again, as in forward."""
-        return self._maker.products(hidden, self._weight, self._bias)
+        return self._maker.products(hidden, self._weight, self._bias, buffer)
 
     def add(self, place: slice | Tensor, products: Tensor) -> None:
         """Gradients ``[c, V]`` of the products of these tokens."""
@@ -263,4 +279,8 @@ def _by_route(
     for index, expert in enumerate(experts):
         tokens = (routes == index).nonzero()[:, 0]
         if len(tokens) > 0:
-            yield expert, torch.split(tokens, max(1, chunk_tokens // 2))
+            yield expert, torch.split(tokens, _half(chunk_tokens, len(routes)))
+
+
+def _half(chunk_tokens: int, num_tokens: int) -> int:
+    return max(1, min(chunk_tokens // 2, num_tokens))

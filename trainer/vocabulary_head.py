@@ -3,6 +3,8 @@
     hidden = final_hidden(model, input_ids)[positions]          [T, H]
     head   = VocabularyHead.of(model, logits_width)
     head.gold_logprobs(hidden, gold, chunk_tokens=1024)         [T], trains the model
+
+T tokens, V vocabulary entries, H numbers of a hidden state; position p predicts token p + 1.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fusionroute.engine.model import CHECK_TOLERANCE
 from fusionroute.errors import ModelRejected, Reason
-from trainer.chunked_rows import FrozenRows, FusedLogPartition, GoldLogprobs, RowMaker, chunks
+from trainer.chunked_rows import BLOCK_NUMBERS, FrozenRows, FusedLogPartition, GoldLogprobs, RowMaker, chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,6 +71,7 @@ class VocabularyHead:
         softcap: of the final logits; None = none.
         scale: of the logits before the soft-cap.
         width: V; None = all of the weight.
+        block_numbers: numbers that are read at a time where rows are reduced.
     """
 
     def __init__(
@@ -78,10 +82,12 @@ class VocabularyHead:
         scale: float = 1.0,
         *,
         width: int | None = None,
+        block_numbers: int = BLOCK_NUMBERS,
     ) -> None:
         self._map: LinearMap = FixedMap(weight, bias)
         self.width = weight.shape[0] if width is None else width
         self.softcap, self.scale = softcap, scale
+        self._block_numbers = block_numbers
 
     @classmethod
     def of(cls, model: PreTrainedModel, logits_width: int) -> VocabularyHead:
@@ -123,7 +129,7 @@ class VocabularyHead:
         """Rows ``[t, V]`` in float32 of hidden states ``[t, H]``, through plain autograd; for few tokens."""
         maker = self._maker(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            products = maker.products(hidden, *maker.cast(self.weight, self.bias))
+            products = functional.linear(hidden.to(maker.dtype), *maker.cast(self.weight, self.bias))
             rows = products.to(maker.exact_dtype) * self.scale
             return rows if self.softcap is None else torch.tanh(rows / self.softcap) * self.softcap
 
@@ -162,25 +168,29 @@ class VocabularyHead:
 
     def frozen_rows(self, hidden: Tensor) -> FrozenRows:
         """What `fused_log_partition` needs of a frozen expert; in the dtype of its weights whatever the autocast."""
-        maker = RowMaker(self.width, self.softcap, self.scale, self.weight.dtype)
+        maker = self._maker_in(self.weight.dtype)
         bias = None if self.bias is None else self.bias.detach()
         return FrozenRows(hidden.detach(), self.weight.detach(), bias, maker)
 
     def _row_blocks(self, hidden: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor]]:
+        """A few rows at a time, in memory that the next ones will be written to."""
         maker = self._maker(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             cut, offset = maker.cast(self.weight, self.bias)
             if len(hidden) == 0:
                 yield slice(0, 0), hidden.new_empty((0, self.width), dtype=maker.exact_dtype)
+            buffer = maker.buffer(hidden, min(len(hidden), chunk_tokens))
             for chunk in chunks(len(hidden), chunk_tokens):
-                for block, rows in maker.blocks(maker.products(hidden[chunk], cut, offset)):
+                for block, rows in maker.blocks(maker.products(hidden[chunk], cut, offset, buffer)):
                     yield slice(chunk.start + block.start, chunk.start + block.start + len(rows)), rows
 
     def _maker(self, hidden: Tensor) -> RowMaker:
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.weight.dtype
-        return RowMaker(self.width, self.softcap, self.scale, dtype)
+        return self._maker_in(torch.get_autocast_dtype(device) if autocast else self.weight.dtype)
+
+    def _maker_in(self, dtype: torch.dtype) -> RowMaker:
+        return RowMaker(self.width, self.softcap, self.scale, dtype, self._block_numbers)
 
 
 def fused_log_partition(
@@ -204,10 +214,8 @@ def fused_log_partition(
     Returns:
         ``[T]`` float32.
     """
-    experts = [
-        expert.frozen_rows(states)
-        for expert, states in zip(expert_heads, expert_hidden, strict=True)
-    ]
+    assert all(expert.width == head.width for expert in expert_heads), "experts of another vocabulary"
+    experts = [expert.frozen_rows(states) for expert, states in zip(expert_heads, expert_hidden, strict=True)]
     result: Tensor = FusedLogPartition.apply(  # type: ignore[no-untyped-call]  # torch
         hidden, head.weight, head.bias, experts, routes, head._maker(hidden), chunk_tokens
     )
@@ -238,9 +246,7 @@ def final_hidden(
 
 
 @torch.no_grad()
-def _softcap_and_scale(
-    model: PreTrainedModel, output: nn.Linear, width: int
-) -> tuple[float | None, float]:
+def _softcap_and_scale(model: PreTrainedModel, output: nn.Linear, width: int) -> tuple[float | None, float]:
     """Those of the model's settings under which the head's rows equal the model's logits."""
     config = model.config.get_text_config()
     softcaps = {getattr(config, "final_logit_softcapping", None): None, None: None}
