@@ -4,7 +4,8 @@ folder/
     config.json, model.safetensors, tokenizer files      as `save_pretrained` writes them
     routing_head.safetensors                             routing.*, and where trained gate.*, sum_gate.*
     fusionroute.json                                     the manifest
-    COMPLETE                                             written last; without it the folder is not a checkpoint
+    COMPLETE                                             written last; without it the folder is not a checkpoint;
+                                                         holds the checkpoint's fingerprint
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ class RouterCheckpoint:
 
     def fingerprint(self, weights_fingerprint: str) -> str:
         """Digest of heads, manifest and the weights of the causal LM."""
-        return hashlib.sha256(f"{self.head_digest}:{weights_fingerprint}".encode()).hexdigest()[:32]
+        return _fingerprint(self.head_digest, weights_fingerprint)
 
     def available_rules(self) -> tuple[CombineRule, ...]:
         """The combine rules that its heads can serve."""
@@ -208,6 +209,8 @@ def save_checkpoint(
     """
     from safetensors.torch import save_file
 
+    from fusionroute.engine.model import weights_fingerprint
+
     Heads.from_tensors(heads.tensors(), len(manifest.experts), model.config.hidden_size)
     Manifest.from_json(manifest.to_json())
     target = Path(folder)
@@ -222,7 +225,9 @@ def save_checkpoint(
         for path in staged.iterdir():
             path.chmod(0o644)  # safetensors writes 0600, which a container's other user could not read
             _sync(path)
-        (staged / COMPLETE_FILE).touch()
+        fingerprint = _fingerprint(_head_digest(staged), weights_fingerprint(model))
+        (staged / COMPLETE_FILE).write_text(fingerprint + "\n", encoding="ascii")
+        _sync(staged / COMPLETE_FILE)
         _sync(staged)
         if target.exists():
             target.rename(Path(name) / "replaced")
@@ -267,6 +272,18 @@ def load_checkpoint(folder: str | Path) -> RouterCheckpoint:
             f"router checkpoint {str(folder)!r}: combine {manifest.combine!r} needs a gate it lacks",
         )
     return checkpoint
+
+
+def written_fingerprint(folder: str | Path) -> str:
+    """The fingerprint of a checkpoint in the number format of its files, as its writer knew it; empty when not told."""
+    try:
+        return (Path(folder) / COMPLETE_FILE).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _fingerprint(head_digest: str, weights_fingerprint: str) -> str:
+    return hashlib.sha256(f"{head_digest}:{weights_fingerprint}".encode()).hexdigest()[:32]
 
 
 def _head_digest(folder: Path) -> str:

@@ -11,9 +11,14 @@ from fusionroute.v1 import common_pb2
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Admits experts whose vocabulary is that of the checkpoint's manifest."""
+    """Admits experts whose vocabulary is that of the checkpoint's manifest.
+
+    Attributes:
+        spare_slots: of a checkpoint to come; they may be filled beside those of the manifest.
+    """
 
     manifest: Manifest
+    spare_slots: tuple[str, ...] = ()
 
     def __call__(self, slot: str, model: common_pb2.ModelIdentity) -> None:
         """Returns if `model` may fill `slot`.
@@ -22,8 +27,9 @@ class Admission:
             InvalidRequest: UNKNOWN_SLOT.
             ModelRejected: VOCABULARY_MISMATCH, naming both values.
         """
-        if slot not in self.manifest.slots:
-            known = ", ".join(self.manifest.slots)
+        slots = (*self.manifest.slots, *self.spare_slots)
+        if slot not in slots:
+            known = ", ".join(slots)
             raise InvalidRequest(
                 Reason.UNKNOWN_SLOT,
                 f"slot = {slot!r} is not in the checkpoint; known: {known}",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 import structlog
+from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from fusionroute import private_redis
-from fusionroute.engine import Engine, LoadedModel, load_model
-from fusionroute.errors import FusionRouteError, ModelRejected, Reason, Unavailable
+from fusionroute.engine import Engine
+from fusionroute.errors import FusionRouteError, ModelRejected, Unavailable
 from fusionroute.fusion import CombineRule
 from fusionroute.grpc_runtime import (
     PortTaken,
@@ -25,16 +26,19 @@ from fusionroute.grpc_runtime import (
     server,
 )
 from fusionroute.model_settings import DeviceMissing, prepare_torch
-from fusionroute.router_model import RouterCheckpoint, load_checkpoint
+from fusionroute.promotions import PromotedCheckpoint, Promotion, PromotionStore
+from fusionroute.router_loading import LoadedRouter
 from fusionroute.settings import ExitCode
 from fusionroute.v1 import registry_pb2, registry_pb2_grpc, router_pb2, router_pb2_grpc
 from router_service.admission import Admission
 from router_service.asking import LocalModel
 from router_service.experts import Directory, RemoteExpert
 from router_service.generation import Ensemble
-from router_service.registry_servicer import RegistryServicer
+from router_service.promotion_watch import CheckpointSource, PromotionWatch
+from router_service.registry_servicer import Admit, RegistryServicer
 from router_service.registry_store import RegistryStore
 from router_service.servicer import RouterServicer
+from router_service.serving import PromotionReport, ServedCheckpoints, Serving
 from router_service.session_store import SessionStore
 from router_service.settings import RouterSettings
 from router_service.turn_keeper import TurnKeeper, TurnLimits
@@ -49,12 +53,12 @@ REGISTRY_SERVICE = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"].f
 def run(settings: RouterSettings) -> ExitCode:
     """Loads the checkpoint and serves it until a signal."""
     try:
-        prepare_torch(settings)
-        check_port_free(settings.host, settings.port)
-        asyncio.run(_check_redis(settings))
-        log.info("loading", checkpoint=settings.checkpoint, device=settings.device)
-        checkpoint, model = load_router(settings.checkpoint, dtype=settings.dtype, device=settings.device)
-        asyncio.run(serve(settings, checkpoint, model))
+        with ExitStack() as stack:
+            prepare_torch(settings)
+            check_port_free(settings.host, settings.port)
+            settings = _with_redis(stack, settings)
+            first = load_first(settings, asyncio.run(_read_promotion(settings)))
+            asyncio.run(serve(settings, first))
     except DeviceMissing as error:
         log.error("device_missing", message=str(error))
         return ExitCode.BAD_SETTINGS
@@ -73,40 +77,40 @@ def run(settings: RouterSettings) -> ExitCode:
     return ExitCode.STOPPED
 
 
-def load_router(
-    folder: str, *, dtype: str = "auto", device: str = "cpu"
-) -> tuple[RouterCheckpoint, LoadedModel]:
-    """The checkpoint in `folder` and its model with the heads attached. Raises ModelRejected."""
-    started = time.monotonic()
-    checkpoint = load_checkpoint(folder)
-    model = load_model(folder, dtype=dtype, device=device, heads=checkpoint.heads.to_scores(device))
-    for field in ("tokenizer_fingerprint", "logits_width"):
-        got, wanted = getattr(model.facts, field), getattr(checkpoint.manifest, field)
-        if got != wanted:
-            raise ModelRejected(
-                Reason.VOCABULARY_MISMATCH,
-                f"{folder!r}: the router has {field} {got}, its manifest says {wanted}",
+@dataclass(frozen=True, slots=True)
+class FirstCheckpoint:
+    """What a router begins with.
+
+    Attributes:
+        checkpoint_id: empty for the one of the settings.
+        report: what became of the promotion that was found.
+    """
+
+    loaded: LoadedRouter
+    checkpoint_id: str = ""
+    report: PromotionReport = field(default_factory=PromotionReport)
+
+
+def load_first(settings: RouterSettings, promotion: Promotion | None = None) -> FirstCheckpoint:
+    """The promoted checkpoint; the one of the settings where there is none or it cannot be served.
+
+    Raises:
+        ModelRejected: the one of the settings cannot be served.
+    """
+    source = CheckpointSource(settings)
+    report = PromotionReport()
+    if promotion is not None and promotion.current.checkpoint_id:
+        wanted = promotion.current
+        log.info("loading", checkpoint=str(source.folder(wanted)), device=settings.device)
+        try:
+            return FirstCheckpoint(
+                source.load(wanted), wanted.checkpoint_id, PromotionReport(promotion.revision)
             )
-    log.info(
-        "checkpoint_loaded",
-        checkpoint=folder,
-        slots=list(checkpoint.manifest.slots),
-        combine=checkpoint.manifest.combine,
-        seconds=round(time.monotonic() - started, 3),
-    )
-    return checkpoint, model
-
-
-def offer_of(checkpoint: RouterCheckpoint, model: LoadedModel, kv_tokens: int) -> Offer:
-    """What a router with this checkpoint can do."""
-    return Offer(
-        slots=checkpoint.manifest.slots,
-        rules=checkpoint.available_rules(),
-        default_rule=CombineRule(checkpoint.manifest.combine),
-        logits_width=model.facts.logits_width,
-        max_context_tokens=min(model.facts.max_context_tokens, kv_tokens),
-        checkpoint=checkpoint.fingerprint(model.facts.weights_fingerprint),
-    )
+        except ModelRejected as error:
+            log.error("promotion_refused", checkpoint_id=wanted.checkpoint_id, message=error.message)
+            report = PromotionReport(promotion.revision, error.message)
+    log.info("loading", checkpoint=settings.checkpoint, device=settings.device)
+    return FirstCheckpoint(source.load(PromotedCheckpoint()), report=report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +119,18 @@ class RunningRouter:
 
     server: RunningServer
     keeper: TurnKeeper
-    engine: Engine
+    served: ServedCheckpoints
     directory: Directory
+
+    @property
+    def engine(self) -> Engine:
+        """Of the current checkpoint."""
+        return self.served.current.engine
 
 
 @asynccontextmanager
-async def running_router(
-    settings: RouterSettings, checkpoint: RouterCheckpoint, model: LoadedModel
-) -> AsyncIterator[RunningRouter]:
-    """Serves a checkpoint within the context.
+async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> AsyncIterator[RunningRouter]:
+    """Serves within the context, first of all a given checkpoint.
 
     Raises:
         PortTaken: naming the address.
@@ -135,39 +142,69 @@ async def running_router(
             redis, ttl_seconds=settings.session_ttl_seconds, lease_seconds=settings.session_lease_seconds
         )
         registry = RegistryStore(redis, lease_seconds=settings.expert_lease_seconds)
-        engine = await stack.enter_async_context(Engine(model, settings.engine_limits()))
         directory = Directory(registry.entries, settings.max_message_bytes)
         await stack.enter_async_context(directory.running())
-        offer = offer_of(checkpoint, model, settings.kv_tokens)
-        ensemble = Ensemble(
-            router=LocalModel(engine),
-            experts=[RemoteExpert(directory, slot) for slot in offer.slots],
-            layout=checkpoint.heads.layout,
-            end_ids=model.end_ids,
-            max_context_tokens=offer.max_context_tokens,
-            timeout_seconds=settings.expert_timeout_seconds,
+        served = ServedCheckpoints(
+            await serve_checkpoint(settings, directory, first.loaded, first.checkpoint_id),
+            promotion=first.report,
         )
-        limits = TurnLimits(settings.max_running_turns, settings.alone_seconds)
-        keeper = TurnKeeper(ensemble, store, offer, model.tokenizer, limits)
+        await stack.enter_async_context(served.open())
+        keeper = TurnKeeper(served, store, TurnLimits(settings.max_running_turns, settings.alone_seconds))
         stack.push_async_callback(keeper.drain, 0.0)
-        servicer = RouterServicer(keeper, store, engine, directory, offer, model.tokenizer)
-        registrar = RegistryServicer(registry, Admission(checkpoint.manifest))
+        if settings.checkpoints_dir is not None:
+            watch = PromotionWatch(
+                promotions=PromotionStore(redis),
+                served=served,
+                source=CheckpointSource(settings),
+                serve=partial(serve_checkpoint, settings, directory),
+                is_served=lambda slot: directory.best(slot) is not None,
+            )
+            await stack.enter_async_context(watch.running())
         running = await stack.enter_async_context(
             server(
-                [router_service(servicer), registry_service(registrar)],
+                [
+                    router_service(RouterServicer(keeper, store, served, directory)),
+                    registry_service(RegistryServicer(registry, _admission(settings, served))),
+                ],
                 host=settings.host,
                 port=settings.port,
-                progress=lambda: _progress(engine),
+                progress=lambda: _progress(served),
                 frozen_after_seconds=settings.frozen_after_seconds,
                 max_message_bytes=settings.max_message_bytes,
             )
         )
-        yield RunningRouter(running, keeper, engine, directory)
+        yield RunningRouter(running, keeper, served, directory)
 
 
-async def serve(settings: RouterSettings, checkpoint: RouterCheckpoint, model: LoadedModel) -> None:
-    """Serves a checkpoint until a signal. Raises as `running_router`."""
-    async with running_router(settings, checkpoint, model) as router:
+async def serve_checkpoint(
+    settings: RouterSettings, directory: Directory, loaded: LoadedRouter, checkpoint_id: str
+) -> Serving:
+    """A loaded checkpoint with an engine that runs."""
+    checkpoint, model = loaded.checkpoint, loaded.model
+    stop = AsyncExitStack()
+    engine = await stop.enter_async_context(Engine(model, settings.engine_limits()))
+    offer = Offer(
+        slots=checkpoint.manifest.slots,
+        rules=checkpoint.available_rules(),
+        default_rule=CombineRule(checkpoint.manifest.combine),
+        logits_width=model.facts.logits_width,
+        max_context_tokens=min(model.facts.max_context_tokens, settings.kv_tokens),
+        checkpoint=loaded.fingerprint,
+    )
+    ensemble = Ensemble(
+        router=LocalModel(engine),
+        experts=[RemoteExpert(directory, slot) for slot in offer.slots],
+        layout=checkpoint.heads.layout,
+        end_ids=model.end_ids,
+        max_context_tokens=offer.max_context_tokens,
+        timeout_seconds=settings.expert_timeout_seconds,
+    )
+    return Serving(checkpoint_id, checkpoint.manifest, engine, ensemble, offer, model.tokenizer, stop)
+
+
+async def serve(settings: RouterSettings, first: FirstCheckpoint) -> None:
+    """Serves until a signal. Raises as `running_router`."""
+    async with running_router(settings, first) as router:
         await serve_until_signalled(
             router.server,
             drain=router.keeper.drain,
@@ -188,18 +225,26 @@ def registry_service(servicer: RegistryServicer) -> Service:
     )
 
 
-async def _check_redis(settings: RouterSettings) -> None:
-    """Finds out before the model is loaded that a named Redis cannot be used. Raises Unavailable."""
+def _with_redis(stack: ExitStack, settings: RouterSettings) -> RouterSettings:
+    """The settings with the URL of a private Redis where they name none."""
     if settings.redis_url is not None:
-        async with private_redis.connect(settings.redis_url.get_secret_value()) as client:
-            await private_redis.check(client)
+        return settings
+    private = stack.enter_context(private_redis.PrivateRedis(settings.redis_data_dir))
+    log.info("private_redis", pid=private.pid, keeps_data=settings.redis_data_dir is not None)
+    return settings.model_copy(update={"redis_url": SecretStr(private.url)})
+
+
+async def _read_promotion(settings: RouterSettings) -> Promotion | None:
+    """What is promoted, if promotions are followed. Finds out early that Redis cannot be used: Unavailable."""
+    assert settings.redis_url is not None
+    async with private_redis.connect(settings.redis_url.get_secret_value()) as client:
+        await private_redis.check(client)
+        return await PromotionStore(client).read() if settings.checkpoints_dir is not None else None
 
 
 async def _enter_redis(stack: AsyncExitStack, settings: RouterSettings) -> Redis:
     if settings.redis_url is None:
-        private = private_redis.PrivateRedis(settings.redis_data_dir)
-        url = (await stack.enter_async_context(private)).url
-        log.info("private_redis", pid=private.pid, keeps_data=settings.redis_data_dir is not None)
+        url = (await stack.enter_async_context(private_redis.PrivateRedis(settings.redis_data_dir))).url
     else:
         url = settings.redis_url.get_secret_value()
     client = private_redis.connect(url)
@@ -208,6 +253,13 @@ async def _enter_redis(stack: AsyncExitStack, settings: RouterSettings) -> Redis
     return client
 
 
-def _progress(engine: Engine) -> Progress:
-    load = engine.load()
-    return Progress(pending=load.queue_depth > 0, tick=load.num_forwards)
+def _admission(settings: RouterSettings, served: ServedCheckpoints) -> Admit:
+    """Judges by the checkpoint that is current at that moment."""
+    return lambda slot, model: Admission(served.current.manifest, settings.spare_slot_names())(slot, model)
+
+
+def _progress(served: ServedCheckpoints) -> Progress:
+    loads = [serving.engine.load() for serving in served.all()]
+    return Progress(
+        pending=any(load.queue_depth > 0 for load in loads), tick=sum(load.num_forwards for load in loads)
+    )

@@ -9,21 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from fusionroute.engine import Engine
 from fusionroute.fusion import Choice, CombineRule
 from fusionroute.v1 import router_pb2, router_pb2_grpc
 from fusionroute.wire import identity_to_message, load_to_message
 from router_service.experts import Directory
 from router_service.generation import Candidates, Costs, WrittenToken
 from router_service.live_turn import LiveTurn
+from router_service.serving import ServedCheckpoints, Serving
 from router_service.session_store import SessionStore
 from router_service.stored_session import FinishReason, SessionState
 from router_service.turn_keeper import TurnKeeper
-from router_service.turn_request import RULE_MESSAGES, Offer
+from router_service.turn_request import RULE_MESSAGES, Turn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     Context = grpc.aio.ServicerContext[Any, Any]
 
 FENCE_OF_DELETE = 2**63 - 1
@@ -50,17 +48,13 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self,
         keeper: TurnKeeper,
         store: SessionStore,
-        engine: Engine,
+        served: ServedCheckpoints,
         directory: Directory,
-        offer: Offer,
-        tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self._keeper = keeper
         self._store = store
-        self._engine = engine
+        self._served = served
         self._directory = directory
-        self._offer = offer
-        self._tokenizer = tokenizer
 
     async def Generate(  # noqa: N802
         self, request: router_pb2.GenerateRequest, context: Context
@@ -107,7 +101,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     ) -> router_pb2.DeleteSessionResponse:
         existed = await self._keeper.delete(request.session_id)
         await asyncio.gather(
-            self._engine.close_session(request.session_id, FENCE_OF_DELETE),
+            *(self._close_session(serving, request.session_id) for serving in self._served.all()),
             *(
                 instance.close_session(request.session_id, FENCE_OF_DELETE)
                 for instance in list(self._directory.instances.values())
@@ -118,15 +112,26 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def GetRouterInfo(  # noqa: N802
         self, request: router_pb2.GetRouterInfoRequest, context: Context
     ) -> router_pb2.GetRouterInfoResponse:
+        serving, promotion = self._served.current, self._served.promotion
+        offer = serving.offer
         return router_pb2.GetRouterInfoResponse(
-            model=identity_to_message(self._engine.facts),
-            checkpoint=self._offer.checkpoint,
-            default_combine=RULE_MESSAGES[self._offer.default_rule],
-            available_combine=[RULE_MESSAGES[rule] for rule in self._offer.rules],
-            slots=[self._slot(slot) for slot in self._offer.slots],
-            load=load_to_message(self._engine.load()),
+            model=identity_to_message(serving.engine.facts),
+            checkpoint=offer.checkpoint,
+            default_combine=RULE_MESSAGES[offer.default_rule],
+            available_combine=[RULE_MESSAGES[rule] for rule in offer.rules],
+            slots=[self._slot(slot) for slot in offer.slots],
+            load=load_to_message(serving.engine.load()),
             num_running_generations=self._keeper.num_running,
+            checkpoint_id=serving.checkpoint_id,
+            promotion_revision=promotion.revision,
+            promotion_error=promotion.error,
+            num_retiring_checkpoints=len(self._served.retiring),
         )
+
+    @staticmethod
+    async def _close_session(serving: Serving, session_id: str) -> None:
+        with serving.in_use():
+            await serving.engine.close_session(session_id, FENCE_OF_DELETE)
 
     def _slot(self, slot: str) -> router_pb2.ExpertSlot:
         instance = self._directory.best(slot)
@@ -151,7 +156,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         )
         async with contextlib.aclosing(live.follow(from_token)) as tokens:
             async for token in tokens:
-                yield router_pb2.GenerationEvent(token=self._token(token))
+                yield router_pb2.GenerationEvent(token=self._token(live.turn, token))
         ending = live.ending
         assert ending is not None
         yield router_pb2.GenerationEvent(
@@ -165,7 +170,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             )
         )
 
-    def _token(self, token: WrittenToken) -> router_pb2.Token:
+    def _token(self, turn: Turn, token: WrittenToken) -> router_pb2.Token:
         record = token.record
         by_expert = record.source == record.source.EXPERT
         message = router_pb2.Token(
@@ -173,7 +178,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             id=record.token_id,
             text=token.text,
             logprob=record.logprob,
-            expert=self._offer.slots[record.expert] if by_expert else "",
+            expert=turn.slots[record.expert] if by_expert else "",
             expert_epoch=record.epoch if by_expert else 0,
             routing_weights=token.weights,
         )
@@ -189,9 +194,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         )
 
     def _candidates(self, choices: Sequence[Choice]) -> list[router_pb2.Candidate]:
+        tokenizer = self._served.current.tokenizer  # those of earlier checkpoints have the same vocabulary
         return [
             router_pb2.Candidate(
-                id=choice.token_id, text=self._tokenizer.decode([choice.token_id]), logprob=choice.logprob
+                id=choice.token_id, text=tokenizer.decode([choice.token_id]), logprob=choice.logprob
             )
             for choice in choices
         ]

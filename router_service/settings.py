@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field, SecretStr
 
@@ -19,6 +19,20 @@ class RouterSettings(ModelSettings):
     other_variables: ClassVar[Mapping[str, str]] = {"REDIS_URL": "redis_url"}
 
     checkpoint: str = Field(min_length=1, description="Folder of the router checkpoint.")
+    checkpoints_dir: Path | None = Field(
+        None, description="Folder of published checkpoints; absent = promotions are not followed."
+    )
+    promotion_poll_seconds: Seconds = Field(
+        2.0, description="How often to look which checkpoint is promoted."
+    )
+    max_checkpoints: Annotated[int, Field(ge=2)] = Field(
+        3, description="Most checkpoints in memory: the current one and those with unfinished turns."
+    )
+    spare_slots: str = Field(
+        "",
+        pattern=r"^([a-z0-9_-]{1,32}(,[a-z0-9_-]{1,32})*)?$",
+        description="Slots, with commas between them, that experts may fill for a checkpoint to come.",
+    )
     port: Port = Field(50050, description="Port to listen on; 0 = any free one.")
     redis_url: SecretStr | None = Field(
         None,
@@ -43,3 +57,7 @@ class RouterSettings(ModelSettings):
     expert_lease_seconds: Seconds = Field(
         10.0, description="An expert that is silent for so long leaves the registry."
     )
+
+    def spare_slot_names(self) -> tuple[str, ...]:
+        """`spare_slots` one by one."""
+        return tuple(self.spare_slots.split(",")) if self.spare_slots else ()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import structlog
@@ -25,9 +24,10 @@ from fusionroute.errors import (
 )
 from fusionroute.v1 import router_pb2
 from router_service.asking import Text
-from router_service.generation import Ending, Ensemble, TurnWriter, WrittenToken
+from router_service.generation import Ending, TurnWriter, WrittenToken
 from router_service.live_turn import LiveTurn
 from router_service.records import pack_prompt, to_token_records
+from router_service.serving import CONTEXT_TOKENS, ServedCheckpoints, Serving
 from router_service.session_store import SessionStore, new_session_id
 from router_service.stored_session import (
     FinishReason,
@@ -40,16 +40,10 @@ from router_service.text import AnswerText
 from router_service.token_log import TokenLog
 from router_service.turn_request import Offer, Showing, Turn, read_prompt, read_showing, read_turn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 log = structlog.get_logger(__name__)
 
 CLEAN_UP_SECONDS = 5.0
 """What a turn that is put aside has to store its tokens and give its lease back."""
-
-CONTEXT_TOKENS = 16
-"""Tokens before an answer that may decide how its first token is spelt, such as a leading space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +61,13 @@ class TurnLimits:
 
 @dataclass(slots=True, eq=False)
 class TurnKeeper:
-    """The turns of one router process."""
+    """The turns of one router process.
 
-    ensemble: Ensemble
+    A turn is written by the checkpoint that was current when it began, even when another one is promoted meanwhile.
+    """
+
+    served: ServedCheckpoints
     store: SessionStore
-    offer: Offer
-    tokenizer: PreTrainedTokenizerBase
     limits: TurnLimits = field(default_factory=TurnLimits)
     _live: dict[str, LiveTurn] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -94,7 +89,11 @@ class TurnKeeper:
         Raises:
             FusionRouteError: the request cannot be served; nothing was written.
         """
-        turn, showing = read_turn(request, self.offer), read_showing(request)
+        with self.served.current.in_use() as serving:
+            return await self._generate(request, serving)
+
+    async def _generate(self, request: router_pb2.GenerateRequest, serving: Serving) -> LiveTurn:
+        turn, showing = read_turn(request, serving.offer), read_showing(request)
         self._check_capacity()
         session_id = request.session_id or new_session_id()
         live = self._live.get(session_id)
@@ -106,8 +105,8 @@ class TurnKeeper:
         if stored is not None and request.request_id and _request_id(stored) == request.request_id:
             return await self.resume(session_id)
         tokens = [] if stored is None else stored.records["token_id"].tolist()
-        prompt = await read_prompt(request, self.tokenizer, self.offer, first_turn=not tokens)
-        self._check_context(len(tokens), len(prompt))
+        prompt = await read_prompt(request, serving.tokenizer, serving.offer, first_turn=not tokens)
+        _check_context(serving.offer, len(tokens), len(prompt))
         lease = await self.store.acquire(session_id, owner=uuid4().hex)
         async with _released_on_error(self.store, lease):
             begun = await self.store.begin_turn(
@@ -118,7 +117,7 @@ class TurnKeeper:
             return await self.resume(session_id)
         text = Text(session_id, lease.fence, tokens + prompt)
         live = LiveTurn(session_id, request.request_id, turn, showing, begun.answer_position)
-        self._start(live, lease, text, self._answer_text(turn, text.tokens))
+        self._start(serving, live, lease, text, serving.answer_text(turn.stops, text.tokens))
         return live
 
     async def resume(self, session_id: str, from_token: int = 0) -> LiveTurn:
@@ -162,7 +161,8 @@ class TurnKeeper:
 
     async def answer_text(self, stored: StoredSession) -> str:
         """The text of a stored session's latest answer."""
-        live, answer_text = await asyncio.to_thread(self._read_back, stored, _latest_turn(stored))
+        turn = _latest_turn(stored)
+        live, answer_text = await asyncio.to_thread(_read_back, self.served.current, stored, turn)
         pieces = [token.text for token in live.tokens]
         pieces.append(answer_text.finish() if live.ending is None else live.ending.text)
         return "".join(pieces)
@@ -182,60 +182,56 @@ class TurnKeeper:
         stored = await self.store.get(session_id)
         turn = _latest_turn(stored)
         if stored.state is SessionState.FINISHED:
-            return (await asyncio.to_thread(self._read_back, stored, turn))[0]
+            return (await asyncio.to_thread(_read_back, self.served.current, stored, turn))[0]
         if stored.is_being_written:
             raise _busy(session_id, stored.lease_remaining_seconds)
-        if turn.parameters.checkpoint != self.offer.checkpoint:
-            raise SessionStateError(
-                Reason.CHECKPOINT_CHANGED,
-                f"the turn of session {session_id!r} was begun under checkpoint {turn.parameters.checkpoint}, this"
-                f" router serves {self.offer.checkpoint}",
-            )
+        with self._serving_of(stored).in_use() as serving:
+            return await self._continue(session_id, serving)
+
+    async def _continue(self, session_id: str, serving: Serving) -> LiveTurn:
         self._check_capacity()
         lease = await self.store.acquire(session_id, owner=uuid4().hex, create=False)
         async with _released_on_error(self.store, lease):
             stored = await self.store.get(session_id)
-            live, answer_text = await asyncio.to_thread(self._read_back, stored, _latest_turn(stored))
+            if stored.state is SessionState.FINISHED or self._serving_of(stored) is not serving:
+                raise _busy(session_id)  # the turn was finished, or another one begun, since we looked
+            live, answer_text = await asyncio.to_thread(_read_back, serving, stored, _latest_turn(stored))
         text = Text(session_id, lease.fence, stored.records["token_id"].tolist())
-        self._start(live, lease, text, answer_text)
+        self._start(serving, live, lease, text, answer_text)
         return live
 
-    def _read_back(self, stored: StoredSession, turn: StoredTurn) -> tuple[LiveTurn, AnswerText]:
-        """A stored turn with the same text pieces as when it was written."""
-        parameters = Turn.from_stored(turn.parameters)
-        live = LiveTurn(stored.session_id, turn.request_id, parameters, Showing(), turn.answer_position)
-        before = stored.records[max(0, turn.answer_position - CONTEXT_TOKENS) : turn.answer_position]
-        answer_text = self._answer_text(parameters, before["token_id"].tolist())
-        records = to_token_records(stored.records[turn.answer_position :])
-        for index, record in enumerate(records):
-            live.tokens.append(WrittenToken(index, record, answer_text.push(record.token_id)))
-        if turn.finish_reason is not None:
-            live.ending = Ending(turn.finish_reason, answer_text.finish(), turn.stop)
-        return live, answer_text
-
-    def _answer_text(self, turn: Turn, before: Sequence[int]) -> AnswerText:
-        return AnswerText(self._decode, turn.stops, before[-CONTEXT_TOKENS:])
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
+    def _serving_of(self, stored: StoredSession) -> Serving:
+        """The checkpoint under which the latest turn was begun. Raises CHECKPOINT_CHANGED."""
+        wanted = _latest_turn(stored).parameters.checkpoint
+        serving = self.served.of(wanted)
+        if serving is None:
+            raise SessionStateError(
+                Reason.CHECKPOINT_CHANGED,
+                f"the turn of session {stored.session_id!r} was begun under checkpoint {wanted}, this router serves"
+                f" {self.served.current.offer.checkpoint}",
+            )
+        return serving
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
-    def _start(self, live: LiveTurn, lease: Lease, text: Text, answer_text: AnswerText) -> None:
+    def _start(
+        self, serving: Serving, live: LiveTurn, lease: Lease, text: Text, answer_text: AnswerText
+    ) -> None:
         self._live[live.session_id] = live
         task = asyncio.create_task(
-            self._write(live, lease, text, answer_text), name=f"turn {live.session_id}"
+            self._write(serving, live, lease, text, answer_text), name=f"turn {live.session_id}"
         )
+        serving.enter()
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: serving.leave())
 
-    async def _write(self, live: LiveTurn, lease: Lease, text: Text, answer_text: AnswerText) -> None:
+    async def _write(
+        self, serving: Serving, live: LiveTurn, lease: Lease, text: Text, answer_text: AnswerText
+    ) -> None:
         started = time.monotonic()
         try:
-            ending = await self._write_logged(live, lease, text, answer_text)
+            ending = await self._write_logged(serving, live, lease, text, answer_text)
         except asyncio.CancelledError:
             live.fail(
                 Unavailable(Reason.DRAINING, "the router stops; resume the session", retry_after_seconds=1.0)
@@ -263,11 +259,11 @@ class TurnKeeper:
                 del self._live[live.session_id]
 
     async def _write_logged(
-        self, live: LiveTurn, lease: Lease, text: Text, answer_text: AnswerText
+        self, serving: Serving, live: LiveTurn, lease: Lease, text: Text, answer_text: AnswerText
     ) -> Ending:
         async with TokenLog(self.store, lease, len(text.tokens)) as token_log:
             writer = TurnWriter(
-                ensemble=self.ensemble,
+                ensemble=serving.ensemble,
                 turn=live.turn,
                 showing=live.showing,
                 text=text,
@@ -316,15 +312,33 @@ class TurnKeeper:
                 retry_after_seconds=0.5,
             )
 
-    def _check_context(self, num_before: int, num_prompt: int) -> None:
-        limit = self.offer.max_context_tokens - 1
-        if num_before + num_prompt > limit:
-            raise InvalidRequest(
-                Reason.CONTEXT_FULL,
-                f"{num_before} tokens of the session + {num_prompt} of the prompt = {num_before + num_prompt}; the"
-                f" longest prompt is {limit} tokens",
-                metadata={"field": "prompt", "limit": str(limit)},
-            )
+
+def _read_back(serving: Serving, stored: StoredSession, turn: StoredTurn) -> tuple[LiveTurn, AnswerText]:
+    """A stored turn with the same text pieces as when it was written.
+
+    Any checkpoint of the session's vocabulary gives the same text, so a finished turn needs not its own.
+    """
+    parameters = Turn.from_stored(turn.parameters)
+    live = LiveTurn(stored.session_id, turn.request_id, parameters, Showing(), turn.answer_position)
+    before = stored.records[max(0, turn.answer_position - CONTEXT_TOKENS) : turn.answer_position]
+    answer_text = serving.answer_text(parameters.stops, before["token_id"].tolist())
+    records = to_token_records(stored.records[turn.answer_position :])
+    for index, record in enumerate(records):
+        live.tokens.append(WrittenToken(index, record, answer_text.push(record.token_id)))
+    if turn.finish_reason is not None:
+        live.ending = Ending(turn.finish_reason, answer_text.finish(), turn.stop)
+    return live, answer_text
+
+
+def _check_context(offer: Offer, num_before: int, num_prompt: int) -> None:
+    limit = offer.max_context_tokens - 1
+    if num_before + num_prompt > limit:
+        raise InvalidRequest(
+            Reason.CONTEXT_FULL,
+            f"{num_before} tokens of the session + {num_prompt} of the prompt = {num_before + num_prompt}; the"
+            f" longest prompt is {limit} tokens",
+            metadata={"field": "prompt", "limit": str(limit)},
+        )
 
 
 @contextlib.asynccontextmanager

@@ -48,6 +48,7 @@ class Turn:
         ignore_eos: whether the end-of-sequence token is just a token.
         fixed_expert: index of the expert to use always; None = the routed one.
         checkpoint: fingerprint of the router checkpoint.
+        slots: the experts' slots in that checkpoint's order, so that the answer's tokens keep their experts' names.
     """
 
     rule: CombineRule
@@ -57,6 +58,7 @@ class Turn:
     ignore_eos: bool
     fixed_expert: int | None
     checkpoint: str
+    slots: tuple[str, ...]
 
     def to_stored(self) -> TurnParameters:
         """As it stands in the store, so that another writer can go on with it."""
@@ -68,6 +70,7 @@ class Turn:
             "stops": list(self.stops),
             "ignore_eos": self.ignore_eos,
             "fixed_expert": self.fixed_expert,
+            "slots": list(self.slots),
         }
         return TurnParameters(self.sampling.seed, self.rule.value, self.checkpoint, rest)
 
@@ -76,13 +79,14 @@ class Turn:
         """What `to_stored` has written."""
         rest = dict(stored.sampling)
         own = {name: rest.pop(name) for name in ("max_tokens", "ignore_eos", "fixed_expert")}
-        stops = tuple(rest.pop("stops"))
+        stops, slots = tuple(rest.pop("stops")), tuple(rest.pop("slots"))
         rest["logit_bias"] = {int(token): bias for token, bias in rest["logit_bias"].items()}
         sampling = Sampling(seed=stored.seed, **rest)
         return cls(
             rule=CombineRule(stored.combine),
             sampling=sampling,
             stops=stops,
+            slots=slots,
             checkpoint=stored.checkpoint,
             **own,
         )
@@ -143,6 +147,7 @@ def read_turn(request: router_pb2.GenerateRequest, offer: Offer) -> Turn:
         ignore_eos=parameters.ignore_eos,
         fixed_expert=_read_fixed_expert(request.fixed_expert, offer.slots),
         checkpoint=offer.checkpoint,
+        slots=offer.slots,
     )
 
 

@@ -19,7 +19,7 @@ from fusionroute.client import RouterClient
 from fusionroute.engine import Engine, load_model
 from fusionroute.router_model import ExpertRecord, Heads, Manifest, load_checkpoint, save_checkpoint
 from fusionroute.v1.router_pb2 import Finished, GenerateRequest, GenerationEvent, Started, Token
-from router_service.bootstrap import RunningRouter, load_router, running_router
+from router_service.bootstrap import RunningRouter, load_first, running_router
 from router_service.settings import RouterSettings
 from tests.reference import Reference
 from tests.tiny_models import WIDTH, save_tiny_model, tiny_model, word_tokenizer
@@ -186,10 +186,10 @@ async def served(
         start: whether the experts are started.
         router: settings of the router.
     """
-    checkpoint, model = await asyncio.to_thread(load_router, str(family.router))
     settings = RouterSettings(checkpoint=str(family.router), port=0, **router)
+    first = await asyncio.to_thread(load_first, settings)
     async with (
-        running_router(settings, checkpoint, model) as running,
+        running_router(settings, first) as running,
         RouterClient.open(running.server.address) as client,
     ):
         stack = Stack(running, client, family)

@@ -13,7 +13,7 @@ import pytest
 from fusionroute.errors import FusionRouteError, Reason
 from fusionroute.fusion import Sampling
 from fusionroute.grpc_runtime import channel, error_from_rpc
-from fusionroute.router_model import load_checkpoint
+from fusionroute.router_model import load_checkpoint, written_fingerprint
 from fusionroute.v1 import common_pb2, registry_pb2, registry_pb2_grpc, router_pb2
 from fusionroute.v1.router_pb2 import GenerateRequest, SamplingParameters
 from tests.served_stack import SLOTS, Family, Stack, make_family, served
@@ -366,6 +366,7 @@ async def test_info_names_checkpoint_rules_and_slots(stack: Stack, family: Famil
     assert info.model.logits_width == WIDTH
     assert (await stack.answer(ask(1))).started.checkpoint == info.checkpoint
     assert load_checkpoint(family.router).fingerprint(info.model.weights_fingerprint) == info.checkpoint
+    assert written_fingerprint(family.router) == info.checkpoint
 
 
 async def test_a_checkpoint_without_gates_refuses_gated_rules(tmp_path: Any) -> None:

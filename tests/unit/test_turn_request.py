@@ -15,7 +15,9 @@ from router_service.stored_session import TurnParameters
 from router_service.turn_request import LONG_TEXT_CHARACTERS, Offer, Turn, read_prompt, read_turn
 from tests.tiny_models import WIDTH, word_tokenizer
 
-OFFER = Offer(("math", "code"), (CombineRule.SUM, CombineRule.ROUTE), CombineRule.SUM, WIDTH, 96, "checkpoint")
+OFFER = Offer(
+    ("math", "code"), (CombineRule.SUM, CombineRule.ROUTE), CombineRule.SUM, WIDTH, 96, "checkpoint"
+)
 
 TURNS = st.builds(
     Turn,
@@ -32,6 +34,7 @@ TURNS = st.builds(
     ignore_eos=st.booleans(),
     fixed_expert=st.none() | st.integers(0, 7),
     checkpoint=st.just("checkpoint"),
+    slots=st.lists(st.text(min_size=1, max_size=9)).map(tuple),
 )
 
 
@@ -67,7 +70,10 @@ async def test_chat_messages_are_rendered_by_the_template_with_the_answers_prefi
 async def test_roles_and_templates_that_refuse_are_named() -> None:
     tokenizer = word_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('only one user message') }}"
-    for request, named in ((messages(("user", "x")), "only one user message"), (messages(("boss", "x")), "boss")):
+    for request, named in (
+        (messages(("user", "x")), "only one user message"),
+        (messages(("boss", "x")), "boss"),
+    ):
         with pytest.raises(FusionRouteError) as caught:
             await read_prompt(request, tokenizer, OFFER, first_turn=True)
         assert caught.value.reason is Reason.INVALID_FIELD
