@@ -9,7 +9,9 @@ import torch
 
 from trainer.losses import (
     expert_loss,
+    expert_loss_tokens,
     gate_loss,
+    gold_loss,
     informative_tokens,
     lm_loss,
     sft_loss,
@@ -72,6 +74,66 @@ def test_labels_outside_the_informative_set_cannot_spoil_loss_or_gradient(garbag
     assert torch.isfinite(scores.grad).all()
 
 
+def test_the_mixture_is_the_negative_log_of_the_experts_weighted_mean() -> None:
+    scores = make_normal(NUM_TOKENS, NUM_EXPERTS).requires_grad_()
+    gold_logprobs = make_logprobs(NUM_TOKENS, NUM_EXPERTS)
+    informative = torch.tensor([True, False, True, True, False, True, True])
+
+    loss = expert_loss(scores, gold_logprobs, informative, aggregate="mixture")
+    loss.backward()
+
+    weighted = torch.softmax(scores.detach(), dim=1) * gold_logprobs.exp()
+    torch.testing.assert_close(loss, -weighted.sum(1)[informative].log().mean())
+    gradient = torch.softmax(scores.detach(), dim=1) - weighted / weighted.sum(1, keepdim=True)
+    gradient[~informative] = 0
+    torch.testing.assert_close(scores.grad, gradient / informative.sum())
+
+
+@pytest.mark.parametrize("aggregate", ["linear", "mixture"])
+def test_an_empty_set_gives_zero_under_either_aggregate(aggregate) -> None:
+    scores = make_normal(NUM_TOKENS, NUM_EXPERTS).requires_grad_()
+    garbage = torch.full((NUM_TOKENS, NUM_EXPERTS), -math.inf)
+    loss = expert_loss(scores, garbage, every(False), aggregate=aggregate)
+    loss.backward()
+    assert loss.item() == 0
+    assert scores.grad is not None
+    assert torch.count_nonzero(scores.grad) == 0
+
+
+@pytest.mark.parametrize("aggregate", ["linear", "mixture"])
+def test_with_one_expert_the_routing_head_has_nothing_to_learn(aggregate) -> None:
+    scores = make_normal(NUM_TOKENS, 1).requires_grad_()
+    gold_logprobs = make_logprobs(NUM_TOKENS, 1)
+    loss = expert_loss(scores, gold_logprobs, every(True), aggregate=aggregate)
+    loss.backward()
+    torch.testing.assert_close(loss, -gold_logprobs.mean())
+    torch.testing.assert_close(scores.grad, torch.zeros_like(scores))
+
+
+def test_no_rows_at_all_give_zero_losses_that_still_touch_the_graph() -> None:
+    scores, logprobs = torch.zeros(0, NUM_EXPERTS), torch.zeros(0)
+    for leaf, loss in (
+        (scores.requires_grad_(), expert_loss(scores, torch.zeros(0, NUM_EXPERTS), torch.zeros(0).bool())),
+        (logprobs.requires_grad_(), gold_loss(logprobs)),
+    ):
+        loss.backward()
+        assert loss.item() == 0
+        assert leaf.grad is not None
+
+
+def test_the_expert_loss_looks_at_disagreement_or_at_all_targets() -> None:
+    argmax_ids, supervised = torch.tensor([[1, 1], [1, 2], [3, 4]]), torch.tensor([True, True, False])
+    assert expert_loss_tokens(argmax_ids, supervised, "informative").tolist() == [False, True, False]
+    assert expert_loss_tokens(argmax_ids, supervised, "all").tolist() == [True, True, False]
+
+
+def test_the_language_loss_of_gold_log_probs_is_that_of_the_rows() -> None:
+    logits, gold = make_normal(NUM_TOKENS, WIDTH), torch.arange(NUM_TOKENS)
+    logprobs = torch.log_softmax(logits, 1)[gold, gold]
+    torch.testing.assert_close(gold_loss(logprobs), lm_loss(logits, gold, every(True)))
+    torch.testing.assert_close(gold_loss(logprobs, 1), lm_loss(logits, gold, every(True), denominator=1))
+
+
 def test_equal_experts_leave_the_informative_set_empty() -> None:
     argmax_ids = torch.arange(NUM_TOKENS)[:, None].expand(-1, NUM_EXPERTS)
     assert not informative_tokens(argmax_ids, every(True)).any()
@@ -113,6 +175,20 @@ def test_micro_batches_divided_by_the_global_count_add_up_to_the_whole() -> None
 
     torch.testing.assert_close(language, lm_loss(logits, gold, mask))
     torch.testing.assert_close(expert, expert_loss(scores, gold_logprobs, mask))
+
+
+def test_micro_batches_of_the_gates_divided_by_the_global_count_add_up_to_the_whole() -> None:
+    gates, gold_logprobs = make_normal(NUM_TOKENS, NUM_EXPERTS + 1), make_logprobs(NUM_TOKENS, NUM_EXPERTS)
+    router, gold = make_logprobs(NUM_TOKENS, seed=3), torch.arange(NUM_TOKENS)
+    rows, others = make_normal(NUM_TOKENS, WIDTH), make_normal(NUM_TOKENS, WIDTH, seed=2)
+    mask, u = torch.tensor([True, False, True, True, True, False, True]), gates[:, 0]
+    cuts = [slice(0, 2), slice(2, NUM_TOKENS)]
+
+    gate = sum(gate_loss(gates[cut], gold_logprobs[cut], router[cut], mask[cut], 5) for cut in cuts)
+    factor = sum(sum_gate_loss(u[cut], rows[cut], others[cut], gold[cut], mask[cut], 5) for cut in cuts)
+
+    torch.testing.assert_close(gate, gate_loss(gates, gold_logprobs, router, mask))
+    torch.testing.assert_close(factor, sum_gate_loss(u, rows, others, gold, mask))
 
 
 def test_the_sft_loss_is_the_language_loss_plus_a_third_of_the_expert_loss() -> None:
