@@ -77,18 +77,25 @@ def run(settings: RouterSettings) -> ExitCode:
     return ExitCode.STOPPED
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FirstCheckpoint:
     """What a router begins with.
 
     Attributes:
+        loaded: None once it is served, so that its memory is free when another one has taken its place.
         checkpoint_id: empty for the one of the settings.
         report: what became of the promotion that was found.
     """
 
-    loaded: LoadedRouter
+    loaded: LoadedRouter | None
     checkpoint_id: str = ""
     report: PromotionReport = field(default_factory=PromotionReport)
+
+    def hand_over(self) -> LoadedRouter:
+        """What is loaded; once."""
+        loaded, self.loaded = self.loaded, None
+        assert loaded is not None, "handed over already"
+        return loaded
 
 
 def load_first(settings: RouterSettings, promotion: Promotion | None = None) -> FirstCheckpoint:
@@ -145,7 +152,7 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
         directory = Directory(registry.entries, settings.max_message_bytes)
         await stack.enter_async_context(directory.running())
         served = ServedCheckpoints(
-            await serve_checkpoint(settings, directory, first.loaded, first.checkpoint_id),
+            await serve_checkpoint(settings, directory, first.hand_over(), first.checkpoint_id),
             promotion=first.report,
         )
         await stack.enter_async_context(served.open())

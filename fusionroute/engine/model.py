@@ -91,9 +91,9 @@ class LoadedModel:
         self.facts = facts
         self.end_ids = end_ids(tokenizer, model.generation_config)
         self._heads = heads
-        self._hidden: Tensor | None = None
+        self._final = _FinalHidden()
         if heads is not None:
-            model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
+            model.get_output_embeddings().register_forward_pre_hook(self._final.keep)
 
     def forward(
         self, batch: RaggedBatch, token_ids: Sequence[int], positions: Sequence[int], wanted: Sequence[int]
@@ -115,13 +115,23 @@ class LoadedModel:
         ).logits
         rows = logits[0, :, : self.facts.logits_width].to("cpu")
         head_scores = None
-        if self._heads is not None and self._hidden is not None:
-            head_scores = self._heads(self._hidden[0]).to("cpu")
-            self._hidden = None
+        if self._heads is not None and (hidden := self._final.take()) is not None:
+            head_scores = self._heads(hidden[0]).to("cpu")
         return ForwardOutput(rows, head_scores)
 
-    def _keep_hidden(self, _module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+
+class _FinalHidden:
+    """What the output embeddings were given last. Apart from the model, which would else never be freed at once."""
+
+    def __init__(self) -> None:
+        self._hidden: Tensor | None = None
+
+    def keep(self, _module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._hidden = inputs[0]
+
+    def take(self) -> Tensor | None:
+        hidden, self._hidden = self._hidden, None
+        return hidden
 
 
 def load_model(

@@ -13,7 +13,8 @@ import pytest
 from fusionroute.errors import FusionRouteError, Reason
 from fusionroute.fusion import Sampling
 from fusionroute.grpc_runtime import channel, error_from_rpc
-from fusionroute.router_model import load_checkpoint, written_fingerprint
+from fusionroute.manifest import written_fingerprint
+from fusionroute.router_model import load_checkpoint
 from fusionroute.v1 import common_pb2, registry_pb2, registry_pb2_grpc, router_pb2
 from fusionroute.v1.router_pb2 import GenerateRequest, SamplingParameters
 from tests.served_stack import SLOTS, Family, Stack, make_family, served
