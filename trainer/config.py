@@ -256,6 +256,9 @@ class PairsJob(JobConfig):
     data: DataTable
     output: Path = Field(description="JSONL or JSONL.gz file of the pairs; must not exist yet.")
     router: str = Field(default="127.0.0.1:50050", description="Router that is asked, HOST:PORT.")
+    checkpoint: str = Field(
+        default="", description="Folder of the checkpoint that it serves; empty = where the router says it is."
+    )
     combine: Literal["sum", "gated_sum", "mixture", "select", "route", "router"] = "sum"
     max_new_tokens: Count = 400
     samples: Annotated[int, Field(ge=0)] = Field(
@@ -325,7 +328,7 @@ JOBS: dict[JobKind, type[JobConfig]] = {
 }
 
 _PATH_FIELDS = frozenset({"files", "folder", "chat_template", "output"})
-_MODEL_FIELDS = frozenset({"model", "router"})
+_MODEL_FIELDS = frozenset({"model", "router", "checkpoint"})
 
 
 def _absolute(value: Any, folder: Path, field: str = "") -> Any:
