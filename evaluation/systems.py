@@ -35,6 +35,8 @@ class System:
 ROUTER_ALONE = System("router", "router alone", CombineRule.COMBINE_RULE_ROUTER)
 ROUTING_ONLY = System("route", "routing only", CombineRule.COMBINE_RULE_ROUTE)
 FUSED_SUM = System("sum", "fused: sum", CombineRule.COMBINE_RULE_SUM)
+PREFERRED_SUM = System("cdpo/sum", "fused: sum, after CDPO", CombineRule.COMBINE_RULE_SUM)
+"""Asked of a router that has been through phase II; all others of the one before."""
 GATED = (
     System("gated_sum", "fused: gated sum", CombineRule.COMBINE_RULE_GATED_SUM),
     System("mixture", "fused: mixture", CombineRule.COMBINE_RULE_MIXTURE),

@@ -96,6 +96,19 @@ def sentence(comparison: Comparison) -> str:
     return f"{comparison.first.label} against {comparison.second.label}: {' and '.join(parts)}."
 
 
+def price_sentence(against_routing_only: Comparison) -> str:
+    """What the complement costs where the experts are right without it, in words."""
+    covered = against_routing_only.covered
+    if not covered.excludes_zero:
+        return f"The complement costs nothing measurable on covered tasks ({shown(covered, signed=True)})."
+    if covered.value > 0:
+        return f"The complement costs nothing on covered tasks; it gains ({shown(covered, signed=True)})."
+    return (
+        f"The price of the complement: {shown(covered, signed=True)} on covered tasks, where the chosen expert "
+        "alone is right more often than its sum with the router."
+    )
+
+
 def to_json(rows: Iterable[Score], comparisons: Iterable[Comparison]) -> dict[str, Any]:
     """The same for programs."""
     return {

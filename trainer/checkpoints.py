@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusionroute import __version__
-from fusionroute.errors import ModelRejected, Reason, TrainingFailed
+from fusionroute.errors import Reason, TrainingFailed
 from fusionroute.router_model import (
     COMPLETE_FILE,
+    HEAD_FILE,
     ExpertRecord,
     Heads,
     Manifest,
@@ -18,13 +18,12 @@ from fusionroute.router_model import (
     load_checkpoint,
     save_checkpoint,
 )
-from fusionroute.vocabulary import load_tokenizer, logits_width, tokenizer_fingerprint
-from trainer.frozen_models import FrozenModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from fusionroute.vocabulary import logits_width, tokenizer_fingerprint
+from trainer.frozen_models import FrozenModel, check_same_vocabulary
+from trainer.run_context import RunResult
 
 CHECKPOINT_FOLDER = "checkpoint"
+TRAINED_FOLDER = "trained"
 
 
 def parent_checkpoint(folder: str, experts: Sequence[ExpertRecord]) -> RouterCheckpoint:
@@ -56,18 +55,20 @@ def parent_checkpoint(folder: str, experts: Sequence[ExpertRecord]) -> RouterChe
     return checkpoint
 
 
-def check_vocabulary(router: str, experts: Sequence[ExpertRecord]) -> PreTrainedTokenizerBase:
-    """The router's tokenizer, which must be that of the experts. Raises ModelRejected: VOCABULARY_MISMATCH."""
-    tokenizer = load_tokenizer(router)
-    mine = (tokenizer_fingerprint(tokenizer), logits_width(tokenizer))
+def check_vocabulary(router: ExpertRecord, experts: Sequence[ExpertRecord]) -> None:
+    """Raises ModelRejected (VOCABULARY_MISMATCH) unless router and experts share one vocabulary."""
     for expert in experts:
-        if (expert.tokenizer_fingerprint, expert.logits_width) != mine:
-            raise ModelRejected(
-                Reason.VOCABULARY_MISMATCH,
-                f"expert {expert.slot!r} has tokenizer {expert.tokenizer_fingerprint} of width "
-                f"{expert.logits_width}, the router {router!r} has {mine[0]} of width {mine[1]}",
-            )
-    return tokenizer
+        check_same_vocabulary(router, expert)
+
+
+def load_trained(folder: Path, device: str) -> tuple[FrozenModel, Heads]:
+    """What the training loop has left in the folder of a run: the router, frozen, and its routing head."""
+    from safetensors.torch import load_file
+
+    trained = folder / TRAINED_FOLDER
+    tensors = load_file(trained / HEAD_FILE)
+    heads = Heads(tensors["routing.weight"].float(), tensors["routing.bias"].float())
+    return FrozenModel.load(str(trained), "router", device), heads
 
 
 def write_checkpoint(
@@ -98,12 +99,9 @@ def write_checkpoint(
     return target
 
 
-def finished_checkpoint(folder: Path) -> Path | None:
-    """What an earlier attempt of the run has completed, if it came so far."""
+def finished(folder: Path) -> RunResult | None:
+    """The result of an earlier attempt of a run, if it came so far."""
     target = folder / CHECKPOINT_FOLDER
-    return target if (target / COMPLETE_FILE).is_file() else None
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder that is no longer needed."""
-    shutil.rmtree(folder, ignore_errors=True)
+    if not (target / COMPLETE_FILE).is_file():
+        return None
+    return RunResult(target, is_checkpoint=True, metrics=load_checkpoint(target).manifest.metrics)

@@ -6,56 +6,76 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from evaluation.items import is_covered, longest_answer_tokens, rounds_of_items
+from evaluation.items import is_covered, longest_answer_tokens
 from evaluation.runner import Outcome, ServedAnswerer, run_rounds
-from evaluation.systems import FUSED_SUM, GATED, ROUTING_ONLY, systems_of
-from evaluation.table import compare, score_table, scores, sentence, to_json
+from evaluation.systems import FUSED_SUM, GATED, PREFERRED_SUM, ROUTING_ONLY, System, systems_of
+from evaluation.table import compare, price_sentence, score_table, scores, sentence, to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fusionroute.client import RouterClient
+    from fusionroute.lab.tasks import Item
 
 NUM_CONCURRENT = 16
 
 LIMITS = (
-    "Gap tasks need what no expert was taught: experts and routing only cannot answer them. This router has",
-    "had no preference phase, which repairs most of the plain sum's gap answers. The lab favours the gated",
-    "rules: almost every token is known to one model alone, and the gate has seen each kind of gap.",
+    "Gap tasks need what no expert was taught: experts and routing only cannot answer them. CDPO has repaired",
+    "mistakes of the plain sum; the gated rules need no preference phase. The lab favours them: almost every",
+    "token is known to one model alone, and the gate has seen each kind of gap.",
     "Shares: Wilson intervals. Differences: paired bootstrap over the facts asked. Held-out items, one seed.",
 )
 
 
-async def measure(
-    console: Console, router: RouterClient, num_rounds: int, budget_seconds: float, seed: int = 0
-) -> dict[str, Any]:
-    """Asks, prints the table and what it says, and returns the same for programs.
+async def ask(
+    console: Console,
+    router: RouterClient,
+    systems: Sequence[System],
+    rounds: Sequence[Sequence[Item]],
+    budget_seconds: float = float("inf"),
+) -> list[Outcome]:
+    """Asks the systems every item, as many rounds as the budget allows.
 
     Args:
-        console: to print on.
+        console: to show the progress on.
         router: that answers.
-        num_rounds: items of each task at most.
+        systems: ways to ask it.
+        rounds: items of every task, once each.
         budget_seconds: no further round is begun after so long.
-        seed: of the draw of items.
     """
-    info = await router.info()
-    systems = systems_of([slot.slot for slot in info.slots], info.available_combine)
-    rounds = rounds_of_items(num_rounds, seed)
     answerer = ServedAnswerer(router, longest_answer_tokens(item for each in rounds for item in each) + 2)
-    with _counter(console, num_rounds * len(rounds[0]) * len(systems)) as on_outcome:
-        outcomes = await run_rounds(
+    with _counter(console, sum(len(each) for each in rounds) * len(systems)) as on_outcome:
+        return await run_rounds(
             answerer, rounds, systems,
             num_concurrent=NUM_CONCURRENT, budget_seconds=budget_seconds, on_outcome=on_outcome,
         )  # fmt: skip
+
+
+async def available_systems(router: RouterClient) -> list[System]:
+    """The systems that a router can be asked as."""
+    info = await router.info()
+    return systems_of([slot.slot for slot in info.slots], info.available_combine)
+
+
+def show_scores(console: Console, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Prints the table and what it says, and returns the same for programs."""
     rows = scores(outcomes)
     present = {row.system for row in rows}
-    pairs = [(FUSED_SUM, ROUTING_ONLY), *((rule, FUSED_SUM) for rule in GATED)]
+    pairs = [
+        (FUSED_SUM, ROUTING_ONLY),
+        (PREFERRED_SUM, FUSED_SUM),
+        (PREFERRED_SUM, ROUTING_ONLY),
+        *((rule, PREFERRED_SUM) for rule in GATED),
+    ]
     comparisons = [compare(outcomes, *pair) for pair in pairs if present.issuperset(pair)]
-    num_covered, num_gap = _item_counts(outcomes, len(systems))
+    num_covered, num_gap = _item_counts(outcomes, len(rows))
     console.print(score_table(rows, num_covered, num_gap))
     console.print()
     for each in comparisons:
         console.print(f"   {sentence(each)}", markup=False)
+    price = next((each for each in comparisons if each.first == PREFERRED_SUM and each.second == ROUTING_ONLY), None)
+    if price is not None:
+        console.print(f"   {price_sentence(price)}", style="bold", markup=False)
     console.print()
     for line in LIMITS:
         console.print(f"   {line}", style="dim", markup=False)

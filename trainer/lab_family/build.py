@@ -1,6 +1,7 @@
 """Building a family once and finding it again: cached, atomic, one builder at a time.
 
-    <cache>/lab/<digest>/           base/  experts/{math,strings,format}/  router/  facts.json  COMPLETE
+    <cache>/lab/<digest>/           base/  experts/{math,strings,format}/  router_sft/  router/
+                                    data/{router,pairs}.jsonl.gz  facts.json  COMPLETE
     <cache>/lab/<digest>.lock       held by whoever builds
     <cache>/lab/<digest>.partial-*  a build under way, or what a killed one has left
 
@@ -38,13 +39,17 @@ LOCK_POLL_SECONDS = 0.2
 
 # Sources whose change may change what is written; paths inside the two packages.
 _SOURCES = {
-    fusionroute: ("lab", "router_model.py", "vocabulary.py"),
-    trainer: ("lab_family", "labels.py", "losses.py"),
+    fusionroute: ("lab", "router_model.py", "vocabulary.py", "engine/model.py"),
+    trainer: (".", "lab_family", "data"),
 }
-_SOURCES_WITHOUT_EFFECT = {"build.py", "progress.py", "workers.py", "quality.py", "__init__.py"}
+_SOURCES_WITHOUT_EFFECT = {
+    *("build.py", "progress.py", "workers.py", "quality.py", "__init__.py", "__main__.py"),
+    *("cli.py", "settings.py", "bootstrap.py", "servicer.py", "checkpoint_rpcs.py", "checkpoint_store.py"),
+    *("extend.py", "extend_job.py", "pairs.py", "pair_journal.py", "verifiers.py", "promoter.py", "ownership.py"),
+}
 
 # CPU seconds per step at demo size: only their proportions count, for the share that `Progress` shows.
-_SECONDS_PER_STEP = {"base": 0.045, "router": 0.024, "gates": 0.003}
+_SECONDS_PER_STEP = {"base": 0.045, "router": 0.024, "gates": 0.003, "preferences": 0.08}
 _SECONDS_PER_EXPERT_STEP = 0.039
 
 
@@ -60,14 +65,18 @@ class Family:
         folder: where everything lies.
         base: the common ancestor of all models, a causal LM folder.
         experts: causal LM folders by slot, in the order of the router's heads: math, strings, format.
-        router: a router checkpoint folder that serves every combine rule.
+        router_sft: the router checkpoint of phase I, which serves every combine rule.
+        router: that of phase II, made from it.
+        data: folder of what the routers have learnt from.
         facts: recipe, seed, versions, and losses and seconds by stage.
     """
 
     folder: Path
     base: Path
     experts: dict[str, Path]
+    router_sft: Path
     router: Path
+    data: Path
     facts: dict[str, Any]
 
     @classmethod
@@ -75,7 +84,15 @@ class Family:
         """The family in a folder that `is_complete`."""
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         experts = {slot: folder / "experts" / slot for slot in EXPERT_SLOTS}
-        return cls(folder, folder / "base", experts, folder / "router", facts)
+        return cls(
+            folder=folder,
+            base=folder / "base",
+            experts=experts,
+            router_sft=folder / "router_sft",
+            router=folder / "router",
+            data=folder / "data",
+            facts=facts,
+        )
 
 
 def build(
@@ -181,7 +198,7 @@ def _build(
     try:
         stages: dict[str, Any] = {}
         with worker_pool(processes) as pool:
-            for group in (("base",), ("format", "math", "strings"), ("router",)):
+            for group in (("base",), ("format", "math", "strings"), ("router",), ("preferences",)):
                 jobs = [Job(stage, recipe, seed, partial) for stage in group]
                 stages |= pool.run(jobs, report)
         facts = {

@@ -10,18 +10,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fusionroute.lab.tasks import Item
+from fusionroute.router_model import load_checkpoint
+from trainer.frozen_models import FrozenModel
 from trainer.lab_family import data
 from trainer.lab_family.recipe import EXPERT_SLOTS
-from trainer.lab_family.training import hidden_states, load
-from trainer.labels import Targets, flat_outputs
 from trainer.losses import sum_gate_factor
+from trainer.rows import Row, RowSet
+from trainer.run_context import RunContext
+from trainer.target_states import states_at_targets
 
 RULES = ("sum", "gated_sum", "mixture", "select", "route")
-SYSTEMS = (*RULES, "router", *EXPERT_SLOTS, "base")
+ROUTERS = {"": "router_sft", "cdpo/": "router"}
+"""Folder of each router, by what stands before the names of its systems."""
+
+SYSTEMS = (
+    *(f"{prefix}{name}" for prefix in ROUTERS for name in (*RULES, "router")),
+    *EXPERT_SLOTS,
+    "base",
+)
 
 
 def exact_matches(folder: Path, items: Sequence[Item]) -> dict[str, list[bool]]:
@@ -32,20 +43,31 @@ def exact_matches(folder: Path, items: Sequence[Item]) -> dict[str, list[bool]]:
         items: for example `fusionroute.lab.tasks.evaluation_items()`.
 
     Returns:
-        By name of `SYSTEMS`: the five combine rules, the router alone, each expert alone, the base.
+        By name of `SYSTEMS`: the five combine rules and the router alone, of phase I and (``cdpo/``) of phase
+        II; each expert alone; the base.
     """
-    rows = data.padded(data.written(item) for item in items)
-    ids = torch.from_numpy(rows.ids)
-    targets = Targets.of(ids, torch.from_numpy(rows.supervised))
-    logits, states = {}, torch.empty(0)
-    for name in ("base", *EXPERT_SLOTS, "router"):
-        model = load(str(_folder_of(folder, name))).eval()
-        states = flat_outputs(lambda ids, model=model: hidden_states(model, ids), ids, targets)  # type: ignore[misc]
-        logits[name] = model.lm_head(states).detach()
-    choices = {name: rows.argmax(dim=1) for name, rows in logits.items()}
-    experts = torch.stack([logits[slot] for slot in EXPERT_SLOTS])
-    choices |= fused_choices(states, logits["router"], experts, _heads(folder / "router"))
-    return {name: _all_right(choices[name], targets) for name in SYSTEMS}
+    rows = row_set(items)
+    gold = torch.from_numpy(rows.ids[rows.supervised].astype(np.int64))
+    choices: dict[str, Tensor] = {}
+    expert_rows = []
+    for name in ("base", *EXPERT_SLOTS):
+        logits, _ = _logits(folder / ("experts" if name in EXPERT_SLOTS else "") / name, rows)
+        choices[name] = logits.argmax(dim=1)
+        if name in EXPERT_SLOTS:
+            expert_rows.append(logits)
+    experts = torch.stack(expert_rows)
+    for prefix, name in ROUTERS.items():
+        router_rows, states = _logits(folder / name, rows)
+        heads = load_checkpoint(folder / name).heads.tensors()
+        found = fused_choices(states, router_rows, experts, heads) | {"router": router_rows.argmax(dim=1)}
+        choices |= {f"{prefix}{system}": chosen for system, chosen in found.items()}
+    return {name: _all_right(choices[name] == gold, rows) for name in SYSTEMS}
+
+
+def row_set(items: Sequence[Item]) -> RowSet:
+    """Items with every token of the answer and its end as targets."""
+    written = (data.written(item) for item in items)
+    return RowSet.of(Row.of(row.ids, row.supervised) for row in written)
 
 
 def fused_choices(
@@ -83,18 +105,16 @@ def fused_choices(
     return {name: fused.argmax(dim=1) for name, fused in rows.items()}
 
 
-def _folder_of(folder: Path, name: str) -> Path:
-    return folder / "experts" / name if name in EXPERT_SLOTS else folder / name
+@torch.no_grad()
+def _logits(folder: Path, rows: RowSet) -> tuple[Tensor, Tensor]:
+    """Logits ``[T, V]`` and hidden states ``[T, H]`` of a model at the targets; the lab's are small."""
+    model = FrozenModel.load(str(folder), folder.name)
+    states = states_at_targets(model, rows, RunContext(folder), stage="quality")
+    return model.head.rows(states), states
 
 
-def _heads(router: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(router / "routing_head.safetensors")
-
-
-def _all_right(choices: Tensor, targets: Targets) -> list[bool]:
+def _all_right(right: Tensor, rows: RowSet) -> list[bool]:
     """Whether every target of a row was chosen, row by row."""
-    right = torch.ones(targets.mask.shape, dtype=torch.bool)
-    right[targets.mask] = choices == targets.gold
-    return right.all(dim=1).tolist()
+    wrong = np.concatenate([[0], np.cumsum(~right.numpy())])
+    starts = rows.target_starts
+    return [bool(same) for same in wrong[starts[1:]] == wrong[starts[:-1]]]

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 EXPERT_SLOTS = ("math", "strings", "format")
-STAGES = ("base", *EXPERT_SLOTS, "router", "gates")
+STAGES = ("base", *EXPERT_SLOTS, "router", "gates", "preferences")
+
+
+_STAGE_FIELDS = ("base", "expert", "router", "gates", "preferences")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,10 @@ class Recipe:
         router: the SFT stage; its steps are whole epochs over these items.
         gates: the stage of the gates; as many steps as phase I, on about as many tokens as its batches of
             rows hold.
+        num_pair_prompts: fresh prompts over all tasks, to which the fused policy of phase I gives the rejected
+            answers where it is wrong.
+        preferences: the CDPO stage; its batches hold so many pairs and as many gold answers, its steps are
+            `preference_epochs` over the pairs, `num_steps` only says about how many that is.
     """
 
     hidden_size: int
@@ -43,10 +50,18 @@ class Recipe:
     num_router_items: int
     router: Stage
     gates: Stage
+    num_pair_prompts: int
+    preferences: Stage
+    preference_epochs: int
 
     def stage(self, name: str) -> Stage:
         """The stage of this name; the three experts share one."""
-        stages = {"base": self.base, "router": self.router, "gates": self.gates}
+        stages = {
+            "base": self.base,
+            "router": self.router,
+            "gates": self.gates,
+            "preferences": self.preferences,
+        }
         return stages.get(name, self.expert)
 
     def to_json(self) -> dict[str, Any]:
@@ -56,7 +71,7 @@ class Recipe:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Recipe:
         """The recipe that `to_json` wrote."""
-        stages = {name: Stage(**values[name]) for name in ("base", "expert", "router", "gates")}
+        stages = {name: Stage(**values[name]) for name in _STAGE_FIELDS}
         return cls(**{**values, **stages})
 
 
@@ -71,6 +86,9 @@ RECIPES: dict[str, Recipe] = {
         num_router_items=3000,
         router=Stage(372, 32, 1e-3),
         gates=Stage(372, 288, 1e-2),
+        num_pair_prompts=2500,
+        preferences=Stage(80, 32, 5e-4, warmup_steps=10),
+        preference_epochs=4,
     ),
     "full": Recipe(
         hidden_size=96,
@@ -82,5 +100,8 @@ RECIPES: dict[str, Recipe] = {
         num_router_items=4000,
         router=Stage(500, 32, 1e-3),
         gates=Stage(500, 288, 1e-2),
+        num_pair_prompts=3000,
+        preferences=Stage(80, 32, 3e-4, warmup_steps=10),
+        preference_epochs=4,
     ),
 }

@@ -1,4 +1,4 @@
-"""The stages, in the order in which they run: base, the three experts, the router with its gates.
+"""The stages, in the order in which they run: base, the three experts, the router with its gates, preferences.
 
 Each is a function of (recipe, seed, folders) that trains one thing and saves it; `run` finds it by name.
 They are run by the worker processes of `workers`.
@@ -19,7 +19,7 @@ from fusionroute.lab.tokenizer import build_tokenizer
 from trainer.lab_family import data
 from trainer.lab_family.packing import pack
 from trainer.lab_family.recipe import EXPERT_SLOTS, Recipe
-from trainer.lab_family.router_stage import train_router
+from trainer.lab_family.router_stage import train_cdpo, train_sft
 from trainer.lab_family.training import Report, StageReport, hidden_states, load, new_model, seed_torch, train
 from trainer.losses import lm_loss
 
@@ -33,8 +33,8 @@ def run(stage: str, recipe: Recipe, seed: int, folder: Path, report: StageReport
     """Run the stage of this name.
 
     Args:
-        stage: ``base``, an expert's slot or ``router`` (which trains the gates as well).
-        folder: the family's folder: ``base``, ``experts/<slot>``, ``router``.
+        stage: ``base``, an expert's slot, ``router`` (which trains the gates as well) or ``preferences``.
+        folder: the family's folder: ``base``, ``experts/<slot>``, ``router_sft``, ``router``, ``data``.
         report: called with (name of what is being trained, steps taken, loss) now and then.
 
     Returns:
@@ -44,7 +44,9 @@ def run(stage: str, recipe: Recipe, seed: int, folder: Path, report: StageReport
     if stage == "base":
         facts = train_base(recipe, seed, folder, partial(report, stage))
     elif stage == "router":
-        facts = train_router(recipe, seed, folder, report)
+        facts = train_sft(recipe, seed, folder, report)
+    elif stage == "preferences":
+        facts = train_cdpo(recipe, seed, folder, report)
     else:
         facts = train_expert(stage, recipe, seed, folder, partial(report, stage))
     seconds = {

@@ -1,0 +1,64 @@
+"""Phase I (method section 2): labels, router and routing head on L_SFT, then the gates, then the checkpoint."""
+
+from __future__ import annotations
+
+from fusionroute.router_model import Heads
+from trainer.checkpoints import check_vocabulary, finished, load_trained, write_checkpoint
+from trainer.config import SftJob
+from trainer.data import load_texts
+from trainer.frozen_models import FrozenModel
+from trainer.gates import gate_facts, train_gates
+from trainer.loop import train_loop
+from trainer.loop_inputs import LoopInputs, SftLesson
+from trainer.phases import INPUTS, data_facts, expert_loader, labelled, report_run, switches_of
+from trainer.run import device_of
+from trainer.run_context import RunContext, RunResult
+
+
+def run_sft(config: SftJob, context: RunContext) -> RunResult:
+    """From frozen experts and texts to a router checkpoint.
+
+    Raises:
+        FusionRouteError: naming what is wrong with data, models, labels or disk.
+        Stopped: the context asked for it.
+    """
+    if (done := finished(context.folder)) is not None:
+        return done
+    device, seed = device_of(config.training.device), config.training.seed
+    start = FrozenModel.load(config.router, "router")  # what cannot be trained is found before the labels are made
+    parent, tokenizer = start.record, start.tokenizer
+    del start
+    rows = load_texts(config.data, tokenizer, context)
+    given = labelled(rows, config.experts, config.labels, "texts", context)
+    check_vocabulary(parent, given.experts)
+    LoopInputs(config, config.router, SftLesson(rows, given.labels)).save(context.folder / INPUTS)
+    outcome = train_loop(context.folder, context)
+    router, heads = load_trained(context.folder, device)
+    metrics = dict(outcome.metrics)
+    if config.gates.enabled:
+        load_expert = expert_loader(config.experts, device) if config.gates.sum_gate else None
+        heads, of_gates = train_gates(
+            router, heads, rows, given.labels, config.gates, seed, context, load_expert
+        )
+        metrics |= of_gates
+    facts = report_run(config.report, given, router, heads, config.experts, device, seed, context)
+    checkpoint = write_checkpoint(
+        context.folder,
+        router,
+        heads,
+        given.experts,
+        combine=config.combine,
+        lineage={
+            "phase": "sft",
+            "parent": parent.name,
+            "parent_weights_fingerprint": parent.weights_fingerprint,
+            "data": data_facts(texts=(config.data, rows)),
+        },
+        switches=_switches(config, heads),
+        metrics=metrics | facts,
+    )
+    return RunResult(checkpoint, is_checkpoint=True, metrics=metrics)
+
+
+def _switches(config: SftJob, heads: Heads) -> dict[str, object]:
+    return {**switches_of(config, "sft", "training"), "gates": gate_facts(config.gates, heads)}

@@ -1,0 +1,146 @@
+"""Phase II (method section 3): preference pairs mixed with SFT rows, from a checkpoint of phase I.
+
+The reference is that checkpoint's router alone: its log-probabilities are computed once, so that no second model
+stays in memory. The bias of the pairs is told before anything is trained.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from fusionroute.router_model import Heads
+from trainer.checkpoints import check_vocabulary, finished, load_trained, parent_checkpoint, write_checkpoint
+from trainer.config import CdpoJob
+from trainer.data import load_pairs, load_texts
+from trainer.frozen_models import FrozenModel
+from trainer.loop import train_loop
+from trainer.loop_inputs import LoopInputs, PairLesson, SftLesson, measure_reference
+from trainer.pair_bias import pair_bias, render_histogram
+from trainer.phases import INPUTS, data_facts, labelled, report_run, switches_of
+from trainer.report.records import BIAS_FILE
+from trainer.router_module import RouterModule
+from trainer.rows import Labels, PairSet
+from trainer.run import device_of
+from trainer.run_context import RunContext, RunProgress, RunResult
+
+log = structlog.get_logger(__name__)
+
+
+def run_cdpo(config: CdpoJob, context: RunContext) -> RunResult:
+    """From a router of phase I, texts and pairs to a router checkpoint; the gates are those of phase I.
+
+    Raises:
+        FusionRouteError: naming what is wrong with data, models, labels or disk; EXPERTS_MISMATCH where the
+            checkpoint was made for other experts.
+        Stopped: the context asked for it.
+    """
+    if (done := finished(context.folder)) is not None:
+        return done
+    device = device_of(config.training.device)
+    start = FrozenModel.load(config.router, "router")
+    parent, tokenizer = start.record, start.tokenizer
+    del start
+    rows, pairs = load_texts(config.data, tokenizer, context), load_pairs(config.pairs, tokenizer, context)
+    of_texts = labelled(rows, config.experts, config.labels, "texts", context)
+    of_pairs = labelled(pairs.rows, config.experts, config.labels, "pairs", context)
+    check_vocabulary(parent, of_texts.experts)
+    checkpoint = parent_checkpoint(config.router, of_texts.experts)
+    reference = _reference(config, checkpoint.heads, pairs, device, context)
+    bias = _tell_bias(config, of_pairs.labels, pairs, reference.routes, context.folder)
+    lesson = PairLesson(pairs, of_pairs.labels, reference.logprobs, reference.routes)
+    inputs = LoopInputs(config, config.router, SftLesson(rows, of_texts.labels), lesson)
+    inputs.save(context.folder / INPUTS)
+    outcome = train_loop(context.folder, context)
+    router, trained = load_trained(context.folder, device)
+    heads = _with_gates_of(checkpoint.heads, trained)
+    facts = report_run(
+        config.report, of_texts, router, heads, config.experts, device, config.training.seed, context
+    )
+    metrics = {**bias, **outcome.metrics}
+    written = write_checkpoint(
+        context.folder,
+        router,
+        heads,
+        of_texts.experts,
+        combine=checkpoint.manifest.combine,
+        lineage={
+            "phase": "cdpo",
+            "parent": Path(config.router).name,
+            "parent_fingerprint": checkpoint.fingerprint(parent.weights_fingerprint),
+            "grandparents": checkpoint.manifest.lineage,
+            "data": data_facts(texts=(config.data, rows), pairs=(config.pairs, pairs.rows)),
+        },
+        switches=_switches(config, checkpoint.manifest.switches),
+        metrics=metrics | facts,
+    )
+    return RunResult(written, is_checkpoint=True, metrics=metrics)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the router of phase I says about the pairs.
+
+    Attributes:
+        logprobs: ``[2 N]`` float32, of whole answers.
+        routes: ``[T]`` int32, the expert at each target.
+    """
+
+    logprobs: NDArray[np.float32]
+    routes: NDArray[np.int32]
+
+
+def _reference(
+    config: CdpoJob, heads: Heads, pairs: PairSet, device: str, context: RunContext
+) -> Reference:
+    """In the precision of the training, so that the log-ratios of step 0 are 0."""
+    context.report(RunProgress("reference", 0, 1))
+    routing = (heads.routing_weight, heads.routing_bias)
+    router = RouterModule.load(config.router, len(config.experts), config.training, routing, device)
+    logprobs, routes = measure_reference(router, pairs, config.training.chunk_tokens)
+    context.report(RunProgress("reference", 1, 1))
+    return Reference(logprobs, routes)
+
+
+def _tell_bias(
+    config: CdpoJob, labels: Labels, pairs: PairSet, routes: NDArray[np.int32], folder: Path
+) -> dict[str, float]:
+    """Writes and logs the histogram of the bias; its warning is one of ours."""
+    cdpo = config.cdpo
+    bias = pair_bias(
+        labels,
+        pairs,
+        routes,
+        beta=cdpo.beta,
+        bias_scale=cdpo.bias_scale,
+        bias_reduction=cdpo.bias_reduction,
+    )
+    (folder / BIAS_FILE).write_text(json.dumps(bias.to_json(), indent=2) + "\n", encoding="utf-8")
+    log.info("pairs_before_training", histogram="\n" + render_histogram(bias))
+    if bias.warning is not None:
+        log.warning("bias_far_above_zero", message=bias.warning)
+    return {"bias/mean_at_start": bias.mean, "sigmoid_neg_margin/mean_at_start": bias.mean_sigmoid}
+
+
+def _with_gates_of(before: Heads, trained: Heads) -> Heads:
+    return Heads(
+        routing_weight=trained.routing_weight,
+        routing_bias=trained.routing_bias,
+        gate_weight=before.gate_weight,
+        gate_bias=before.gate_bias,
+        sum_gate_weight=before.sum_gate_weight,
+        sum_gate_bias=before.sum_gate_bias,
+    )
+
+
+def _switches(config: CdpoJob, before: dict[str, Any]) -> dict[str, Any]:
+    mine = switches_of(config, "sft", "cdpo", "mixed", "training")
+    return {**mine, **({"gates": before["gates"]} if "gates" in before else {})}
+
+
