@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from fusionroute.errors import InvalidRequest, Reason
-from fusionroute.vocabulary import end_ids as tokenizer_end_ids
+from fusionroute.vocabulary import end_ids as known_end_ids
 from trainer.data.rendering import Script
 
 if TYPE_CHECKING:
@@ -45,13 +45,33 @@ class Encoded:
         return self.marks.count(1)
 
 
+def model_end_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens at which a service of the tokenizer's model stops: EOS, and what the generation settings add.
+
+    They are read from the folder or hub id that the tokenizer was loaded from; without them EOS stands alone.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    origin = tokenizer.name_or_path
+    if not origin:
+        return known_end_ids(tokenizer)
+    try:
+        settings: object = GenerationConfig.from_pretrained(origin)
+    except (OSError, ValueError):
+        try:
+            settings = AutoConfig.from_pretrained(origin, trust_remote_code=False)
+        except (OSError, ValueError):
+            settings = None
+    return known_end_ids(tokenizer, settings)
+
+
 class Encoder:
     """Encodes scripts for one vocabulary.
 
     Args:
         tokenizer: of the models.
         end_of_text: whether EOS is appended to whole texts that no template has ended.
-        end_ids: tokens that end an answer; None = the tokenizer's EOS.
+        end_ids: tokens that end an answer; None = `model_end_ids`.
 
     Raises:
         InvalidRequest: INVALID_FIELD, EOS is to be appended but the tokenizer has none.
@@ -72,7 +92,7 @@ class Encoder:
             )
         self._tokenizer = tokenizer
         self._eos_id = tokenizer.eos_token_id if end_of_text else None
-        self._end_ids = frozenset(end_ids) if end_ids is not None else tokenizer_end_ids(tokenizer)
+        self._end_ids = frozenset(end_ids) if end_ids is not None else model_end_ids(tokenizer)
 
     def encode(self, scripts: Sequence[Script]) -> list[Encoded]:
         """All scripts, through the tokenizer in two calls."""

@@ -59,8 +59,8 @@ def load_texts(
         table: which data, and what becomes of long rows.
         tokenizer: of the models.
         context: is told how far it is, and may stop it.
-        end_ids: tokens that end an answer (`fusionroute.vocabulary.end_ids` of tokenizer and generation
-            settings); None = the tokenizer's EOS.
+        end_ids: tokens that end an answer; None = EOS and those of the generation settings that lie where the
+            tokenizer was loaded from.
 
     Raises:
         InvalidRequest: DATA_INVALID naming file, line, field and what is wrong; INVALID_FIELD naming a file or
