@@ -53,7 +53,11 @@ Expert = Annotated[
     ExpertSource, BeforeValidator(lambda value: {"model": value} if isinstance(value, str) else value)
 ]
 Experts = Annotated[
-    dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], Expert], Field(min_length=1)
+    dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], Expert],
+    Field(
+        min_length=1,
+        description="By slot, in the order of the heads: folder or hub id, or a table with `model` and `name`.",
+    ),
 ]
 
 
@@ -97,10 +101,12 @@ class LabelsTable(_Table):
 class LoraTable(_Table):
     """Train low-rank adapters instead of all weights; they are merged into the checkpoint."""
 
-    rank: Count = 16
-    alpha: Rate = 32.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    rank: Count = Field(default=16, description="Of each adapter.")
+    alpha: Rate = Field(default=32.0, description="An adapter's output is scaled by alpha / rank.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="Before each adapter.")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear", description="Names of the layers that get one."
+    )
 
 
 class TrainingTable(_Table):
@@ -110,21 +116,21 @@ class TrainingTable(_Table):
     max_steps: Count | None = Field(default=None, description="Optimiser steps instead of epochs.")
     batch_rows: Count = Field(default=8, description="Rows (a pair counts as two) of one forward of one process.")
     accumulation_steps: Count = Field(default=1, description="Forwards before an optimiser step.")
-    learning_rate: Rate = 1e-5
+    learning_rate: Rate = Field(default=1e-5, description="Of the router, after the warm-up.")
     head_learning_rate_factor: Rate = Field(default=3.0, description="The routing head's rate over the router's.")
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: Weight = 0.01
-    max_gradient_norm: Rate = 1.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    betas: tuple[float, float] = Field(default=(0.9, 0.98), description="Of AdamW.")
+    weight_decay: Weight = Field(default=0.01, description="Of AdamW, on matrices.")
+    max_gradient_norm: Rate = Field(default=1.0, description="Longer gradients are shortened to it.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=20, description="Of the learning rate, linear.")
     final_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="Where the cosine ends."
     )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 = autocast over fp32 weights.")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(default=False, description="Less memory, a third more time.")
     chunk_tokens: Count = Field(default=1024, description="Targets whose vocabulary rows exist at a time.")
     save_every_steps: Count = Field(default=200, description="Steps that are lost at most when a run is killed.")
-    log_every_steps: Count = 10
-    seed: Annotated[int, Field(ge=0)] = 0
+    log_every_steps: Count = Field(default=10, description="Between two lines of metrics.")
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of order and adapters.")
     device: str = Field(default="auto", description="auto, cpu, cuda, ... of a run with one process.")
     num_processes: Count = Field(default=1, description="Data-parallel processes on this machine (torchrun).")
     launcher: tuple[str, ...] = Field(
@@ -132,7 +138,7 @@ class TrainingTable(_Table):
         description="Instead of torchrun: what stands before `-m trainer.loop_process FOLDER`, for example "
         "accelerate launch --config_file fsdp.yaml.",
     )
-    tensorboard: bool = True
+    tensorboard: bool = Field(default=True, description="Write its logs beside the metrics.")
     lora: LoraTable | None = None
 
 
@@ -151,19 +157,19 @@ class SftLossTable(_Table):
 class GatesTable(_Table):
     """Method section 6: heads trained after phase I on hidden states that stand still."""
 
-    enabled: bool = True
+    enabled: bool = Field(default=True, description="Train gates.")
     sum_gate: bool = Field(default=True, description="The one-row gate of `gated_sum`; needs the experts here.")
     max_targets: Count = Field(default=200_000, description="Targets whose hidden states are kept in memory.")
-    num_steps: Count = 400
-    batch_targets: Count = 288
-    learning_rate: Rate = 1e-2
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    num_steps: Count = Field(default=400, description="Optimiser steps.")
+    batch_targets: Count = Field(default=288, description="Targets of one step.")
+    learning_rate: Rate = Field(default=1e-2, description="After the warm-up; then cosine to a tenth.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=20, description="Linear.")
 
 
 class CdpoLossTable(_Table):
     """Method section 3."""
 
-    beta: Rate = 0.1
+    beta: Rate = Field(default=0.1, description="Of the margin.")
     policy: Literal["product", "normalised"] = Field(
         default="product", description="`normalised`: log-softmax of the summed logits; loads the experts."
     )
@@ -175,14 +181,16 @@ class CdpoLossTable(_Table):
 class MixedLossTable(_Table):
     """What SFT rows add in phase II: L_SFT, lambda L_expert alone, or lambda L_SFT."""
 
-    sft_loss: Literal["sft", "expert", "scaled_sft"] = "sft"
+    sft_loss: Literal["sft", "expert", "scaled_sft"] = Field(
+        default="sft", description="L_SFT, lambda L_expert, or lambda L_SFT."
+    )
     sft_rows_per_pair: Weight = Field(default=1.0, description="SFT rows for each pair, drawn anew; 0 = pairs alone.")
 
 
 class ReportTable(_Table):
     """The picture of a run."""
 
-    enabled: bool = True
+    enabled: bool = Field(default=True, description="Measure who was right, and draw.")
     max_rows: Count = Field(default=256, description="Rows on which is measured who was right; needs the experts here.")
 
 
@@ -259,13 +267,15 @@ class PairsJob(JobConfig):
     checkpoint: str = Field(
         default="", description="Folder of the checkpoint that it serves; empty = where the router says it is."
     )
-    combine: Literal["sum", "gated_sum", "mixture", "select", "route", "router"] = "sum"
-    max_new_tokens: Count = 400
+    combine: Literal["sum", "gated_sum", "mixture", "select", "route", "router"] = Field(
+        default="sum", description="The rule whose mistakes are wanted."
+    )
+    max_new_tokens: Count = Field(default=400, description="Of each answer.")
     samples: Annotated[int, Field(ge=0)] = Field(
         default=1, description="Tries at `temperature` where the greedy answer is right; 0 = greedy alone."
     )
-    temperature: Rate = 1.0
-    seed: Annotated[int, Field(ge=0)] = 0
+    temperature: Rate = Field(default=1.0, description="Of the tries after a right greedy answer.")
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of these tries.")
     verifier: Literal["exact", "number", "choice"] = Field(
         default="exact", description="When an answer is right: equal text, equal last number, equal last choice letter."
     )
@@ -273,7 +283,7 @@ class PairsJob(JobConfig):
     experts: dict[str, Expert] = Field(
         default_factory=dict, description="To print the bias of the pairs: the experts, as in cdpo."
     )
-    beta: Rate = 0.1
+    beta: Rate = Field(default=0.1, description="With which the bias is printed.")
 
 
 class _RouterJob(JobConfig):
@@ -315,12 +325,12 @@ class ExtendJob(JobConfig):
     old_data: DataTable | None = Field(default=None, description="Texts of the old domains, to report on and replay.")
     labels: LabelsTable = LabelsTable()
     router: str = Field(min_length=1, description="The checkpoint to be extended.")
-    num_steps: Count = 300
-    batch_targets: Count = 512
-    learning_rate: Rate = 1e-2
-    max_targets: Count = 200_000
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: str = "auto"
+    num_steps: Count = Field(default=300, description="Optimiser steps.")
+    batch_targets: Count = Field(default=512, description="Targets of one step.")
+    learning_rate: Rate = Field(default=1e-2, description="After a short warm-up; then cosine to a tenth.")
+    max_targets: Count = Field(default=200_000, description="Targets of each data set that are used.")
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the choice and order of targets.")
+    device: str = Field(default="auto", description="auto, cpu, cuda, ...")
 
 
 JOBS: dict[JobKind, type[JobConfig]] = {
