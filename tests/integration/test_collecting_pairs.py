@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from fusionroute.errors import FusionRouteError, InvalidRequest, Reason
-from fusionroute.v1.router_pb2 import GenerateRequest
+from fusionroute.v1.router_pb2 import CombineRule, GenerateRequest
 from tests.served_stack import Family, Stack, make_family, served
 from tests.tiny_models import word_tokenizer
 from trainer.config import DataTable, PairsJob
@@ -58,7 +58,7 @@ async def test_rejected_answers_are_the_routers_own_and_are_not_kept_as_sessions
             request = GenerateRequest()
             request.token_ids.ids.extend(tokenizer.encode(row["prompt"]))
             request.sampling.max_tokens = 6
-            request.combine = 1
+            request.combine = CombineRule.COMBINE_RULE_SUM
             answer = await stack.answer(request)
             assert answer.text == row["rejected"]
             assert row["chosen"] == " w9 w8"

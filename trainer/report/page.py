@@ -54,9 +54,10 @@ def panels_of(records: RunRecords) -> list[Panel]:
 
 
 def draw_page(records: RunRecords, title: str) -> Figure:
-    """The whole page as a figure of its own, without any global state of matplotlib's."""
+    """The whole page as a figure that no window knows of."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels = panels_of(records)
     num_rows = -(-len(panels) // NUM_COLUMNS)
@@ -64,8 +65,8 @@ def draw_page(records: RunRecords, title: str) -> Figure:
     ownership_inches = 1.1 + OWNER_HEIGHT_INCHES * len(owners) if owners else 0.0
     heights = [0.42, max(num_rows, 0 if owners else 1) * PANEL_HEIGHT_INCHES, ownership_inches]
     with rc_context(RC):
-        figure = Figure(figsize=(PAGE_WIDTH_INCHES, sum(heights)), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
+        layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
+        figure = Figure(figsize=(PAGE_WIDTH_INCHES, sum(heights)), layout=layout)
         parts: Any = figure.subfigures(3, 1, height_ratios=[max(height, 1e-3) for height in heights])
         steps = f"   {records.num_steps:,} steps" if records.num_steps else ""
         parts[0].text(0.008, 0.45, title, fontsize=13, fontweight="bold", va="center")

@@ -20,7 +20,7 @@ NOBODY_COLOUR = "#8C949E"
 INK = "#22272E"
 FAINT = "#D9DDE3"
 
-RC: dict[str, Any] = {
+RC: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8.0,
     "axes.titlesize": 9.0,
