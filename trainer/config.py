@@ -139,7 +139,7 @@ class TrainingTable(_Table):
         "accelerate launch --config_file fsdp.yaml.",
     )
     tensorboard: bool = Field(default=True, description="Write its logs beside the metrics.")
-    lora: LoraTable | None = None
+    lora: LoraTable | None = Field(default=None, description="Adapters instead of all weights.")
 
 
 class SftLossTable(_Table):
@@ -227,9 +227,9 @@ class JobConfig(_Table):
         return cls._validated(content, "config")
 
     @classmethod
-    def from_values(cls, content: Mapping[str, Any]) -> Self:
-        """The configuration of plain values. Raises InvalidRequest as `from_toml`."""
-        return cls._validated(content, "config")
+    def from_values(cls, content: Mapping[str, Any], origin: str = "config") -> Self:
+        """The configuration of plain values; `origin` stands in errors. Raises InvalidRequest as `from_toml`."""
+        return cls._validated(content, origin)
 
     def to_json(self) -> str:
         """The whole configuration, defaults included."""
