@@ -14,6 +14,7 @@ main = CommandGroup(
         "logs": "fusionroute.cli.stack:logs",
         "generate": "fusionroute.cli.generate:generate",
         "experts": "fusionroute.cli.experts:experts",
+        "train": "fusionroute.cli.train:train",
         "lab": "fusionroute.cli.lab:lab",
         "bench": "fusionroute.cli.bench:bench",
         "doctor": "fusionroute.cli.doctor:doctor",
