@@ -12,6 +12,10 @@ from router_service.generation import Costs, Ending, WrittenToken
 from router_service.turn_request import Showing, Turn
 
 
+def _nothing() -> None:
+    """There is no writer to interrupt."""
+
+
 @dataclass(slots=True, eq=False)
 class LiveTurn:
     """What streams see of a turn while it is written and for as long as they look.
@@ -33,7 +37,7 @@ class LiveTurn:
     error: FusionRouteError | None = None
     cancelled: bool = False
     costs: Costs | None = None
-    interrupt: Callable[[], None] = lambda: None
+    interrupt: Callable[[], None] = _nothing
     num_followers: int = 0
     left_alone_since: float = field(default_factory=time.monotonic)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -51,12 +55,12 @@ class LiveTurn:
     def end(self, ending: Ending) -> None:
         """The turn is complete."""
         self.ending = ending
-        self._announce()
+        self._close()
 
     def fail(self, error: FusionRouteError) -> None:
         """The turn broke off; what was written stays and can be resumed."""
         self.error = error
-        self._announce()
+        self._close()
 
     def cancel(self) -> None:
         """Asks the writer to stop, also while it waits for a model."""
@@ -90,6 +94,10 @@ class LiveTurn:
     def alone_for_seconds(self) -> float:
         """How long nobody has followed the turn."""
         return 0.0 if self.num_followers else time.monotonic() - self.left_alone_since
+
+    def _close(self) -> None:
+        self.interrupt = _nothing  # it holds the writer and with it the whole model
+        self._announce()
 
     def _announce(self) -> None:
         self._news.set()

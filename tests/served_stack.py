@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,36 +51,44 @@ def make_family(folder: Path, slots: tuple[str, ...] = SLOTS, *, gates: bool = T
         slot: save_tiny_model(folder / slot, families[index % 3], seed=10 + index)
         for index, slot in enumerate(slots)
     }
-    router, tokenizer = tiny_model("llama", seed=1), word_tokenizer()
-    records = []
-    for slot, path in experts.items():
-        facts = load_model(str(path)).facts
-        records.append(
-            ExpertRecord(
-                slot, slot, facts.tokenizer_fingerprint, facts.logits_width, facts.weights_fingerprint
-            )
-        )
-    torch.manual_seed(5)
-    hidden = router.config.hidden_size
-    heads = Heads(torch.randn(len(slots), hidden), torch.zeros(len(slots)))
+    records = tuple(record_of(slot, path) for slot, path in experts.items())
+    return Family(save_router(folder / "router", records, gates=gates), experts)
+
+
+def record_of(slot: str, path: Path) -> ExpertRecord:
+    """An expert as a manifest knows it."""
+    facts = load_model(str(path)).facts
+    return ExpertRecord(
+        slot, slot, facts.tokenizer_fingerprint, facts.logits_width, facts.weights_fingerprint
+    )
+
+
+def save_router(
+    folder: Path, records: tuple[ExpertRecord, ...], *, seed: int = 1, gates: bool = True, **changes: Any
+) -> Path:
+    """Writes a router checkpoint with random weights for these experts; `changes` are of its manifest."""
+    router, tokenizer = tiny_model("llama", seed=seed), word_tokenizer()
+    torch.manual_seed(seed + 4)
+    hidden, num_experts = router.config.hidden_size, len(records)
+    heads = Heads(torch.randn(num_experts, hidden), torch.zeros(num_experts))
     if gates:
         heads = Heads(
             heads.routing_weight,
             heads.routing_bias,
-            torch.randn(len(slots) + 1, hidden),
-            torch.zeros(len(slots) + 1),
+            torch.randn(num_experts + 1, hidden),
+            torch.zeros(num_experts + 1),
             torch.randn(1, hidden) * 0.3,
             torch.zeros(1),
         )
     manifest = Manifest(
-        experts=tuple(records),
+        experts=records,
         combine="sum",
         tokenizer_fingerprint=records[0].tokenizer_fingerprint,
         logits_width=WIDTH,
         code_version=__version__,
     )
-    save_checkpoint(folder / "router", router, tokenizer, heads, manifest)
-    return Family(folder / "router", experts)
+    save_checkpoint(folder, router, tokenizer, heads, replace(manifest, **changes))
+    return folder
 
 
 @dataclass
