@@ -30,6 +30,8 @@ from trainer.run_context import RunContext, RunProgress, RunResult, Stop, Stoppe
 
 REPORT_SECONDS = 0.2
 LOCK_PATIENCE_SECONDS = 10.0
+COMPLETE_FILE = "COMPLETE"
+"""`fusionroute.router_model.COMPLETE_FILE`, without importing torch; a test compares them."""
 
 Runner: TypeAlias = Callable[[JobConfig, RunContext], RunResult]
 
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str], run: Runner | None = None) -> int:
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _asking(stop))
-    _listen(folder, stop, assignment.stop_seconds)
+    left_alone = _listen(folder, stop, assignment.stop_seconds)
     try:
         with folder.held(LOCK_PATIENCE_SECONDS), _Reporter(folder) as reporter:
             context = RunContext(folder=folder.path, report=reporter.report, stop=stop)
@@ -73,6 +75,9 @@ def main(arguments: Sequence[str], run: Runner | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return ProcessExit.STORAGE_FULL
         raise
+    finally:
+        if left_alone.is_set():  # else the supervisor sees to it
+            end_processes(folder.path)
     return ProcessExit.OUTCOME_WRITTEN
 
 
@@ -101,8 +106,6 @@ def _outcome_of(read: Callable[[], JobConfig], context: RunContext, run: Runner 
 
 
 def _check(result: RunResult) -> None:
-    from fusionroute.router_model import COMPLETE_FILE  # imports torch, as what has made the checkpoint did
-
     if result.is_checkpoint and not (result.artifact / COMPLETE_FILE).is_file():
         message = f"{result.artifact} is not a complete checkpoint: {COMPLETE_FILE} is missing"
         raise TrainingFailed(Reason.CHECKPOINT_INCOMPLETE, message)
@@ -126,8 +129,13 @@ def _asking(stop: Stop) -> Callable[[int, FrameType | None], None]:
     return handle
 
 
-def _listen(folder: JobFolder, stop: Stop, stop_seconds: float) -> None:
-    """Obeys the supervisor's words, and ends this process and its children when there is no supervisor any more."""
+def _listen(folder: JobFolder, stop: Stop, stop_seconds: float) -> threading.Event:
+    """Obeys the supervisor's words, and ends this process and its children in time when it is gone.
+
+    Returns:
+        Set once there is no supervisor any more.
+    """
+    left_alone = threading.Event()
     words = os.dup(0)  # not inherited by children, who must not eat our words
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -136,12 +144,14 @@ def _listen(folder: JobFolder, stop: Stop, stop_seconds: float) -> None:
     def listen() -> None:
         while piece := os.read(words, 64):
             stop.request(save=b"discard" not in piece)
+        left_alone.set()
         stop.request(save=stop.save)
         time.sleep(stop_seconds)
         end_processes(folder.path)
         os._exit(1)
 
     threading.Thread(target=listen, name="supervisor-words", daemon=True).start()
+    return left_alone
 
 
 class _Reporter:
