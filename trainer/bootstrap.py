@@ -23,12 +23,15 @@ from fusionroute.grpc_runtime import (
     serve_until_signalled,
     server,
 )
+from fusionroute.promotions import PromotionStore
 from fusionroute.settings import ExitCode
 from fusionroute.v1 import trainer_pb2, trainer_pb2_grpc
+from trainer.checkpoint_store import CheckpointStore
 from trainer.jobs.attempt import Workshop
 from trainer.jobs.child import JOB_COMMAND
 from trainer.jobs.store import JobStore
 from trainer.jobs.supervisor import Supervisor
+from trainer.promoter import registry_of
 from trainer.servicer import TrainerServicer
 from trainer.settings import TrainerSettings
 
@@ -98,9 +101,15 @@ async def running_trainer(
         )
         supervisor = Supervisor(jobs, workshop, max_running_jobs=settings.max_running_jobs)
         stack.push_async_callback(supervisor.close)
+        servicer = TrainerServicer(
+            jobs,
+            CheckpointStore(workshop.checkpoints_dir),
+            PromotionStore(redis),
+            registry_of(settings.router),
+        )
         running = await stack.enter_async_context(
             server(
-                [trainer_service(TrainerServicer(jobs))],
+                [trainer_service(servicer)],
                 host=settings.host,
                 port=settings.port,
                 progress=lambda: Progress(pending=True, tick=supervisor.num_rounds),

@@ -88,7 +88,7 @@ def _options(kind: str) -> list[Callable[[Any], Any]]:
         click.option(
             "--trainer",
             metavar="HOST:PORT",
-            help="Trainer service; else $FUSIONROUTE_TRAINER_ADDRESS, else the local stack's.",
+            help="Trainer service; else $FUSIONROUTE_TRAINER, else the local stack's.",
         ),
         name_option,
         json_option,
