@@ -9,6 +9,7 @@ Everything that has parameters is called in `forward`, so that DDP and FSDP find
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -269,7 +270,8 @@ def _with_adapters(lm: PreTrainedModel, table: LoraTable, seed: int) -> PreTrain
         target_modules=modules if isinstance(modules, str) else list(modules),
         task_type=TaskType.CAUSAL_LM,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names it is about to drop
         torch.manual_seed(seed)
         return get_peft_model(lm, config)
 
