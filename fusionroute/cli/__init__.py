@@ -15,6 +15,7 @@ main = CommandGroup(
         "generate": "fusionroute.cli.generate:generate",
         "experts": "fusionroute.cli.experts:experts",
         "train": "fusionroute.cli.train:train",
+        "checkpoints": "fusionroute.cli.checkpoints:checkpoints",
         "lab": "fusionroute.cli.lab:lab",
         "bench": "fusionroute.cli.bench:bench",
         "doctor": "fusionroute.cli.doctor:doctor",

@@ -32,14 +32,18 @@ def address_options(command: Command) -> Command:
     return name_option(option(command))
 
 
-def trainer_options(command: Command) -> Command:
-    """--trainer and --name: which trainer."""
-    option = click.option(
+def trainer_option(command: Command) -> Command:
+    """--trainer: which trainer, beside a router of the same stack."""
+    return click.option(
         "--trainer",
         metavar="HOST:PORT",
         help=f"Trainer to talk to; else ${TRAINER_VARIABLE}, else the local stack's.",
-    )
-    return name_option(option(command))
+    )(command)
+
+
+def trainer_options(command: Command) -> Command:
+    """--trainer and --name: which trainer."""
+    return name_option(trainer_option(command))
 
 
 def json_option(command: Command) -> Command:
