@@ -68,7 +68,7 @@ def draw_page(records: RunRecords, title: str) -> Figure:
         layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
         figure = Figure(figsize=(PAGE_WIDTH_INCHES, sum(heights)), layout=layout)
         parts: Any = figure.subfigures(3, 1, height_ratios=[max(height, 1e-3) for height in heights])
-        steps = f"   {records.num_steps:,} steps" if records.num_steps else ""
+        steps = f"{records.num_steps:,} step{'s' * (records.num_steps != 1)}" if records.num_steps else ""
         parts[0].text(0.008, 0.45, title, fontsize=13, fontweight="bold", va="center")
         parts[0].text(0.992, 0.45, steps, fontsize=9, va="center", ha="right")
         _draw_panels(parts[1], panels, records, num_rows)
@@ -82,10 +82,14 @@ def _draw_panels(part: SubFigure, panels: list[Panel], records: RunRecords, num_
     if not panels:
         part.text(0.5, 0.5, "nothing was logged", ha="center", va="center", fontsize=10)
         return
-    grid = part.add_gridspec(num_rows, NUM_COLUMNS)
+    from matplotlib.ticker import MaxNLocator
+
+    num_columns = min(NUM_COLUMNS, len(panels))
+    grid = part.add_gridspec(num_rows, num_columns)
     for place, panel in enumerate(panels):
-        axes = part.add_subplot(grid[divmod(place, NUM_COLUMNS)])
+        axes = part.add_subplot(grid[divmod(place, num_columns)])
         axes.set_title(panel.title)
         panel.draw(axes, records)
         if panel not in BIAS_PANELS:
             axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))

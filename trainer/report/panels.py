@@ -146,6 +146,7 @@ def _speed(axes: Axes, records: RunRecords) -> None:
     _draw_lines(axes, records, [Line("tokens_per_second", "", "#5B7083")])
     axes.set_ylim(0, 1.15 * max(records.series("tokens_per_second").values))
     axes.set_ylabel("tokens per second")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
 SFT_PANELS: tuple[Panel, ...] = (
@@ -190,7 +191,8 @@ def _draw_lines(axes: Axes, records: RunRecords, lines: Sequence[Line]) -> None:
         series = records.series(line.name)
         last = max(last, series.steps[-1])
         if len(series.steps) <= MANY_POINTS:
-            axes.plot(series.steps, series.values, line.dashes, color=line.colour, marker="o", markersize=2.5)
+            axes.plot(series.steps, series.values, line.dashes, color=line.colour, marker="o", markersize=2.5,
+                      clip_on=False)  # fmt: skip
             continue
         axes.plot(series.steps, series.values, color=line.colour, linewidth=0.6, alpha=0.28)
         axes.plot(series.steps, _curve(series.values), line.dashes, color=line.colour)

@@ -125,4 +125,5 @@ def _remark(axes: Axes, counts: list[float], text: str) -> None:
     third = max(1, len(counts) // 3)
     at_right = max(counts[-third:]) <= max(counts[:third])
     axes.text(0.98 if at_right else 0.02, 0.97, text.replace("-", MINUS), transform=axes.transAxes, va="top",
-              ha="right" if at_right else "left", fontsize=7.5, linespacing=1.3)  # fmt: skip
+              ha="right" if at_right else "left", fontsize=7.5, linespacing=1.3,
+              bbox={"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 1.5}, zorder=5)  # fmt: skip
