@@ -132,7 +132,7 @@ async def _all(work: Sequence[Coroutine[Any, Any, Outcome]]) -> list[Outcome]:
         return list(await asyncio.gather(*tasks))
     finally:
         for task in tasks:
-            await end_task(task)
+            await _end(task)
 
 
 async def _until_stopped(work: Coroutine[Any, Any, Outcome], stop: Stop) -> Outcome:
@@ -144,4 +144,11 @@ async def _until_stopped(work: Coroutine[Any, Any, Outcome], stop: Stop) -> Outc
                 raise Stopped
         return task.result()
     finally:
-        await end_task(task)
+        await _end(task)
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    """Ends a task of whose failure nobody wants to hear: another failure has been told already."""
+    await end_task(task)
+    if not task.cancelled():
+        task.exception()

@@ -171,6 +171,7 @@ def _implicit_pair(content: Mapping[str, Any]) -> tuple[Conversation, Conversati
             raise RowFault(
                 field, "after the shared prompt must begin and end with a message of the assistant"
             )
+        _check_learnt(messages, field, num_shared)
     return (
         Conversation(tuple(chosen), num_shared, _ended(content, "chosen")),
         Conversation(tuple(rejected), num_shared, _ended(content, "rejected")),

@@ -96,7 +96,7 @@ class Renderer:
                 continue
             start = self._start(messages[:index], message, whole)
             end = self._end(messages[: index + 1], whole)
-            if message["content"].rstrip()[-TAIL_CHARACTERS:] not in whole[start:end]:
+            if message["content"].strip()[-TAIL_CHARACTERS:] not in whole[start:end]:
                 raise RowFault(
                     f"messages[{index}].content",
                     f"the chat template does not write it; it writes {shown(whole[start:end])}",
