@@ -9,6 +9,7 @@ async with TrainerClient.open("127.0.0.1:50070") as trainer:
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
@@ -89,12 +90,12 @@ class TrainerClient:
         """The job now and after every change, the last one being the ended one.
 
         Args:
-            patience_seconds: how long a trainer may be away, for example to be restarted.
+            patience_seconds: how long a trainer that has answered may be away, for example to be restarted.
 
         Raises:
-            FusionRouteError: JOB_UNKNOWN; Unavailable when the trainer stayed away.
+            FusionRouteError: JOB_UNKNOWN; Unavailable when the trainer is not there, or stayed away.
         """
-        heard_at, failures = time.monotonic(), 0
+        heard_at, failures = -math.inf, 0
         while True:
             request = trainer_pb2.WatchJobRequest(job_id=job_id)
             call = self._trainer.WatchJob(request, timeout=STREAM_TIMEOUT_SECONDS)

@@ -15,6 +15,7 @@ main = CommandGroup(
         "generate": "fusionroute.cli.generate:generate",
         "experts": "fusionroute.cli.experts:experts",
         "train": "fusionroute.cli.train:train",
+        "jobs": "fusionroute.cli.jobs:jobs",
         "checkpoints": "fusionroute.cli.checkpoints:checkpoints",
         "lab": "fusionroute.cli.lab:lab",
         "bench": "fusionroute.cli.bench:bench",

@@ -15,7 +15,6 @@ import pytest
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
-from fusionroute import router_model
 from fusionroute.errors import FusionRouteError, Reason
 from fusionroute.private_redis import PrivateRedis, connect
 from fusionroute.trainer_client import TrainerClient, state_name
@@ -25,7 +24,6 @@ from tests.fake_job import config_of, steps_done
 from tests.fake_trainer import FAKE_JOB_COMMAND
 from trainer.bootstrap import RunningTrainer, running_trainer
 from trainer.config import JobKind as ConfiguredKind
-from trainer.jobs import process
 from trainer.jobs.leftovers import processes_of
 from trainer.settings import TrainerSettings
 
@@ -370,7 +368,3 @@ async def test_a_commitment_that_was_not_carried_out_is_carried_out_by_the_next(
 def test_every_kind_of_the_configuration_is_one_of_the_contract() -> None:
     names = {kind.name for kind in ConfiguredKind}
     assert {f"JOB_KIND_{name}" for name in names} == set(JobKind.keys()) - {"JOB_KIND_UNSPECIFIED"}
-
-
-def test_the_mark_of_a_complete_checkpoint_is_one_word() -> None:
-    assert process.COMPLETE_FILE == router_model.COMPLETE_FILE

@@ -22,6 +22,7 @@ from typing import TypeAlias
 import structlog
 
 from fusionroute.errors import FusionRouteError, Reason, TrainingFailed
+from fusionroute.manifest import COMPLETE_FILE
 from fusionroute.telemetry import configure_logs, quiet_native_logs
 from trainer.config import JOBS, JobConfig
 from trainer.jobs.folder import Broken, Done, FolderBusy, JobFolder, Outcome, StoppedEarly
@@ -30,8 +31,6 @@ from trainer.run_context import RunContext, RunProgress, RunResult, Stop, Stoppe
 
 REPORT_SECONDS = 0.2
 LOCK_PATIENCE_SECONDS = 10.0
-COMPLETE_FILE = "COMPLETE"
-"""`fusionroute.router_model.COMPLETE_FILE`, without importing torch; a test compares them."""
 
 Runner: TypeAlias = Callable[[JobConfig, RunContext], RunResult]
 
