@@ -221,7 +221,8 @@ def _fields(model: type[BaseModel]) -> list[str]:
     rows = ["| field | default | meaning |", "|---|---|---|"]
     for name, field in model.model_fields.items():
         table = _table_of(field.annotation)
-        default = "required" if field.is_required() else "" if table else f"`{_shown(field.get_default(call_default_factory=True))}`"
+        default = "" if table else f"`{_shown(field.get_default(call_default_factory=True))}`"
+        default = "required" if field.is_required() else default
         meaning = field.description or ("A table of its own, see below." if table else "")
         rows.append(f"| `{name}` | {default} | {meaning.replace('|', chr(92) + '|')} |")
     return rows

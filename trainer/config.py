@@ -155,7 +155,7 @@ class SftLossTable(_Table):
 
 
 class GatesTable(_Table):
-    """Method section 6: heads trained after phase I on hidden states that stand still."""
+    """Method section 6: heads trained after the router, on hidden states that stand still."""
 
     enabled: bool = Field(default=True, description="Train gates.")
     sum_gate: bool = Field(default=True, description="The one-row gate of `gated_sum`; needs the experts here.")
@@ -294,6 +294,9 @@ class _RouterJob(JobConfig):
     training: TrainingTable = TrainingTable()
     gates: GatesTable = GatesTable()
     report: ReportTable = ReportTable()
+    combine: Literal["sum", "gated_sum", "mixture", "select"] = Field(
+        default="sum", description="The checkpoint's default rule."
+    )
 
 
 class SftJob(_RouterJob):
@@ -301,13 +304,10 @@ class SftJob(_RouterJob):
 
     kind = JobKind.SFT
     sft: SftLossTable = SftLossTable()
-    combine: Literal["sum", "gated_sum", "mixture", "select"] = Field(
-        default="sum", description="The checkpoint's default rule."
-    )
 
 
 class CdpoJob(_RouterJob):
-    """`fusionroute train cdpo`: `router` is a checkpoint of phase I; its gates are kept."""
+    """`fusionroute train cdpo`: `router` is a checkpoint of phase I; the gates are fitted anew."""
 
     kind = JobKind.CDPO
     pairs: DataTable

@@ -7,10 +7,10 @@ from trainer.checkpoints import check_vocabulary, finished, load_trained, write_
 from trainer.config import SftJob
 from trainer.data import load_texts
 from trainer.frozen_models import FrozenModel
-from trainer.gates import gate_facts, train_gates
+from trainer.gates import gate_facts
 from trainer.loop import train_loop
 from trainer.loop_inputs import LoopInputs, SftLesson
-from trainer.phases import INPUTS, data_facts, expert_loader, labelled, report_run, switches_of
+from trainer.phases import INPUTS, data_facts, labelled, lasting, report_run, switches_of, with_gates
 from trainer.run import device_of
 from trainer.run_context import RunContext, RunResult
 
@@ -24,7 +24,7 @@ def run_sft(config: SftJob, context: RunContext) -> RunResult:
     """
     if (done := finished(context.folder)) is not None:
         return done
-    device, seed = device_of(config.training.device), config.training.seed
+    device = device_of(config.training.device)
     start = FrozenModel.load(config.router, "router")  # what cannot be trained is found before the labels are made
     parent, tokenizer = start.record, start.tokenizer
     del start
@@ -33,15 +33,10 @@ def run_sft(config: SftJob, context: RunContext) -> RunResult:
     check_vocabulary(parent, given.experts)
     LoopInputs(config, config.router, SftLesson(rows, given.labels)).save(context.folder / INPUTS)
     outcome = train_loop(context.folder, context)
-    router, heads = load_trained(context.folder, device)
-    metrics = dict(outcome.metrics)
-    if config.gates.enabled:
-        load_expert = expert_loader(config.experts, device) if config.gates.sum_gate else None
-        heads, of_gates = train_gates(
-            router, heads, rows, given.labels, config.gates, seed, context, load_expert
-        )
-        metrics |= of_gates
-    facts = report_run(config.report, given, router, heads, config.experts, device, seed, context)
+    router, routing = load_trained(context.folder, device)
+    heads, of_gates = with_gates(config, given, router, routing, device, context)
+    metrics = {**outcome.metrics, **of_gates}
+    facts = report_run(config.report, given, router, heads, config.experts, device, config.training.seed, context)
     checkpoint = write_checkpoint(
         context.folder,
         router,
@@ -55,7 +50,7 @@ def run_sft(config: SftJob, context: RunContext) -> RunResult:
             "data": data_facts(texts=(config.data, rows)),
         },
         switches=_switches(config, heads),
-        metrics=metrics | facts,
+        metrics=lasting(metrics) | facts,
     )
     return RunResult(checkpoint, is_checkpoint=True, metrics=metrics)
 

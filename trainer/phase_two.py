@@ -20,10 +20,11 @@ from trainer.checkpoints import check_vocabulary, finished, load_trained, parent
 from trainer.config import CdpoJob
 from trainer.data import load_pairs, load_texts
 from trainer.frozen_models import FrozenModel
+from trainer.gates import gate_facts
 from trainer.loop import train_loop
 from trainer.loop_inputs import LoopInputs, PairLesson, SftLesson, measure_reference
 from trainer.pair_bias import pair_bias, render_histogram
-from trainer.phases import INPUTS, data_facts, labelled, report_run, switches_of
+from trainer.phases import INPUTS, data_facts, labelled, lasting, report_run, switches_of, with_gates
 from trainer.report.records import BIAS_FILE
 from trainer.router_module import RouterModule
 from trainer.rows import Labels, PairSet
@@ -34,7 +35,7 @@ log = structlog.get_logger(__name__)
 
 
 def run_cdpo(config: CdpoJob, context: RunContext) -> RunResult:
-    """From a router of phase I, texts and pairs to a router checkpoint; the gates are those of phase I.
+    """From a router of phase I, texts and pairs to a router checkpoint, its gates fitted anew.
 
     Raises:
         FusionRouteError: naming what is wrong with data, models, labels or disk; EXPERTS_MISMATCH where the
@@ -58,18 +59,18 @@ def run_cdpo(config: CdpoJob, context: RunContext) -> RunResult:
     inputs = LoopInputs(config, config.router, SftLesson(rows, of_texts.labels), lesson)
     inputs.save(context.folder / INPUTS)
     outcome = train_loop(context.folder, context)
-    router, trained = load_trained(context.folder, device)
-    heads = _with_gates_of(checkpoint.heads, trained)
+    router, routing = load_trained(context.folder, device)
+    heads, of_gates = with_gates(config, of_texts, router, routing, device, context)
     facts = report_run(
         config.report, of_texts, router, heads, config.experts, device, config.training.seed, context
     )
-    metrics = {**bias, **outcome.metrics}
+    metrics = {**bias, **outcome.metrics, **of_gates}
     written = write_checkpoint(
         context.folder,
         router,
         heads,
         of_texts.experts,
-        combine=checkpoint.manifest.combine,
+        combine=config.combine,
         lineage={
             "phase": "cdpo",
             "parent": Path(config.router).name,
@@ -77,8 +78,8 @@ def run_cdpo(config: CdpoJob, context: RunContext) -> RunResult:
             "grandparents": checkpoint.manifest.lineage,
             "data": data_facts(texts=(config.data, rows), pairs=(config.pairs, pairs.rows)),
         },
-        switches=_switches(config, checkpoint.manifest.switches),
-        metrics=metrics | facts,
+        switches=_switches(config, heads),
+        metrics=lasting(metrics) | facts,
     )
     return RunResult(written, is_checkpoint=True, metrics=metrics)
 
@@ -128,19 +129,8 @@ def _tell_bias(
     return {"bias/mean_at_start": bias.mean, "sigmoid_neg_margin/mean_at_start": bias.mean_sigmoid}
 
 
-def _with_gates_of(before: Heads, trained: Heads) -> Heads:
-    return Heads(
-        routing_weight=trained.routing_weight,
-        routing_bias=trained.routing_bias,
-        gate_weight=before.gate_weight,
-        gate_bias=before.gate_bias,
-        sum_gate_weight=before.sum_gate_weight,
-        sum_gate_bias=before.sum_gate_bias,
-    )
-
-
-def _switches(config: CdpoJob, before: dict[str, Any]) -> dict[str, Any]:
-    mine = switches_of(config, "sft", "cdpo", "mixed", "training")
-    return {**mine, **({"gates": before["gates"]} if "gates" in before else {})}
-
-
+def _switches(config: CdpoJob, heads: Heads) -> dict[str, Any]:
+    return {
+        **switches_of(config, "sft", "cdpo", "mixed", "training"),
+        "gates": gate_facts(config.gates, heads),
+    }

@@ -12,8 +12,9 @@ import structlog
 from torch import Tensor
 
 from fusionroute.router_model import ExpertRecord, Heads
-from trainer.config import ExpertSource, LabelsTable, ReportTable
+from trainer.config import CdpoJob, ExpertSource, LabelsTable, ReportTable, SftJob
 from trainer.frozen_models import FrozenModel, load_experts
+from trainer.gates import train_gates
 from trainer.labelling import label_rows
 from trainer.ownership import measure_ownership
 from trainer.report import write_report
@@ -24,6 +25,8 @@ from trainer.target_states import TargetSample
 
 INPUTS = "inputs"
 """Where the loop finds what it learns from, in the folder of the run."""
+
+_OF_THE_MACHINE = ("tokens_per_second",)
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +55,20 @@ def labelled(
     own = table if table.folder is None else table.model_copy(update={"folder": table.folder / name})
     labels, records = label_rows(rows, experts, own, context)
     return Labelled(rows, labels, records)
+
+
+def with_gates(
+    config: SftJob | CdpoJob, given: Labelled, router: FrozenModel, routing: Heads, device: str, context: RunContext
+) -> tuple[Heads, dict[str, float]]:
+    """The routing head and gates fitted to this router's hidden states, if they are wanted, and their last losses.
+
+    Gates of an earlier phase are never kept: after phase II they read hidden states that have moved.
+    """
+    if not config.gates.enabled:
+        return routing, {}
+    load_expert = expert_loader(config.experts, device) if config.gates.sum_gate else None
+    seed = config.training.seed
+    return train_gates(router, routing, given.rows, given.labels, config.gates, seed, context, load_expert)
 
 
 def report_run(
@@ -90,6 +107,11 @@ def routing_scores(heads: Heads, device: str) -> Callable[[Tensor], Tensor]:
 def _some_rows(given: Labelled, max_rows: int, seed: int) -> RowSet:
     mean_targets = given.rows.num_targets / max(1, len(given.rows))
     return TargetSample.draw(given.rows, given.labels, round(max_rows * mean_targets), seed).rows
+
+
+def lasting(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without what is of the machine and not of the checkpoint: the same run gives the same manifest."""
+    return {name: value for name, value in metrics.items() if name not in _OF_THE_MACHINE}
 
 
 def data_facts(**tables: tuple[Any, RowSet]) -> dict[str, Any]:

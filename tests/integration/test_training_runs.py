@@ -1,4 +1,4 @@
-"""Whole runs in one process on tiny models: SFT, CDPO, one more expert; what they write loads and says where it is from."""
+"""Whole runs in one process on tiny models: SFT, CDPO, one more expert; what they write says where it is from."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def phase_one(world: World) -> Path:
     context = RunContext(world.folder / "sft", note)
     result = run(SftJob.from_values(world.values()), context)
     assert result.is_checkpoint
-    assert {"labels", "training", "gates", "report"} <= set(stages)
+    assert {"training", "gates", "report"} <= set(stages)
     return result.artifact
 
 
@@ -80,14 +80,15 @@ def test_phase_one_writes_a_checkpoint_that_serves_every_rule_and_says_where_it_
     manifest = checkpoint.manifest
     assert manifest.slots == SLOTS
     assert len(checkpoint.available_rules()) == 6
-    assert manifest.switches["sft"] == {"expert_weight": pytest.approx(1 / 3), "aggregate": "linear", "tokens": "informative"}
+    switches = {"expert_weight": pytest.approx(1 / 3), "aggregate": "linear", "tokens": "informative"}
+    assert manifest.switches["sft"] == switches
     assert manifest.lineage["parent"] == "router" and manifest.lineage["data"]["texts"]["rows"] == 24
     assert manifest.metrics["ownership"]["slots"] == list(SLOTS)
     assert (phase_one.parent / "report.png").stat().st_size > 10_000
     assert (phase_one.parent / "metrics.jsonl").read_text().count("\n") == 6
 
 
-def test_phase_two_starts_from_it_keeps_its_gates_and_names_its_switches(world, phase_one) -> None:
+def test_phase_two_starts_from_it_fits_the_gates_anew_and_names_its_switches(world, phase_one) -> None:
     values = world.values(
         router=str(phase_one),
         pairs={"files": [str(world.pairs)]},
@@ -100,10 +101,16 @@ def test_phase_two_starts_from_it_keeps_its_gates_and_names_its_switches(world, 
     assert after.manifest.switches["cdpo"]["routes"] == "frozen"
     assert after.manifest.switches["mixed"]["sft_loss"] == "expert"
     assert after.manifest.lineage["phase"] == "cdpo" and after.manifest.lineage["grandparents"]["phase"] == "sft"
-    assert after.heads.gate_weight is not None and after.heads.gate_weight.equal(before.heads.gate_weight)
+    assert after.heads.gate_weight is not None and not after.heads.gate_weight.equal(before.heads.gate_weight)
     assert not after.heads.routing_weight.equal(before.heads.routing_weight)
     bias = json.loads((world.folder / "cdpo" / "bias.json").read_text())
     assert bias["num_pairs"] == 12
+
+
+def test_phase_two_without_gates_leaves_those_of_phase_one_out(world, phase_one, tmp_path) -> None:
+    values = world.values(router=str(phase_one), pairs={"files": [str(world.pairs)]}, gates={"enabled": False})
+    result = run(CdpoJob.from_values(values), RunContext(tmp_path / "run"))
+    assert load_checkpoint(result.artifact).heads.gate_weight is None
 
 
 def test_a_finished_run_is_not_done_again(world, phase_one) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import gzip
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fusionroute.engine.model import weights_fingerprint
 from fusionroute.fusion import CombineRule
 from fusionroute.router_model import load_checkpoint
 from fusionroute.vocabulary import load_tokenizer, tokenizer_fingerprint
@@ -35,6 +37,7 @@ from trainer.lab_family import (
     family_folder,
     is_complete,
 )
+from trainer.lab_family.training import load
 
 MICRO = Recipe(
     hidden_size=16,
@@ -46,6 +49,9 @@ MICRO = Recipe(
     num_router_items=12,
     router=Stage(6, 4, 1e-3, 2),
     gates=Stage(5, 16, 1e-2, 2),
+    num_pair_prompts=60,
+    preferences=Stage(4, 4, 1e-3, 2),
+    preference_epochs=1,
 )
 ENDLESS = dataclasses.replace(MICRO, base=Stage(5_000, 8, 1e-3))
 
@@ -91,7 +97,7 @@ def digests(family: Family) -> dict[str, str]:
 
 def test_of_two_builders_at_once_one_trains_and_both_get_the_family(outcome: Outcome) -> None:
     stages = [{progress.stage for progress in report} for report in outcome.reports]
-    assert sorted(stages, key=len) == [{"waiting"}, {"base", *EXPERT_SLOTS, "router", "gates"}]
+    assert sorted(stages, key=len) == [{"waiting"}, {"base", *EXPERT_SLOTS, "router", "gates", "preferences"}]
     assert outcome.families[0] == outcome.families[1]
 
 
@@ -122,7 +128,7 @@ def test_every_model_of_the_family_loads_and_speaks_one_vocabulary(outcome: Outc
 
     family = outcome.families[0]
     fingerprints = set()
-    for folder in (family.base, *family.experts.values(), family.router):
+    for folder in (family.base, *family.experts.values(), family.router_sft, family.router):
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
         tokenizer = load_tokenizer(str(folder))
         assert model.config.vocab_size == len(tokenizer) == 65
@@ -133,9 +139,6 @@ def test_every_model_of_the_family_loads_and_speaks_one_vocabulary(outcome: Outc
 
 
 def test_the_router_checkpoint_serves_every_rule_for_exactly_these_experts(outcome: Outcome) -> None:
-    from fusionroute.engine.model import weights_fingerprint
-    from trainer.lab_family.training import load
-
     family = outcome.families[0]
     checkpoint = load_checkpoint(family.router)
     assert set(checkpoint.available_rules()) == set(CombineRule)
@@ -155,6 +158,17 @@ def test_other_users_may_read_a_family_as_far_as_the_umask_lets_them(
     assert outcome.families[0].folder.stat().st_mode in ordinary
 
 
+def test_the_second_router_is_the_first_one_after_cdpo_on_its_own_mistakes(outcome: Outcome) -> None:
+    family = outcome.families[0]
+    first, second = load_checkpoint(family.router_sft), load_checkpoint(family.router)
+    assert first.manifest.lineage["phase"] == "sft" and second.manifest.lineage["phase"] == "cdpo"
+    parent = second.manifest.lineage["parent_fingerprint"]
+    assert parent == first.fingerprint(weights_fingerprint(load(str(family.router_sft))))
+    pairs = gzip.decompress((family.data / "pairs.jsonl.gz").read_bytes()).decode().splitlines()
+    assert len(pairs) == second.manifest.lineage["data"]["pairs"]["rows"] / 2 > 0
+    assert all(set(json.loads(line)) >= {"prompt", "chosen", "rejected"} for line in pairs)
+
+
 def test_every_trained_head_has_moved_away_from_zero(outcome: Outcome) -> None:
     heads = load_checkpoint(outcome.families[0].router).heads
     assert all(tensor.abs().max() > 0 for tensor in heads.tensors().values())
@@ -166,6 +180,7 @@ def test_progress_counts_every_stage_to_its_end(outcome: Outcome) -> None:
     assert last["base"] == (4, 4)
     assert last["strings"] == (3, 3)
     assert last["gates"] == (5, 5)
+    assert last["preferences"] == (4, 4)
     shares = [progress.build_share for progress in report]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1.0)

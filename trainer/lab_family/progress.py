@@ -21,7 +21,7 @@ class Progress:
     """How far one stage is.
 
     Attributes:
-        stage: ``base``, an expert's slot, ``router`` or ``gates``; ``waiting`` while another process
+        stage: ``base``, an expert's slot, ``router``, ``gates`` or ``preferences``; ``waiting`` while another process
             builds the same.
         step: steps taken.
         num_steps: steps of the stage.

@@ -1,7 +1,7 @@
 """The routers of the family, made by the same jobs that users submit: SFT with its gates, pairs, CDPO.
 
     data/router.jsonl.gz   gold answers over all tasks     ->  router_sft/   phase I and gates
-    data/pairs.jsonl.gz    wrong answers of router_sft     ->  router/       phase II, the gates of phase I kept
+    data/pairs.jsonl.gz    wrong answers of router_sft     ->  router/       phase II, its own gates
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 from fusionroute.lab.tasks import TASKS, Item, Payloads, Split, make_item
-from fusionroute.lab.tokenizer import EOS_ID, build_tokenizer, encode
+from fusionroute.lab.tokenizer import EOS_ID, PAD_ID, build_tokenizer, encode
 from trainer.config import CdpoJob, JobConfig, SftJob
 from trainer.lab_family.policy import FusedPolicy
 from trainer.lab_family.recipe import EXPERT_SLOTS, Recipe, Stage
@@ -35,21 +35,16 @@ def train_sft(recipe: Recipe, seed: int, folder: Path, report: StageReport) -> d
     data = folder / "data" / "router.jsonl.gz"
     items = _items(f"{seed}/router", recipe.num_router_items)
     write_rows(data, ({"prompt": item.prompt, "completion": item.answer} for item in items))
-    gates = recipe.gates
     config = SftJob.from_values(
         {
             **_experts_and_data(folder, data),
             "router": str(folder / "experts" / ROUTER_STARTS_FROM),
             "training": {**_training(recipe.router, seed), "max_steps": recipe.router.num_steps},
-            "gates": {
-                "num_steps": gates.num_steps,
-                "batch_targets": gates.batch_size,
-                "learning_rate": gates.learning_rate,
-                "warmup_steps": gates.warmup_steps,
-            },
+            "gates": _gates(recipe.gates),
         }
     )
-    return _run(config, folder, "router_sft", report, {"training": "router", "gates": "gates"})
+    stages = {"training": ("router", recipe.router), "gates": ("gates", recipe.gates)}
+    return _run(config, folder, "router_sft", report, stages)
 
 
 def train_cdpo(recipe: Recipe, seed: int, folder: Path, report: StageReport) -> dict[str, Any]:
@@ -72,30 +67,35 @@ def train_cdpo(recipe: Recipe, seed: int, folder: Path, report: StageReport) -> 
             "router": str(folder / "router_sft"),
             "pairs": {"files": [str(pairs)], "max_tokens": MAX_ROW_TOKENS},
             "training": training,
+            "gates": _gates(recipe.gates),
         }
     )
-    facts = _run(config, folder, "router", report, {"training": "preferences"})
+    facts = _run(config, folder, "router", report, {"training": ("preferences", stage)})
     shutil.rmtree(folder / "labels")
     return {"num_pairs": len(found), **facts}
 
 
-def wrong_answers(policy: FusedPolicy, items: list[Item], seed: int) -> list[dict[str, str]]:
+def wrong_answers(policy: FusedPolicy, items: list[Item], seed: int) -> list[dict[str, Any]]:
     """Pairs of gold answer and the policy's own wrong one: the greedy one, else one drawn at temperature 1."""
     prompts = [encode(item.prompt) for item in items]
     greedy = policy.answers(prompts, MAX_ANSWER_TOKENS)
     drawn = policy.answers(prompts, MAX_ANSWER_TOKENS, SAMPLE_TEMPERATURE, seed)
     tokenizer = build_tokenizer()
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for item, *answers in zip(items, greedy, drawn, strict=True):
         gold = [*encode(item.answer), EOS_ID]
         wrong = next((answer for answer in answers if answer != gold), None)
-        if wrong is not None and wrong[-1] == EOS_ID and len(wrong) > 1:
-            text = tokenizer.decode(wrong[:-1])
-            pairs.append({"prompt": item.prompt, "chosen": item.answer, "rejected": text})
+        if wrong is None:
+            continue
+        ended = wrong[-1] == EOS_ID
+        written = wrong[:-1] if ended else wrong
+        if written and PAD_ID not in written:
+            pair = {"prompt": item.prompt, "chosen": item.answer, "rejected": tokenizer.decode(written)}
+            pairs.append(pair if ended else {**pair, "rejected_ended": False})
     return pairs
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """JSONL, gzipped, the same bytes for the same rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
@@ -130,15 +130,29 @@ def _training(stage: Stage, seed: int) -> dict[str, Any]:
     }
 
 
+def _gates(stage: Stage) -> dict[str, Any]:
+    return {
+        "num_steps": stage.num_steps,
+        "batch_targets": stage.batch_size,
+        "learning_rate": stage.learning_rate,
+        "warmup_steps": stage.warmup_steps,
+    }
+
+
 def _run(
-    config: JobConfig, folder: Path, name: str, report: StageReport, stages: Mapping[str, str]
+    config: JobConfig,
+    folder: Path,
+    name: str,
+    report: StageReport,
+    stages: Mapping[str, tuple[str, Stage]],
 ) -> dict[str, Any]:
     """Run a job and give what it made its name; `stages` says which of its stages are reported, and as what."""
 
     def tell(progress: RunProgress) -> None:
-        stage = stages.get(progress.stage)
-        if stage is not None:
-            report(stage, progress.step, progress.loss or 0.0)
+        if progress.stage in stages and progress.num_steps > 0:
+            as_name, stage = stages[progress.stage]
+            share = progress.step / progress.num_steps
+            report(as_name, round(share * stage.num_steps), progress.loss or 0.0)
 
     workspace = folder / f".{name}"
     result = run(config, RunContext(workspace, tell))

@@ -191,6 +191,9 @@ def _prepare_torch() -> None:
     import torch
     from transformers.utils import logging
 
+    from fusionroute.telemetry import configure_logs
+
+    configure_logs("lab", log_format="console", log_level="error")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     # filling fresh memory guards against bugs, at the cost of a tenth of the time
