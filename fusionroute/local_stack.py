@@ -1,17 +1,21 @@
-"""The whole stack as plain processes on one machine: a router with its Redis, and the experts.
+"""The whole stack as plain processes on one machine: a router with its Redis, the experts, on request a trainer.
 
-The daemons get ordinary settings, so anything that their environment variables can say holds here too.
+The daemons get ordinary settings, so anything that their environment variables can say holds here too. Router and
+trainer share a Redis: the one that REDIS_URL names, else one that is a process of the stack and keeps its data.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fusionroute import processes
+from fusionroute import private_redis, processes
+from fusionroute.errors import Unavailable
 from fusionroute.stack_state import (
     AlreadyUp,
     NotUp,
@@ -27,8 +31,17 @@ DEFAULT_ROUTER_PORT = 50050
 START_DEADLINE_SECONDS = 300.0
 STOP_DEADLINE_SECONDS = 25.0
 POLL_SECONDS = 0.1
-ROUTER = "router"
-SETTINGS_VARIABLES = ("FUSIONROUTE_EXPERT_", "FUSIONROUTE_ROUTER_", "FUSIONROUTE_CONFIG", "REDIS_URL")
+REDIS_STOP_SECONDS = 5.0
+ROUTER, TRAINER, REDIS = "router", "trainer", "redis"
+SETTINGS_VARIABLES = (
+    "FUSIONROUTE_EXPERT_",
+    "FUSIONROUTE_ROUTER_",
+    "FUSIONROUTE_TRAINER_",
+    "FUSIONROUTE_CONFIG",
+    "REDIS_URL",
+)
+SOCKET_FOLDER_PREFIX = "fusionroute-redis-"
+"""In the system's folder of temporary files: a stack's own folder may be too deep for a socket."""
 
 AskRegistry = Callable[[str], Mapping[str, str]]
 """Router address -> state by slot, for example {"math": "ready"}; raises nothing, {} when not reachable."""
@@ -43,11 +56,13 @@ class Programs:
 
     router: tuple[str, ...]
     expert: tuple[str, ...]
+    trainer: tuple[str, ...] = ()
 
     @classmethod
     def installed(cls) -> Programs:
         """The console scripts of this environment."""
-        return cls((processes.program("router-service"),), (processes.program("expert-service"),))
+        names = ("router-service", "expert-service", "trainer-service")
+        return cls(*((processes.program(name),) for name in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +82,8 @@ class StackPlan:
     threads: int = 1
     # take no settings from the environment, so that the stack shares nothing, such as a Redis, with others
     isolated: bool = False
+    # also start a trainer, whose checkpoints the router takes up when they are promoted
+    trainer: bool = False
 
     def device_of(self, process: str) -> str:
         """Where a process runs its model."""
@@ -90,7 +107,7 @@ def start(
     on_progress: OnProgress = lambda name, phase: None,
     deadline_seconds: float = START_DEADLINE_SECONDS,
 ) -> StackState:
-    """Starts router and experts and returns once the registry has every expert ready.
+    """Starts router, experts and trainer and returns once the registry has every expert ready.
 
     On any failure, and when interrupted, whatever was started is stopped again and the state removed; the
     logs stay.
@@ -107,11 +124,13 @@ def start(
         launch = _Launch(plan, folder, programs or Programs.installed(), die_with_parent, on_progress)
         launch.deadline = time.monotonic() + deadline_seconds
         try:
+            launch.start_redis()
             launch.start_router()
+            launch.start_trainer()
             launch.start_experts()
             launch.wait_for_registry(ask_registry)
         except BaseException:
-            processes.stop(launch.state.processes, STOP_DEADLINE_SECONDS)
+            _stop(launch.state, STOP_DEADLINE_SECONDS)
             forget_state(folder)
             raise
         return launch.state
@@ -130,9 +149,22 @@ def stop(folder: Path, deadline_seconds: float = STOP_DEADLINE_SECONDS) -> list[
         state = load_state(folder)
         if state is None:
             raise NotUp(f"no stack {folder.name!r} is up")
-        killed = processes.stop(state.processes, deadline_seconds)
+        killed = _stop(state, deadline_seconds)
         forget_state(folder)
         return killed
+
+
+def _stop(state: StackState, deadline_seconds: float) -> list[str]:
+    """Stops the daemons and then their Redis, in which they have said until the end what became of their work."""
+    daemons = [record for record in state.processes if record.name != REDIS]
+    killed = processes.stop(daemons, deadline_seconds)
+    killed += processes.stop(
+        [record for record in state.processes if record.name == REDIS], REDIS_STOP_SECONDS
+    )
+    socket_folder = Path(state.addresses.get(REDIS, "/")).parent
+    if socket_folder.name.startswith(SOCKET_FOLDER_PREFIX):
+        shutil.rmtree(socket_folder, ignore_errors=True)
+    return killed
 
 
 class _Launch:
@@ -149,20 +181,52 @@ class _Launch:
         self.plan, self.folder, self.programs = plan, folder, programs
         self.die_with_parent, self.on_progress = die_with_parent, on_progress
         self.deadline = 0.0
+        named = os.environ.get("FUSIONROUTE_ROUTER_REDIS_URL") or os.environ.get("REDIS_URL", "")
+        self.redis_url = "" if plan.isolated else named
         self.state = StackState(folder.name, time.time(), "", ())
         for old in (*folder.glob("logs/*.log"), *folder.glob("ready/*")):
             old.unlink()
         (folder / "ready").mkdir(parents=True, exist_ok=True)
 
+    def start_redis(self) -> None:
+        """Starts a Redis for router and trainer, where there is a trainer and none is named."""
+        if not self.plan.trainer or self.redis_url:
+            return
+        socket = Path(tempfile.mkdtemp(prefix=SOCKET_FOLDER_PREFIX)) / "redis.sock"
+        self._remember(addresses={**self.state.addresses, REDIS: str(socket)})
+        data = self.folder / "redis"
+        data.mkdir(mode=0o700, exist_ok=True)
+        try:
+            command = private_redis.server_command(private_redis.find_redis_server(), socket, data)
+        except Unavailable as error:
+            raise StackError(error.message) from None
+        self._run(REDIS, command)
+        while not private_redis.answers(socket):
+            self._pause("redis does not answer")
+        self.redis_url = private_redis.url_of(socket)
+        self.on_progress(REDIS, f"serving on {socket}")
+
     def start_router(self) -> None:
         options = {"checkpoint": self.plan.router_checkpoint, "port": str(self.plan.port)}
-        self._spawn(ROUTER, self.programs.router, options)
+        if self.plan.trainer:
+            options["checkpoints-dir"] = str(self.folder / "checkpoints")
+        self._spawn(ROUTER, self.programs.router, {**options, **self._model_options(ROUTER)})
         self._remember(router_address=self._wait_for_address(ROUTER))
+
+    def start_trainer(self) -> None:
+        if not self.plan.trainer:
+            return
+        options = {"port": "0", "router": self.state.router_address}
+        for name in ("jobs", "checkpoints"):
+            options[f"{name}-dir"] = str(self.folder / name)
+        self._spawn(TRAINER, self.programs.trainer, options)
+        self._wait_for_address(TRAINER)
 
     def start_experts(self) -> None:
         for slot, model in self.plan.experts.items():
+            name = expert_process(slot)
             options = {"model": model, "slot": slot, "port": "0", "router": self.state.router_address}
-            self._spawn(expert_process(slot), self.programs.expert, options)
+            self._spawn(name, self.programs.expert, {**options, **self._model_options(name)})
         for slot in self.plan.experts:
             self._wait_for_address(expert_process(slot))
 
@@ -177,18 +241,22 @@ class _Launch:
                 self._pause(f"{', '.join(sorted(missing))} not in the registry of the router")
         self.on_progress(ROUTER, "ready")
 
-    def _spawn(self, name: str, program: Sequence[str], options: Mapping[str, str]) -> None:
-        common = {
-            "host": self.plan.host,
+    def _model_options(self, name: str) -> dict[str, str]:
+        return {
             "device": self.plan.device_of(name),
             "dtype": self.plan.dtype,
             "threads": str(self.plan.threads),
-            "ready-file": str(self.folder / "ready" / name),
         }
+
+    def _spawn(self, name: str, program: Sequence[str], options: Mapping[str, str]) -> None:
+        common = {"host": self.plan.host, "ready-file": str(self.folder / "ready" / name)}
         arguments = [text for key, value in {**options, **common}.items() for text in (f"--{key}", value)]
+        self._run(name, [*program, *arguments])
+
+    def _run(self, name: str, command: Sequence[str]) -> None:
         record = processes.spawn(
             name,
-            [*program, *arguments],
+            command,
             log=self.folder / "logs" / f"{name}.log",
             environment=self._environment(),
             die_with_parent=self.die_with_parent,
@@ -204,7 +272,9 @@ class _Launch:
             # Only one of the processes computes a token's part at a time; the others should not spin meanwhile.
             "OMP_WAIT_POLICY": "PASSIVE",
         }
-        return {**removed, **threads, "PYTHONUNBUFFERED": "1"}
+        # In the environment, not among the arguments, which everybody can read: it may hold a password.
+        redis = {"REDIS_URL": self.redis_url} if self.redis_url else {}
+        return {**removed, **threads, **redis, "PYTHONUNBUFFERED": "1"}
 
     def _wait_for_address(self, name: str) -> str:
         ready_file = self.folder / "ready" / name

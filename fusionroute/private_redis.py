@@ -71,6 +71,26 @@ def find_redis_server() -> Path:
     return Path(on_path).absolute()
 
 
+def server_command(binary: Path, socket_path: Path, data_dir: Path | None) -> list[str]:
+    """The command line of a server that only who may enter the socket's folder can reach.
+
+    Args:
+        data_dir: where it keeps an append-only file; None = it keeps nothing.
+    """
+    return [
+        str(binary),
+        *("--port", "0"),
+        *("--unixsocket", str(socket_path)),
+        *("--unixsocketperm", "700"),
+        *("--dir", str((data_dir or socket_path.parent).absolute())),
+        *("--save", ""),
+        *("--appendonly", "yes" if data_dir else "no"),
+        *("--appendfsync", "everysec"),
+        *("--daemonize", "no"),
+        *("--maxmemory-policy", "noeviction"),
+    ]
+
+
 class PrivateRedis:
     """A Redis of our own, for as long as the `with` block (or `async with` block) lasts.
 
@@ -94,7 +114,7 @@ class PrivateRedis:
     @property
     def url(self) -> str:
         """What to give to `connect`; valid while the server runs."""
-        return f"unix://{quote(str(self._socket_path))}"
+        return url_of(self._socket_path)
 
     @property
     def pid(self) -> int:
@@ -139,22 +159,12 @@ class PrivateRedis:
         log_path = self._folder / "redis.log"
         log = self._cleanup.enter_context(log_path.open("wb"))
         self._process, self._keeper = _spawn_tied_to_this_process(
-            [str(binary), *self._options()], folder=self._folder, log_fd=log.fileno(), kept_open=kept_open
+            server_command(binary, self._socket_path, self._data_dir),
+            folder=self._folder,
+            log_fd=log.fileno(),
+            kept_open=kept_open,
         )
         self._await_ready(log_path)
-
-    def _options(self) -> list[str]:
-        return [
-            *("--port", "0"),
-            *("--unixsocket", str(self._socket_path)),
-            *("--unixsocketperm", "700"),
-            *("--dir", str((self._data_dir or self._folder or Path()).absolute())),
-            *("--save", ""),
-            *("--appendonly", "yes" if self._data_dir else "no"),
-            *("--appendfsync", "everysec"),
-            *("--daemonize", "no"),
-            *("--maxmemory-policy", "noeviction"),
-        ]
 
     def _lock_data_dir(self, data_dir: Path) -> int:
         """Descriptor of a lock that the server inherits: held for as long as either process lives."""
@@ -169,7 +179,7 @@ class PrivateRedis:
     def _await_ready(self, log_path: Path) -> None:
         assert self._process is not None and self._keeper is not None
         deadline = time.monotonic() + self._start_seconds
-        while not _answers(self._socket_path):
+        while not answers(self._socket_path):
             if self._keeper.is_alive() and time.monotonic() < deadline:
                 time.sleep(0.005)
                 continue
@@ -234,13 +244,19 @@ def _spawn_tied_to_this_process(
     return started[0], keeper
 
 
-def _answers(socket_path: Path) -> bool:
+def answers(socket_path: Path) -> bool:
+    """Whether a Redis behind a unix socket answers."""
     with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
         client.settimeout(1.0)
         client.connect(str(socket_path))
         client.sendall(b"PING\r\n")
         return client.recv(16).startswith(b"+PONG")
     return False
+
+
+def url_of(socket_path: Path) -> str:
+    """What to give to `connect` for a Redis behind a unix socket."""
+    return f"unix://{quote(str(socket_path))}"
 
 
 def connect(url: str, *, timeout_seconds: float = 2.0) -> Redis:

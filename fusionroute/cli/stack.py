@@ -66,6 +66,9 @@ TEMPORARY_STOP_SECONDS = 10.0
     show_default=True,
     help="Torch threads of each process; 0 = the cores shared out.",
 )
+@click.option(
+    "--trainer", is_flag=True, help="Also start a trainer, whose promoted checkpoints the router takes up."
+)
 @click.option("--foreground", is_flag=True, help="Stay attached; Ctrl-C stops the stack.")
 @name_option
 def up(
@@ -77,14 +80,18 @@ def up(
     devices: tuple[str, ...],
     dtype: str,
     threads: int,
+    trainer: bool,
     foreground: bool,
     name: str,
 ) -> None:
     """Start router and experts, and wait until all of them are ready.
 
+    A trainer's jobs, checkpoints and Redis stay in the stack's folder, for the next time.
+
     \b
     Example:
       fusionroute up --lab
+      fusionroute up --lab --trainer
       fusionroute up --router ckpt --experts math=models/math --experts code=models/code
     """
     from fusionroute.cli.models import models_to_serve
@@ -99,12 +106,15 @@ def up(
         devices=devices,
         dtype=dtype,
         threads=threads or threads_for(1 + len(models)),
+        trainer=trainer,
     )
     if foreground:
         _stay_attached(plan, folder)
         return
     state = start_stack(plan, folder)
     click.echo(f"up: {len(models)} experts behind the router on {state.router_address}")
+    if trainer:
+        click.echo(f"    and a trainer on {state.addresses['trainer']}")
     click.echo("try: fusionroute generate 'PROMPT'   stop: fusionroute down", err=True)
 
 

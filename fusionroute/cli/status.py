@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -57,7 +59,7 @@ def status(name: str, as_json: bool) -> None:
     if state is None:
         raise Failure(f"no stack {name!r} is up", EXIT_NOBODY_THERE)
     info, experts = asyncio.run(_ask(state.router_address))
-    rows = describe(state, info, experts)
+    rows = describe(state, info, experts, _answering(state))
     if as_json:
         click.echo(json.dumps({"name": name, "processes": [asdict(row) for row in rows]}, indent=2))
     else:
@@ -80,7 +82,26 @@ async def _ask(address: str) -> tuple[GetRouterInfoResponse | None, list[ExpertE
             return None, []
 
 
-def describe(state: StackState, info: GetRouterInfoResponse | None, experts: list[ExpertEntry]) -> list[Row]:
+def _answering(state: StackState) -> set[str]:
+    """Which of the processes without a model answer."""
+    from fusionroute import private_redis
+    from fusionroute.health_probe import status_of
+    from fusionroute.local_stack import REDIS, TRAINER
+
+    found = set()
+    if (address := state.addresses.get(TRAINER)) and status_of(address) == "SERVING":
+        found.add(TRAINER)
+    if (socket := state.addresses.get(REDIS)) and private_redis.answers(Path(socket)):
+        found.add(REDIS)
+    return found
+
+
+def describe(
+    state: StackState,
+    info: GetRouterInfoResponse | None,
+    experts: list[ExpertEntry],
+    answering: Collection[str] = (),
+) -> list[Row]:
     """One row for each process of the stack, from its own records and from what the services say."""
     from fusionroute import processes
     from fusionroute.client import expert_state_name
@@ -99,7 +120,8 @@ def describe(state: StackState, info: GetRouterInfoResponse | None, experts: lis
             row = Row(record.name, record.pid, expert_state_name(entry.state), entry.address)
             rows.append(_busy(row, entry.model, entry.load))
         else:
-            rows.append(Row(record.name, record.pid, "running", address))
+            what = "ready" if record.name in answering else "running"
+            rows.append(Row(record.name, record.pid, what, address))
     return rows
 
 

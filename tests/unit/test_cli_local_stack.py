@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -30,7 +31,7 @@ from fusionroute.stack_state import (
 )
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_daemon.py")))
-PROGRAMS = Programs(FAKE, FAKE)
+PROGRAMS = Programs(FAKE, FAKE, FAKE)
 
 
 def everyone_is_ready(address: str) -> Mapping[str, str]:
@@ -89,6 +90,55 @@ def test_an_isolated_stack_takes_no_settings_from_the_environment(
     local_stack.stop(folder, 10.0)
     start(folder, replace(plan_of(), isolated=True))
     assert "redis None" in (folder / "logs" / "router.log").read_text()
+
+
+def option(state: StackState, process: str, name: str) -> str:
+    (record,) = [record for record in state.processes if record.name == process]
+    return record.command[record.command.index(name) + 1]
+
+
+def test_a_trainer_shares_redis_and_checkpoints_with_the_router(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    state = start(folder, replace(plan_of(math="good"), trainer=True))
+    names = [record.name for record in state.alive]
+    assert names == ["redis", "router", "trainer", "expert-math"]
+    socket = Path(state.addresses["redis"])
+    for name in ("router", "trainer"):
+        assert f"redis unix://{socket}" in (folder / "logs" / f"{name}.log").read_text()
+        assert option(state, name, "--checkpoints-dir") == str(folder / "checkpoints")
+    assert option(state, "trainer", "--router") == state.router_address
+    assert socket.parent.stat().st_mode & 0o777 == 0o700
+    assert local_stack.stop(folder, 10.0) == []
+    assert state.alive == [] and not socket.parent.exists()
+    assert list((folder / "redis").glob("appendonly*")), "the jobs' store is kept"
+
+
+def test_a_redis_that_is_named_serves_a_trainer_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://somewhere")
+    state = start(folder, replace(plan_of(math="good"), trainer=True))
+    assert [record.name for record in state.processes] == ["router", "trainer", "expert-math"]
+    assert "redis redis://somewhere" in (folder / "logs" / "trainer.log").read_text()
+
+
+def test_a_redis_of_the_stack_ends_after_the_daemons_that_need_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    state = start(folder, replace(plan_of(math="stubborn"), trainer=True))
+    redis = next(record for record in state.processes if record.name == "redis")
+    stopping = threading.Thread(target=local_stack.stop, args=(folder, 1.5))
+    stopping.start()
+    time.sleep(0.7)
+    assert processes.find(redis) is not None
+    stopping.join()
+    assert state.alive == []
+
+
+def test_without_a_trainer_there_is_no_redis_process(folder: Path) -> None:
+    names = [record.name for record in start(folder, plan_of(math="good")).processes]
+    assert names == ["router", "expert-math"]
 
 
 def test_experts_are_told_where_the_router_serves(folder: Path) -> None:
