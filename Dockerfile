@@ -30,11 +30,12 @@ RUN pip install --no-deps --no-build-isolation .
 
 FROM python:3.11-slim
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin fusionroute \
- && install --directory --owner fusionroute /models
+ && install --directory --owner fusionroute /models /data /checkpoints
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/tmp/huggingface FUSIONROUTE_CACHE_DIR=/tmp/fusionroute XDG_STATE_HOME=/tmp/state \
-    FUSIONROUTE_EXPERT_LOG_FORMAT=json FUSIONROUTE_ROUTER_LOG_FORMAT=json
+    MPLCONFIGDIR=/tmp/matplotlib \
+    FUSIONROUTE_EXPERT_LOG_FORMAT=json FUSIONROUTE_ROUTER_LOG_FORMAT=json FUSIONROUTE_TRAINER_LOG_FORMAT=json
 USER fusionroute
 WORKDIR /tmp
 CMD ["fusionroute", "--help"]

@@ -31,11 +31,13 @@ READY_DEADLINE_SECONDS = 120
 class Stack:
     """A compose project of our own on a port of our own."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, trainer_port: int) -> None:
         self.address = f"127.0.0.1:{port}"
+        self.trainer = f"127.0.0.1:{trainer_port}"
         self._environment = {
             **os.environ,
             "FUSIONROUTE_PORT": str(port),
+            "TRAINER_PORT": str(trainer_port),
             "FUSIONROUTE_IMAGE": "fusionroute:test",
         }
 
@@ -96,7 +98,7 @@ def written(events: list[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    stack = Stack(free_port())
+    stack = Stack(free_port(), free_port())
     stack.compose("build", timeout_seconds=900)
     try:
         stack.compose("up", "-d", timeout_seconds=START_DEADLINE_SECONDS)
@@ -121,11 +123,24 @@ def test_the_same_seed_gives_the_same_answer_after_an_expert_was_restarted(stack
     assert written(stack.generate("rev abc=", *sampling)) == before
 
 
+def test_a_published_checkpoint_is_promoted_while_the_router_serves(stack):
+    copy = "mkdir -p /checkpoints/published && cp -r /models/lab/router /checkpoints/published/run-sft-copy"
+    stack.compose("exec", "-T", "trainer", "sh", "-c", copy)
+    told = stack.fusionroute("checkpoints", "promote", "run-sft-copy", "--trainer", stack.trainer, "--json")
+    fingerprint = json.loads(told)["fingerprint"]
+    events = stack.generate("box: 4+4; rev jbef=")
+    assert events[0]["started"]["checkpoint"] == fingerprint
+    assert written(events) == "[8; febj]"
+    stack.fusionroute("checkpoints", "rollback", "--trainer", stack.trainer)
+    with pytest.raises(AssertionError, match="Read-only file system"):
+        stack.compose("exec", "-T", "router", "touch", "/checkpoints/published/mark")
+
+
 def test_every_container_is_confined(stack):
     facts = stack.inspect(
         "{{.Config.User}}|{{.HostConfig.ReadonlyRootfs}}|{{.HostConfig.CapDrop}}|{{.HostConfig.SecurityOpt}}"
     )
-    assert len(facts) >= 5
+    assert len(facts) >= 6
     for fact in facts:
         user, read_only, dropped, options = fact.split("|")
         assert user in {"fusionroute", "redis"}

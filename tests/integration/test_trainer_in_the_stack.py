@@ -16,7 +16,7 @@ from fusionroute.router_model import load_checkpoint
 from fusionroute.stack_state import load_state
 from tests.served_stack import make_family, save_router
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 class Commands:

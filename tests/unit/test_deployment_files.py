@@ -21,14 +21,28 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 def settings_classes() -> list[type[ServiceSettings]]:
     from expert_service.settings import ExpertSettings
     from router_service.settings import RouterSettings
+    from trainer.settings import TrainerSettings
 
-    return [ExpertSettings, RouterSettings]
+    return [ExpertSettings, RouterSettings, TrainerSettings]
 
 
-def test_only_the_router_is_published_and_only_on_loopback():
+def test_only_router_and_trainer_are_published_and_only_on_loopback():
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
-    assert list(published) == ["router"]
-    assert all(port.startswith("127.0.0.1:") for port in published["router"])
+    assert set(published) == {"router", "trainer"}
+    assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
+
+
+def test_the_router_reads_what_the_trainer_publishes_and_cannot_change_it():
+    router, trainer = SERVICES["router"], SERVICES["trainer"]
+    published = trainer["environment"]["FUSIONROUTE_TRAINER_CHECKPOINTS_DIR"]
+    assert router["environment"]["FUSIONROUTE_ROUTER_CHECKPOINTS_DIR"] == published
+    assert "checkpoints:/checkpoints:ro" in router["volumes"] and published.startswith("/checkpoints/")
+    assert "checkpoints:/checkpoints" in trainer["volumes"]
+    same = "REDIS_URL"
+    assert (
+        router["environment"][f"FUSIONROUTE_ROUTER_{same}"]
+        == trainer["environment"][f"FUSIONROUTE_TRAINER_{same}"]
+    )
 
 
 @pytest.mark.parametrize("name", SERVICES)
