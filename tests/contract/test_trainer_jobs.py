@@ -365,6 +365,22 @@ async def test_a_commitment_that_was_not_carried_out_is_carried_out_by_the_next(
     assert steps_done(served.job_folder(job)) == list(range(1, 11)), "nothing was computed again"
 
 
+async def test_a_checkpoint_that_cannot_be_published_fails_the_job_and_is_published_by_resuming(
+    serve: Serve,
+) -> None:
+    served = await serve()
+    (served.folder / "checkpoints").rmdir()
+    (served.folder / "checkpoints").touch()  # a file where a folder must be
+    job = await served.ended(await served.submit())
+    assert (state_name(job.state), job.checkpoint_id, job.num_attempts) == ("failed", "", 1)
+    assert "cannot be published" in job.state_reason and "resume the job" in job.state_reason
+    (served.folder / "checkpoints").unlink()
+    await served.client.resume(job.job_id)
+    job = await served.ended(job)
+    assert (state_name(job.state), served.checkpoints) == ("succeeded", [job.checkpoint_id])
+    assert steps_done(served.job_folder(job)) == list(range(1, 11)), "nothing was computed again"
+
+
 def test_every_kind_of_the_configuration_is_one_of_the_contract() -> None:
     names = {kind.name for kind in ConfiguredKind}
     assert {f"JOB_KIND_{name}" for name in names} == set(JobKind.keys()) - {"JOB_KIND_UNSPECIFIED"}

@@ -15,7 +15,7 @@ from fusionroute.errors import FusionRouteError, Reason
 from fusionroute.private_redis import PrivateRedis, connect
 from fusionroute.redis_scripts import ScriptRunner
 from trainer.config import JobKind
-from trainer.jobs.records import Cancellation, Claim, JobState, Lease
+from trainer.jobs.records import Cancellation, Claim, Job, JobState, Lease
 from trainer.jobs.store import JobStore, job_id_of
 from trainer.run_context import RunProgress
 
@@ -41,8 +41,12 @@ async def hasty(redis_client: Redis) -> AsyncIterator[JobStore]:
 
 async def claimed(store: JobStore, key: str = "key") -> Claim:
     await store.submit(JobKind.SFT, CONFIG, key)
+    return await claimed_again(store)
+
+
+async def claimed_again(store: JobStore) -> Claim:
     claim = await store.claim_any(JOBS_DIR)
-    assert claim is not None
+    assert isinstance(claim, Claim)
     return claim
 
 
@@ -96,7 +100,7 @@ async def test_a_job_is_claimed_by_one_worker_only(store: JobStore) -> None:
     for number in range(5):
         await store.submit(JobKind.SFT, CONFIG, f"key {number}")
     claims = await asyncio.gather(*(store.claim_any(JOBS_DIR) for _ in range(12)))
-    ids = [claim.job.job_id for claim in claims if claim is not None]
+    ids = [claim.job.job_id for claim in claims if isinstance(claim, Claim)]
     assert sorted(ids) == sorted(job_id_of(f"key {number}") for number in range(5))
     assert await store.claim_any(JOBS_DIR) is None
 
@@ -105,8 +109,8 @@ async def test_who_has_waited_longest_is_claimed_first(store: JobStore) -> None:
     for key in ("a", "b", "c"):
         await store.submit(JobKind.SFT, CONFIG, key)
         await asyncio.sleep(0.005)
-    order = [await store.claim_any(JOBS_DIR) for _ in range(3)]
-    assert [claim.job.job_id for claim in order if claim] == [job_id_of(key) for key in ("a", "b", "c")]
+    order = [await claimed_again(store) for _ in range(3)]
+    assert [claim.job.job_id for claim in order] == [job_id_of(key) for key in ("a", "b", "c")]
 
 
 async def test_a_claimed_job_runs_has_a_folder_and_a_higher_fence_each_time(store: JobStore) -> None:
@@ -115,8 +119,7 @@ async def test_a_claimed_job_runs_has_a_folder_and_a_higher_fence_each_time(stor
     assert (first.job.num_attempts, first.job.folder) == (1, str(JOBS_DIR / first.job.job_id))
     assert first.job.started_at_seconds is not None
     assert await store.release(first.lease, "for the test") is JobState.QUEUED
-    second = await store.claim_any(JOBS_DIR)
-    assert second is not None
+    second = await claimed_again(store)
     assert second.lease.fence == first.lease.fence + 1
     assert second.job.num_attempts == 2
 
@@ -125,8 +128,8 @@ async def test_a_silent_worker_is_replaced_and_its_later_words_are_refused(hasty
     old = await claimed(hasty)
     assert await hasty.claim_any(JOBS_DIR) is None
     await lease_ends()
-    new = await hasty.claim_any(JOBS_DIR)
-    assert new is not None and new.job.num_deaths == 1
+    new = await claimed_again(hasty)
+    assert new.job.num_deaths == 1
     words = [
         hasty.heartbeat(old.lease, RunProgress("training", 9, 10)),
         hasty.commit(old.lease, "checkpoint"),
@@ -158,25 +161,26 @@ async def test_a_job_whose_workers_vanish_three_times_has_failed(hasty: JobStore
     claim = await claimed(hasty)
     for _ in range(2):
         await lease_ends()
-        assert await hasty.claim_any(JOBS_DIR) is not None
+        await claimed_again(hasty)
     await lease_ends()
+    job = await hasty.claim_any(JOBS_DIR)
+    assert isinstance(job, Job)
+    assert job == await hasty.get(claim.job.job_id)
     assert await hasty.claim_any(JOBS_DIR) is None
-    job = await hasty.get(claim.job.job_id)
     assert (job.state, job.num_attempts, job.num_deaths) == (JobState.FAILED, 3, 3)
     assert "died 3 times" in job.reason
     assert job.ended_at_seconds is not None
 
 
 async def test_a_death_that_is_told_counts_and_being_stopped_does_not(store: JobStore) -> None:
-    claim: Claim | None = await claimed(store)
+    claim = await claimed(store)
     for _ in range(5):
-        assert claim is not None
         assert await store.release(claim.lease, "drained") is JobState.QUEUED
-        claim = await store.claim_any(JOBS_DIR)
-    for state in (JobState.QUEUED, JobState.QUEUED, JobState.FAILED):
-        assert claim is not None
-        assert await store.release(claim.lease, "signal 9", has_died=True) is state
-        claim = await store.claim_any(JOBS_DIR)
+        claim = await claimed_again(store)
+    for _ in range(2):
+        assert await store.release(claim.lease, "signal 9", has_died=True) is JobState.QUEUED
+        claim = await claimed_again(store)
+    assert await store.release(claim.lease, "signal 9", has_died=True) is JobState.FAILED
     job = await store.get(job_id_of("key"))
     assert (job.state, job.num_attempts) == (JobState.FAILED, 8)
     assert "signal 9" in job.reason
@@ -225,8 +229,9 @@ async def test_a_cancelled_job_is_not_given_to_another_worker(hasty: JobStore) -
     claim = await claimed(hasty)
     await hasty.cancel(claim.job.job_id, Cancellation.SAVE)
     await lease_ends()
+    ended = await hasty.claim_any(JOBS_DIR)
+    assert isinstance(ended, Job) and ended.state is JobState.CANCELLED
     assert await hasty.claim_any(JOBS_DIR) is None
-    assert (await hasty.get(claim.job.job_id)).state is JobState.CANCELLED
 
 
 async def test_a_cancelled_job_that_is_released_is_cancelled(store: JobStore) -> None:
@@ -254,9 +259,7 @@ async def test_a_commitment_is_final_whoever_carries_it_out(hasty: JobStore) -> 
     successor = claim
     for _ in range(4):  # more deaths than a job may have
         await lease_ends()
-        following = await hasty.claim_any(JOBS_DIR)
-        assert following is not None
-        successor = following
+        successor = await claimed_again(hasty)
     assert await hasty.commit(successor.lease, "run-sft-1")
     await hasty.finish(successor.lease, JobState.SUCCEEDED, "published")
     assert (await hasty.get(claim.job.job_id)).checkpoint_id == "run-sft-1"
@@ -284,8 +287,8 @@ async def test_a_cancelled_or_failed_job_is_resumed_with_a_clean_slate(hasty: Jo
     assert (resumed.state, resumed.num_deaths, resumed.cancellation) == (JobState.QUEUED, 0, None)
     assert resumed.ended_at_seconds is None
     assert (await hasty.resume(claim.job.job_id)) == resumed
-    again = await hasty.claim_any(JOBS_DIR)
-    assert again is not None and again.lease.fence > claim.lease.fence
+    again = await claimed_again(hasty)
+    assert again.lease.fence > claim.lease.fence
     assert (await hasty.resume(claim.job.job_id)).state is JobState.RUNNING
 
 
@@ -301,8 +304,7 @@ async def test_watching_tells_every_change_and_ends_with_the_job(store: JobStore
     async with asyncio.timeout(10):
         watching = asyncio.create_task(watch())
         await asyncio.sleep(0.05)
-        claim = await store.claim_any(JOBS_DIR)
-        assert claim is not None
+        claim = await claimed_again(store)
         await asyncio.sleep(0.05)
         await store.heartbeat(claim.lease, RunProgress("training", 1, 2))
         await asyncio.sleep(0.05)
@@ -344,17 +346,16 @@ async def test_every_word_may_be_said_twice(redis_client: Redis) -> None:
     store = new_store(redis_client)
     store._runner = RepeatingRunner(redis_client)
     assert (await store.submit(JobKind.SFT, CONFIG, "key")).created
-    claim = await store.claim_any(JOBS_DIR)
-    assert claim is not None and claim.job.num_attempts == 1
+    claim = await claimed_again(store)
+    assert claim.job.num_attempts == 1
     await store.heartbeat(claim.lease, RunProgress("training", 1, 2))
     assert await store.release(claim.lease, "died", has_died=True) is JobState.QUEUED
-    claim = await store.claim_any(JOBS_DIR)
-    assert claim is not None and (claim.job.num_attempts, claim.job.num_deaths) == (2, 1)
+    claim = await claimed_again(store)
+    assert (claim.job.num_attempts, claim.job.num_deaths) == (2, 1)
     await store.cancel(claim.job.job_id, Cancellation.SAVE)
     await store.finish(claim.lease, JobState.CANCELLED, "on request")
     await store.resume(claim.job.job_id)
-    claim = await store.claim_any(JOBS_DIR)
-    assert claim is not None
+    claim = await claimed_again(store)
     assert await store.commit(claim.lease, "run-sft-1")
     await store.finish(claim.lease, JobState.SUCCEEDED, "published")
     job = await store.get(claim.job.job_id)

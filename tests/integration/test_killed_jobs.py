@@ -270,6 +270,25 @@ async def test_a_trainer_that_was_frozen_and_replaced_publishes_nothing_when_it_
     assert (scene.checkpoints, checkpoint.stat().st_mtime_ns) == ([job.checkpoint_id], published_at)
 
 
+async def test_what_a_killed_process_has_started_is_ended_also_when_the_job_is_not_tried_again(
+    scene: Scene,
+) -> None:
+    trainer = await scene.start_trainer()
+    job = await submitted(trainer, "parent", 100_000)
+    await scene.made_steps(job, 3)
+    async with TrainerClient.open(await trainer.address()) as client:
+        worker = scene.worker(job)
+        assert worker is not None
+        worker.suspend()  # so that it neither hears nor ends its children
+        await client.cancel(job.job_id)
+        await killed(trainer)
+        worker.kill()
+    assert len(processes_of(scene.folder_of(job))) == 1
+    job = await scene.ended(await scene.start_trainer(), job)
+    assert (state_name(job.state), job.num_attempts) == ("cancelled", 1)
+    await scene.nothing_runs(job)
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_whoever_is_killed_whenever_the_job_ends_once(scene: Scene, seed: int) -> None:
     choose = random.Random(seed)
@@ -289,4 +308,7 @@ async def test_whoever_is_killed_whenever_the_job_ends_once(scene: Scene, seed: 
             await killed(trainer)
         if trainer.process.returncode is not None:  # killed, or it began when Redis was away
             trainer = await scene.start_trainer("--job-max-deaths", "100")
+    await until(lambda: trainer.ready_file.exists() or trainer.process.returncode is not None, SECONDS)
+    if trainer.process.returncode is not None:
+        trainer = await scene.start_trainer("--job-max-deaths", "100")
     await scene.succeeded_once(trainer, job, 150)

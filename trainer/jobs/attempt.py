@@ -6,7 +6,6 @@ Redis may be away for as long as it likes meanwhile: the run goes on, and what h
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -20,7 +19,7 @@ import structlog
 from fusionroute.background import end_task
 from fusionroute.errors import FusionRouteError, Reason, SessionStateError, Unavailable
 from trainer.jobs.child import JOB_COMMAND, JobProcess
-from trainer.jobs.folder import Assignment, Broken, Done, JobFolder, StoppedEarly
+from trainer.jobs.folder import Assignment, Broken, Done, JobFolder, StoppedEarly, reason_of
 from trainer.jobs.leftovers import end_processes
 from trainer.jobs.process import ProcessExit
 from trainer.jobs.publishing import publish
@@ -125,9 +124,7 @@ class Attempt:
         try:
             done = await asyncio.to_thread(self._prepare)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            return Broken(Reason.STORAGE_FULL, f"{self._folder.path} cannot be written: {error}")
+            return Broken(reason_of(error), f"{self._folder.path} cannot be written: {error}")
         if done is not None:
             return done
         process = await JobProcess.start(self._workshop.command, self._folder)
@@ -194,7 +191,7 @@ class Attempt:
         except OSError as error:
             self._log.exception("publishing_failed", target=str(self._target))
             why = f"{self._target} cannot be published: {error}; resume the job to try again"
-            await self._finish(JobState.FAILED, f"{why} ({Reason.STORAGE_FULL.value})")
+            await self._finish(JobState.FAILED, f"{why} ({reason_of(error).value})")
             return
         await self._finish(JobState.SUCCEEDED, f"published {self._target.name}")
 

@@ -10,6 +10,7 @@ lock            held by the process that works here
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -60,6 +61,11 @@ class Broken:
 
 
 Outcome: TypeAlias = Done | StoppedEarly | Broken
+
+
+def reason_of(error: OSError) -> Reason:
+    """STORAGE_FULL where that is so, else INTERNAL."""
+    return Reason.STORAGE_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else Reason.INTERNAL
 
 
 class FolderBusy(Exception):

@@ -7,7 +7,6 @@ words `save` and `discard`, each of which asks it to stop; its end means that th
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -25,7 +24,7 @@ from fusionroute.errors import FusionRouteError, Reason, TrainingFailed
 from fusionroute.manifest import COMPLETE_FILE
 from fusionroute.telemetry import configure_logs, quiet_native_logs
 from trainer.config import JOBS, JobConfig
-from trainer.jobs.folder import Broken, Done, FolderBusy, JobFolder, Outcome, StoppedEarly
+from trainer.jobs.folder import Broken, Done, FolderBusy, JobFolder, Outcome, StoppedEarly, reason_of
 from trainer.jobs.leftovers import end_processes
 from trainer.run_context import RunContext, RunProgress, RunResult, Stop, Stopped
 
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str], run: Runner | None = None) -> int:
         return ProcessExit.FOLDER_BUSY
     except OSError as error:
         log.exception("outcome_not_written")
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if reason_of(error) is Reason.STORAGE_FULL:
             return ProcessExit.STORAGE_FULL
         raise
     finally:
@@ -95,8 +94,7 @@ def _outcome_of(read: Callable[[], JobConfig], context: RunContext, run: Runner 
         return Broken(error.reason, error.message)
     except OSError as error:
         log.exception("run_failed")
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return Broken(Reason.STORAGE_FULL if is_full else Reason.INTERNAL, _words(error))
+        return Broken(reason_of(error), _words(error))
     except Exception as error:
         log.exception("run_failed")
         return Broken(Reason.INTERNAL, _words(error))

@@ -128,8 +128,11 @@ class JobStore:
                     return
             await asyncio.sleep(poll_seconds)
 
-    async def claim_any(self, jobs_dir: Path, *, except_jobs: Sequence[str] = ()) -> Claim | None:
+    async def claim_any(self, jobs_dir: Path, *, except_jobs: Sequence[str] = ()) -> Claim | Job | None:
         """The right to work on the job that has waited longest, None when there is none.
+
+        A job whose workers have died too often, or that was cancelled when its worker had died, ends here; it is
+        returned as it is now, so that somebody sees that nothing of it runs any more.
 
         Args:
             jobs_dir: the job is told that its folder lies there.
@@ -145,12 +148,14 @@ class JobStore:
                     return claim
         return None
 
-    async def _claim(self, job_id: str, folder: Path) -> Claim | None:
+    async def _claim(self, job_id: str, folder: Path) -> Claim | Job | None:
         owner = uuid.uuid4().hex
         try:
             answer = await self._run("claim", job_id, owner, self._lease_ms, self._max_deaths, str(folder))
         except SessionStateError:  # forgotten
             return None
+        if answer[0] == b"ended":
+            return parse_job(job_id, answer[1])
         if answer[0] != b"done":
             return None
         return Claim(Lease(job_id, int(answer[1])), parse_job(job_id, answer[2]))

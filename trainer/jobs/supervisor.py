@@ -8,6 +8,8 @@ import structlog
 
 from fusionroute.errors import FusionRouteError
 from trainer.jobs.attempt import PUT_ASIDE_REASON, Attempt, Workshop
+from trainer.jobs.leftovers import end_processes
+from trainer.jobs.records import Job
 from trainer.jobs.store import JobStore
 
 log = structlog.get_logger(__name__)
@@ -78,6 +80,10 @@ class Supervisor:
         claim = await self._store.claim_any(self._workshop.jobs_dir, except_jobs=running)
         if claim is None:
             return False
+        if isinstance(claim, Job):
+            log.warning("job_ended", job=claim.job_id, state=claim.state.value, reason=claim.reason)
+            await asyncio.to_thread(end_processes, self._workshop.jobs_dir / claim.job_id)
+            return True
         if self._is_draining:  # since we asked
             await self._store.release(claim.lease, PUT_ASIDE_REASON)
             return False
