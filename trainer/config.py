@@ -348,7 +348,7 @@ def _absolute(value: Any, folder: Path, field: str = "") -> Any:
         return [_absolute(child, folder, field) for child in value]
     if field in _PATH_FIELDS and isinstance(value, Path):
         return folder / value.expanduser()
-    if field in _MODEL_FIELDS and isinstance(value, str) and (folder / value).exists():
+    if field in _MODEL_FIELDS and isinstance(value, str) and value and (folder / value).exists():
         return str((folder / value).resolve())
     return value
 

@@ -21,6 +21,7 @@ from trainer.config import DataTable, LabelsTable, PairsJob
 from trainer.data import load_pairs
 from trainer.frozen_models import FrozenModel
 from trainer.labelling import label_rows
+from trainer.pace import Pace
 from trainer.pair_bias import BiasStatistics, pair_bias, render_histogram
 from trainer.report.records import BIAS_FILE
 from trainer.rows import RowSet
@@ -29,6 +30,7 @@ from trainer.target_states import states_at_targets
 
 BIAS_TEXT_FILE = "bias.txt"
 ROWS_AT_A_TIME = 256
+STAGE = "bias"
 
 log = structlog.get_logger(__name__)
 
@@ -83,11 +85,13 @@ def routes_at_targets(
         scores: from hidden states ``[t, H]`` to ``[t, >= n]``, of which the first n columns are the routing head's.
     """
     routes = []
+    pace, quiet = Pace(context, STAGE, len(rows)), RunContext(context.folder, stop=context.stop)
     for first in range(0, len(rows), ROWS_AT_A_TIME):
         some = RowSet.of(rows[index] for index in range(first, min(first + ROWS_AT_A_TIME, len(rows))))
-        states = states_at_targets(router, some, context, stage="bias")
+        states = states_at_targets(router, some, quiet, stage=STAGE)
         with torch.no_grad():
             routes.append(scores(states)[:, :num_experts].argmax(dim=1).to(torch.int32).numpy())
+        pace.advance(len(some))
     return np.concatenate(routes) if routes else np.empty(0, dtype=np.int32)
 
 

@@ -27,7 +27,7 @@ from fusionroute.errors import InvalidRequest, Reason, TrainingFailed
 from fusionroute.v1 import trainer_pb2, trainer_pb2_grpc
 from fusionroute.v1.trainer_pb2 import JobState
 from tests.tiny_models import save_tiny_model
-from trainer.config import JOBS, JobConfig, JobKind, SftJob
+from trainer.config import JOBS, JobConfig, JobKind, PairsJob, SftJob
 from trainer.config_template import template
 from trainer.run_context import RunContext, RunProgress, RunResult, Stopped
 
@@ -145,6 +145,14 @@ def test_paths_are_meant_from_the_folder_of_the_file(config_file: Path):
     assert job.data.files == (config_file.parent / "texts.jsonl",)
     assert job.experts["math"].model == str(config_file.parent / "models" / "math")
     assert job.router == "instruct"
+
+
+def test_a_path_that_is_left_empty_is_not_the_folder_of_the_file(tmp_path: Path):
+    path = tmp_path / "pairs.toml"
+    path.write_text('output = "out.jsonl"\n[data]\nfiles = ["prompts.jsonl"]\n')
+    job = read_config("pairs", path)
+    assert isinstance(job, PairsJob)
+    assert (job.checkpoint, job.output) == ("", tmp_path / "out.jsonl")
 
 
 def test_kinds_are_told_by_the_fields_that_only_they_have():
