@@ -10,10 +10,10 @@ from fusionroute.errors import invalid
 from trainer.checkpoints import check_vocabulary, finished, parent_checkpoint, write_checkpoint
 from trainer.config import ExtendJob, GatesTable
 from trainer.data import load_texts
+from trainer.devices import device_of
 from trainer.extend import Domain, extend_heads
 from trainer.frozen_models import FrozenModel
 from trainer.phases import Labelled, data_facts, labelled, switches_of
-from trainer.run import device_of
 from trainer.run_context import RunContext, RunResult
 
 EFFECT_FILE = "extension.json"

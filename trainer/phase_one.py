@@ -6,12 +6,12 @@ from fusionroute.router_model import Heads
 from trainer.checkpoints import check_vocabulary, finished, load_trained, write_checkpoint
 from trainer.config import SftJob
 from trainer.data import load_texts
+from trainer.devices import device_of
 from trainer.frozen_models import FrozenModel
 from trainer.gates import gate_facts
 from trainer.loop import train_loop
 from trainer.loop_inputs import LoopInputs, SftLesson
 from trainer.phases import INPUTS, data_facts, labelled, lasting, report_run, switches_of, with_gates
-from trainer.run import device_of
 from trainer.run_context import RunContext, RunResult
 
 

@@ -19,6 +19,7 @@ from fusionroute.router_model import Heads
 from trainer.checkpoints import check_vocabulary, finished, load_trained, parent_checkpoint, write_checkpoint
 from trainer.config import CdpoJob
 from trainer.data import load_pairs, load_texts
+from trainer.devices import device_of
 from trainer.frozen_models import FrozenModel
 from trainer.gates import gate_facts
 from trainer.loop import train_loop
@@ -28,7 +29,6 @@ from trainer.phases import INPUTS, data_facts, labelled, lasting, report_run, sw
 from trainer.report.records import BIAS_FILE
 from trainer.router_module import RouterModule
 from trainer.rows import Labels, PairSet
-from trainer.run import device_of
 from trainer.run_context import RunContext, RunProgress, RunResult
 
 log = structlog.get_logger(__name__)

@@ -60,13 +60,3 @@ def _quiet_libraries() -> None:
 
     disable_progress_bar()
     set_verbosity_error()
-
-
-def device_of(setting: str) -> str:
-    """The torch device of a `device` setting: "auto" takes the accelerator where there is one."""
-    if setting != "auto":
-        return setting
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator()
-    return "cpu" if accelerator is None else accelerator.type

@@ -1,6 +1,7 @@
 """The routers of the family, made by the same jobs that users submit: SFT with its gates, pairs, CDPO.
 
     data/router.jsonl.gz   gold answers over all tasks     ->  router_sft/   phase I and gates
+    data/prompts.jsonl.gz  fresh ones with their gold answers
     data/pairs.jsonl.gz    wrong answers of router_sft     ->  router/       phase II, its own gates
 """
 
@@ -34,7 +35,7 @@ def train_sft(recipe: Recipe, seed: int, folder: Path, report: StageReport) -> d
     seed_torch(f"{seed}/router")
     data = folder / "data" / "router.jsonl.gz"
     items = _items(f"{seed}/router", recipe.num_router_items)
-    write_rows(data, ({"prompt": item.prompt, "completion": item.answer} for item in items))
+    write_rows(data, _written(items))
     config = SftJob.from_values(
         {
             **_experts_and_data(folder, data),
@@ -52,6 +53,7 @@ def train_cdpo(recipe: Recipe, seed: int, folder: Path, report: StageReport) -> 
     seed_torch(f"{seed}/preferences")
     pairs = folder / "data" / "pairs.jsonl.gz"
     items = _items(f"{seed}/pairs", recipe.num_pair_prompts)
+    write_rows(folder / "data" / "prompts.jsonl.gz", _written(items))
     policy = FusedPolicy(folder / "router_sft", [folder / "experts" / slot for slot in EXPERT_SLOTS])
     found = wrong_answers(policy, items, seed)
     write_rows(pairs, found)
@@ -105,6 +107,10 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _items(name: str, count: int) -> list[Item]:
     random = Random(name)  # noqa: S311 - not for secrets
     return [make_item(random.choice(tuple(TASKS)), Payloads(random, Split.TRAIN)) for _ in range(count)]
+
+
+def _written(items: Iterable[Item]) -> list[dict[str, Any]]:
+    return [{"prompt": item.prompt, "completion": item.answer} for item in items]
 
 
 def _experts_and_data(folder: Path, data: Path) -> dict[str, Any]:
