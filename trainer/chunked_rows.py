@@ -63,11 +63,12 @@ class RowMaker:
             block = slice(first, first + size)
             yield block, self.finished_(products[block])
 
-    def slope(self, rows: Tensor) -> Tensor | float:
-        """d rows / d products, from finished rows."""
+    def slope(self, rows: Tensor, outer: Tensor) -> Tensor:
+        """d rows / d products times the gradients ``[c]`` that reach the rows, from finished rows: what broadcasts."""
+        factor = outer[:, None] * self.scale
         if self.softcap is None:
-            return self.scale
-        return rows.div(self.softcap).square_().neg_().add_(1).mul_(self.scale)
+            return factor
+        return rows.div(self.softcap).square_().neg_().add_(1).mul_(factor)
 
     def finished_(self, products: Tensor) -> Tensor:
         """Rows in float32 from products, in their memory where they are float32 already."""
@@ -129,10 +130,10 @@ class GoldLogprobs(torch.autograd.Function):
                 products = gradient.products(hidden[chunk], buffer)
                 for block, rows in maker.blocks(products):
                     place = _within(chunk, block)
-                    slope = maker.slope(rows)
+                    slope = maker.slope(rows, -outer[place])
                     rows.sub_(logsumexp[place, None]).exp_()
                     rows[torch.arange(len(rows), device=rows.device), gold[place]] -= 1
-                    rows.mul_(slope).mul_(-outer[place, None])
+                    rows.mul_(slope)
                     if rows.dtype != products.dtype:  # else the rows lie in the products' memory
                         products[block] = rows
                 gradient.add(chunk, products)
@@ -205,10 +206,10 @@ class FusedLogPartition(torch.autograd.Function):
                     for block, rows in maker.blocks(mine):
                         fused = expert.maker.finished_(theirs[block])
                         tokens = piece[block]
-                        slope = maker.slope(rows)
+                        slope = maker.slope(rows, outer[tokens])
                         fused.add_(rows).sub_(joint[tokens, None]).exp_()
                         rows.sub_(own[tokens, None]).exp_()
-                        mine[block] = fused.sub_(rows).mul_(slope).mul_(outer[tokens, None])
+                        mine[block] = fused.sub_(rows).mul_(slope)
                     gradient.add(piece, mine)
         return (*gradient.parts(), None, None, None, None)
 
