@@ -166,9 +166,14 @@ def print_result(result: LocalResult, as_json: bool) -> None:
     click.echo(f"{'checkpoint' if result.is_checkpoint else 'made':<12}{result.artifact}")
     if result.report is not None:
         click.echo(f"{'report':<12}{result.report}")
-    for metric, value in result.metrics.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            click.echo(f"  {metric:<28}{value:.6g}")
+    plain = {
+        name: value
+        for name, value in result.metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    room = max(map(len, plain), default=0)
+    for name, value in plain.items():
+        click.echo(f"  {name:<{room}}  {value:.6g}")
 
 
 async def _submit(kind: str, config: JobConfig, address: str, key: str, detach: bool, as_json: bool) -> None:
