@@ -112,6 +112,14 @@ def test_what_two_conversations_begin_with_is_their_prompt(tmp_path):
     assert learnt(sets[1], 0) == [8, EOS] and learnt(sets[1], 1) == [9, EOS]
 
 
+def test_an_answer_that_two_conversations_share_is_no_part_of_their_prompt_when_it_ends_one(tmp_path):
+    short = [user("w5"), assistant("w6")]
+    row = {"chosen": short, "rejected": [*short, user("w7"), assistant("w8")]}
+    rows = load_pairs(table(tmp_path, row), tokenizer()).rows
+    assert learnt(rows, 0) == [6, EOS]
+    assert learnt(rows, 1) == [6, EOS, 8, EOS]
+
+
 def test_prompts_come_with_their_gold_answers_from_every_format_that_has_some(tmp_path):
     data = table(
         tmp_path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,8 +192,11 @@ def test_a_long_completion_is_cut_at_the_right_and_teaches_no_end(tmp_path):
     assert learnt(rows) == [7, 8]
 
 
-def test_a_row_of_exactly_the_limit_is_whole(tmp_path):
-    rows = load_texts(table(tmp_path, {"prompt": "w5 w6", "completion": " w7"}, max_tokens=4), tokenizer())
+@pytest.mark.parametrize("overlong", ["truncate", "drop", "refuse"])
+def test_a_row_of_exactly_the_limit_is_whole(tmp_path, overlong):
+    data = table(tmp_path, {"prompt": "w5 w6", "completion": " w7"}, max_tokens=4, overlong=overlong)
+    rows = load_texts(data, tokenizer())
+    assert validate(data, tokenizer(), "texts").num_cut == 0
     assert rows[0].ids.tolist() == [5, 6, 7, EOS]
 
 
@@ -260,3 +264,34 @@ def test_more_rows_than_one_batch_keep_their_order(tmp_path):
     (tmp_path / "many.jsonl").write_text("".join(json.dumps({"text": f"w3 w{n}"}) + "\n" for n in numbers))
     rows = load_texts(DataTable(files=(tmp_path / "many.jsonl",)), tokenizer())
     assert [int(rows[index].ids[1]) for index in range(700)] == numbers
+
+
+def documented_rows() -> list[tuple[dict[str, Any], str]]:
+    """The rows that the page shows as they are, each with its second column."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "training_data.md"
+    cells = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| `{")]
+    return [
+        (json.loads(row.strip("| `")), shown.strip("| `").partition("`")[0])
+        for row, shown in cells
+        if "[messages]" not in row
+    ]
+
+
+def test_the_rows_that_the_page_shows_load_and_look_as_it_says(tmp_path):
+    own = byte_tokenizer()
+    own.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<eos>", "<end>"]})
+    own.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    shown = documented_rows()
+    assert [sorted(row) for row, _ in shown] == [
+        ["text"], ["completion", "prompt"], ["messages"], ["chosen", "prompt", "rejected"],
+    ]  # fmt: skip
+    for row, expected in shown:
+        own.eos_token = "<end>" if "messages" in row else "<eos>"
+        kind = "pairs" if "chosen" in row else "texts"
+        report = validate(table(tmp_path, row), own, kind)
+        assert report.is_valid
+        if kind == "texts":
+            assert report.examples[0] == expected

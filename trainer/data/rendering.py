@@ -95,7 +95,8 @@ class Renderer:
             if index < row.num_prompt or message["role"] != "assistant":
                 continue
             start = self._start(messages[:index], message, whole)
-            end = self._end(messages[: index + 1], whole)
+            is_last = index == len(messages) - 1
+            end = len(whole) if is_last else self._end(messages[: index + 1], whole)
             if message["content"].strip()[-TAIL_CHARACTERS:] not in whole[start:end]:
                 raise RowFault(
                     f"messages[{index}].content",
