@@ -100,7 +100,8 @@ def price_sentence(against_routing_only: Comparison) -> str:
     """What the complement costs where the experts are right without it, in words."""
     covered = against_routing_only.covered
     if not covered.excludes_zero:
-        return f"The complement costs nothing measurable on covered tasks ({shown(covered, signed=True)})."
+        difference = shown(covered, signed=True)
+        return f"Whether the complement costs anything on covered tasks these items do not tell ({difference})."
     if covered.value > 0:
         return f"The complement costs nothing on covered tasks; it gains ({shown(covered, signed=True)})."
     return (

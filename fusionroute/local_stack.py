@@ -33,6 +33,8 @@ STOP_DEADLINE_SECONDS = 25.0
 POLL_SECONDS = 0.1
 REDIS_STOP_SECONDS = 5.0
 ROUTER, TRAINER, REDIS = "router", "trainer", "redis"
+# folders of a stack's trainer
+JOBS, CHECKPOINTS = "jobs", "checkpoints"
 SETTINGS_VARIABLES = (
     "FUSIONROUTE_EXPERT_",
     "FUSIONROUTE_ROUTER_",
@@ -209,7 +211,7 @@ class _Launch:
     def start_router(self) -> None:
         options = {"checkpoint": self.plan.router_checkpoint, "port": str(self.plan.port)}
         if self.plan.trainer:
-            options["checkpoints-dir"] = str(self.folder / "checkpoints")
+            options["checkpoints-dir"] = str(self.folder / CHECKPOINTS)
         self._spawn(ROUTER, self.programs.router, {**options, **self._model_options(ROUTER)})
         self._remember(router_address=self._wait_for_address(ROUTER))
 
@@ -217,7 +219,7 @@ class _Launch:
         if not self.plan.trainer:
             return
         options = {"port": "0", "router": self.state.router_address}
-        for name in ("jobs", "checkpoints"):
+        for name in (JOBS, CHECKPOINTS):
             options[f"{name}-dir"] = str(self.folder / name)
         self._spawn(TRAINER, self.programs.trainer, options)
         self._wait_for_address(TRAINER)

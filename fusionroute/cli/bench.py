@@ -105,7 +105,7 @@ def decode(
     with _models(lab, shape, dtype) as (router, experts, prompt_ids):
         threads = threads or threads_for(1 + len(experts))
         plan = StackPlan(router, experts, port=0, threads=threads, isolated=True)
-        with temporary_stack(plan) as state:
+        with temporary_stack(plan) as (state, _):
             report = asyncio.run(
                 _measure(state.router_address, plan, prompt_ids, num_tokens, num_runs, threads)
             )

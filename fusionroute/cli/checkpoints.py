@@ -172,14 +172,14 @@ def _change(
     at = trainer_address(trainer, name)
     router = None if no_wait else router_address(address, name)
     with console(stderr=True).status("the trainer loads and checks it"):
-        promoted_id, revision = asyncio.run(_tell_trainer(at, checkpoint_id))
+        promoted_id, revision = asyncio.run(tell_trainer(at, checkpoint_id))
     told = {"checkpoint_id": promoted_id, "revision": revision}
     if router is None:
         what = promoted_id or "the checkpoint of each router's settings"
         click.echo(json.dumps(told) if as_json else f"promoted: {what} (revision {revision})")
         return
     with console(stderr=True).status(f"the router on {router} loads it"):
-        info = asyncio.run(_wait_for_router(router, revision, timeout_seconds))
+        info = asyncio.run(wait_for_router(router, revision, timeout_seconds))
     if as_json:
         click.echo(json.dumps(told | {"router": router, "fingerprint": info.checkpoint}))
     else:
@@ -201,8 +201,12 @@ async def _get(address: str, checkpoint_id: str) -> Checkpoint:
         return await trainer.get_checkpoint(checkpoint_id)
 
 
-async def _tell_trainer(address: str, checkpoint_id: str | None) -> tuple[str, int]:
-    """The id that is promoted now, empty for the routers' own, and the revision."""
+async def tell_trainer(address: str, checkpoint_id: str | None) -> tuple[str, int]:
+    """Promotes a checkpoint, or rolls back where none is given.
+
+    Returns:
+        The id that is promoted now, empty for the routers' own, and the revision.
+    """
     from fusionroute.trainer_client import TrainerClient
 
     async with TrainerClient.open(address) as trainer:
@@ -213,7 +217,7 @@ async def _tell_trainer(address: str, checkpoint_id: str | None) -> tuple[str, i
         return answer.checkpoint.checkpoint_id, answer.revision
 
 
-async def _wait_for_router(address: str, revision: int, timeout_seconds: float) -> GetRouterInfoResponse:
+async def wait_for_router(address: str, revision: int, timeout_seconds: float) -> GetRouterInfoResponse:
     """What the router says once it has acted upon the revision.
 
     Raises:

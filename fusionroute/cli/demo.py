@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,10 +18,17 @@ from fusionroute.cli.target import json_option
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from evaluation.runner import Outcome
+    from fusionroute.lab.tasks import Item
+    from fusionroute.stack_state import StackState
 
 MAX_ITEMS_PER_TASK = 40
 TABLE_SECONDS = (20.0, 110.0)
 DEMO_SECONDS = 300.0
+# of the table's time; the one system that is asked after the promotion needs less than a ninth of the rest
+PHASE_ONE_SHARE = 0.85
+PROMOTED = "lab-cdpo-demo"
+PROMOTION_SECONDS = 60.0
 
 
 @click.command()
@@ -32,16 +41,19 @@ DEMO_SECONDS = 300.0
 def demo(seed: int, num_rounds: int | None, budget_seconds: float | None, as_json: bool) -> None:
     """Everything once: build the tiny models, start the services, show answers, measure, stop.
 
-    Three experts, a router and a Redis run as processes of their own for as long as the demo does. The first
-    run trains the models, about 100 CPU seconds; later runs find them in the cache.
+    Three experts, a router, a trainer and a Redis run as processes of their own for as long as the demo does.
+    The router begins with its checkpoint of phase I; that of phase II (CDPO) is promoted while it serves. The
+    first run trains the models, about two CPU minutes; later runs find them in the cache.
 
     \b
     Example:
       fusionroute demo
       fusionroute demo --items 5 --json > table.json
     """
+    from evaluation.items import rounds_of_items
     from fusionroute.cli.console import console
     from fusionroute.cli.lab import build_family
+    from fusionroute.cli.scoreboard import num_rounds_of, show_scores
     from fusionroute.cli.stack import temporary_stack
     from fusionroute.local_stack import StackPlan, threads_for
 
@@ -50,21 +62,28 @@ def demo(seed: int, num_rounds: int | None, budget_seconds: float | None, as_jso
     with clock.stage("1  models: a base, three experts, a router (tiny, trained here or cached)"):
         family = build_family("demo", seed)
     plan = StackPlan(
-        router_checkpoint=str(family.router),
+        router_checkpoint=str(family.router_sft),
         experts={slot: str(path) for slot, path in family.experts.items()},
         port=0,
         threads=threads_for(1 + len(family.experts)),
         isolated=True,
+        trainer=True,
     )
     with ExitStack() as running:
-        with clock.stage("2  services: a router with its Redis, three experts"):
-            state = running.enter_context(temporary_stack(plan))
-        with clock.stage("3  answers, each token in the colour of the expert that took part"):
+        with clock.stage("2  services: a router with the checkpoint of phase I, three experts, a trainer"):
+            state, folder = running.enter_context(temporary_stack(plan))
+        budget = float("inf") if num_rounds else budget_seconds or clock.seconds_for_the_table()
+        rounds = rounds_of_items(num_rounds or MAX_ITEMS_PER_TASK, seed)
+        with clock.stage("3  phase I: every system answers held-out items"):
+            outcomes = asyncio.run(_ask(screen, state.router_address, rounds, PHASE_ONE_SHARE * budget))
+        with clock.stage("4  phase II: the CDPO checkpoint is published, and promoted while the router serves"):
+            asyncio.run(_promote(screen, state, folder, family.router))
+        with clock.stage("5  answers, each token in the colour of the expert that took part"):
             asyncio.run(_show(screen, state.router_address, seed))
-        with clock.stage("4  table: every answer decoded through the running services"):
-            budget = float("inf") if num_rounds else budget_seconds or clock.seconds_for_the_table()
-            rounds = num_rounds or MAX_ITEMS_PER_TASK
-            result = asyncio.run(_measure(screen, state.router_address, rounds, budget, seed))
+        with clock.stage("6  table: the same items, asked of the new checkpoint as well"):
+            asked = rounds[: num_rounds_of(outcomes)]
+            outcomes += asyncio.run(_ask_again(screen, state.router_address, asked))
+            result = show_scores(screen, outcomes)
     clock.say(f"done in {clock.seconds:.0f} s; nothing is left running")
     if as_json:
         click.echo(json.dumps({"seed": seed, "seconds": round(clock.seconds, 1), **result}, indent=2))
@@ -82,14 +101,34 @@ async def _show(console: Console, address: str, seed: int) -> None:
         await show_answers(console, router, [item for item in examples() if is_covered(item)], gaps)
 
 
-async def _measure(
-    console: Console, address: str, num_rounds: int, budget_seconds: float, seed: int
-) -> dict[str, Any]:
-    from fusionroute.cli.scoreboard import measure
+async def _ask(
+    console: Console, address: str, rounds: Sequence[Sequence[Item]], budget_seconds: float
+) -> list[Outcome]:
+    from fusionroute.cli.scoreboard import ask, available_systems
     from fusionroute.client import RouterClient
 
     async with RouterClient.open(address) as router:
-        return await measure(console, router, num_rounds, budget_seconds, seed)
+        return await ask(console, router, await available_systems(router), rounds, budget_seconds)
+
+
+async def _ask_again(console: Console, address: str, rounds: Sequence[Sequence[Item]]) -> list[Outcome]:
+    from evaluation.systems import PREFERRED_SUM
+    from fusionroute.cli.scoreboard import ask
+    from fusionroute.client import RouterClient
+
+    async with RouterClient.open(address) as router:
+        return await ask(console, router, [PREFERRED_SUM], rounds)
+
+
+async def _promote(console: Console, state: StackState, folder: Path, checkpoint: Path) -> None:
+    """Publishes a checkpoint as a finished job does, and has it promoted."""
+    from fusionroute.cli.checkpoints import tell_trainer, wait_for_router
+    from fusionroute.local_stack import CHECKPOINTS, TRAINER
+
+    await asyncio.to_thread(shutil.copytree, checkpoint, folder / CHECKPOINTS / PROMOTED)
+    _, revision = await tell_trainer(state.addresses[TRAINER], PROMOTED)
+    info = await wait_for_router(state.router_address, revision, PROMOTION_SECONDS)
+    console.print(f"   the router serves {info.checkpoint_id}; a turn begun before ends on the checkpoint of phase I")
 
 
 class _Clock:

@@ -57,6 +57,13 @@ async def available_systems(router: RouterClient) -> list[System]:
     return systems_of([slot.slot for slot in info.slots], info.available_combine)
 
 
+def num_rounds_of(outcomes: Sequence[Outcome]) -> int:
+    """How many whole rounds were asked: each asks every task once of every system."""
+    tasks = {outcome.item.task for outcome in outcomes}
+    systems = {outcome.system for outcome in outcomes}
+    return len(outcomes) // (len(tasks) * len(systems))
+
+
 def show_scores(console: Console, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Prints the table and what it says, and returns the same for programs."""
     rows = scores(outcomes)

@@ -231,8 +231,8 @@ def start_stack(plan: StackPlan, folder: Path, *, die_with_parent: bool = False)
 
 
 @contextmanager
-def temporary_stack(plan: StackPlan) -> Iterator[StackState]:
-    """A stack for as long as the block lasts; nothing of it survives, whatever happens.
+def temporary_stack(plan: StackPlan) -> Iterator[tuple[StackState, Path]]:
+    """A stack and its folder for as long as the block lasts; nothing of it survives, whatever happens.
 
     Raises:
         Failure: it does not start, or the block fails after one of its processes has ended.
@@ -244,7 +244,7 @@ def temporary_stack(plan: StackPlan) -> Iterator[StackState]:
         folder = Path(name) / "stack"
         state = start_stack(plan, folder, die_with_parent=True)
         try:
-            yield state
+            yield state, folder
         except Exception as error:
             gone = [record for record in state.processes if record not in state.alive]
             if not gone:
