@@ -351,7 +351,7 @@ async def test_the_log_is_read_from_any_offset_and_followed_to_the_end(serve: Se
 async def test_a_commitment_that_was_not_carried_out_is_carried_out_by_the_next(serve: Serve) -> None:
     """The trainer was killed between its promise and the move of the folder, or between that and the last word."""
     served = await serve()
-    job = await served.ended(await served.submit())
+    job = await served.ended(await served.submit(num_steps=12))
     target = served.folder / "checkpoints" / job.checkpoint_id
     for is_moved in (False, True):
         if not is_moved:
@@ -362,7 +362,7 @@ async def test_a_commitment_that_was_not_carried_out_is_carried_out_by_the_next(
         again = await served.ended(job)
         assert (state_name(again.state), again.checkpoint_id) == ("succeeded", job.checkpoint_id)
         assert served.checkpoints == [job.checkpoint_id]
-    assert steps_done(served.job_folder(job)) == list(range(1, 11)), "nothing was computed again"
+    assert steps_done(served.job_folder(job)) == list(range(1, 13)), "nothing was computed again"
 
 
 async def test_a_checkpoint_that_cannot_be_published_fails_the_job_and_is_published_by_resuming(
@@ -371,14 +371,14 @@ async def test_a_checkpoint_that_cannot_be_published_fails_the_job_and_is_publis
     served = await serve()
     (served.folder / "checkpoints").rmdir()
     (served.folder / "checkpoints").touch()  # a file where a folder must be
-    job = await served.ended(await served.submit())
+    job = await served.ended(await served.submit(num_steps=12))
     assert (state_name(job.state), job.checkpoint_id, job.num_attempts) == ("failed", "", 1)
     assert "cannot be published" in job.state_reason and "resume the job" in job.state_reason
     (served.folder / "checkpoints").unlink()
     await served.client.resume(job.job_id)
     job = await served.ended(job)
     assert (state_name(job.state), served.checkpoints) == ("succeeded", [job.checkpoint_id])
-    assert steps_done(served.job_folder(job)) == list(range(1, 11)), "nothing was computed again"
+    assert steps_done(served.job_folder(job)) == list(range(1, 13)), "nothing was computed again"
 
 
 def test_every_kind_of_the_configuration_is_one_of_the_contract() -> None:

@@ -279,7 +279,10 @@ async def test_a_failed_job_names_no_checkpoint(store: JobStore) -> None:
 
 
 async def test_a_cancelled_or_failed_job_is_resumed_with_a_clean_slate(hasty: JobStore) -> None:
-    claim = await claimed(hasty)
+    await claimed(hasty)
+    await lease_ends()
+    claim = await claimed_again(hasty)
+    assert claim.job.num_deaths == 1
     await hasty.cancel(claim.job.job_id, Cancellation.SAVE)
     assert await reason_of(hasty.resume(claim.job.job_id)) is Reason.JOB_STATE
     await hasty.finish(claim.lease, JobState.CANCELLED, "on request")

@@ -155,7 +155,7 @@ class Attempt:
                 obeyed = self._wish
                 self._log.info("stopping", wish=obeyed.name)
                 process.ask_to_stop(save=obeyed is not Wish.CANCEL_DISCARDING)
-            if self._wish is Wish.LET_GO or (self._stop_by and time.monotonic() >= self._stop_by):
+            if self._stop_by and time.monotonic() >= self._stop_by:
                 process.kill()
             await asyncio.wait({ended}, timeout=POLL_SECONDS)
         return ended.result()
