@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -164,6 +165,17 @@ def test_what_was_asked_before_a_stop_is_not_asked_again(tmp_path: Path):
     assert list(pair_rows(given, outcomes)) == list(pair_rows(given, undisturbed))
 
 
+def test_a_stop_does_not_wait_for_answers(tmp_path: Path):
+    stop = Stop()
+    threading.Timer(0.2, stop.request).start()
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        collect(
+            prompts("greedy"), Scripted(wrong_where_asked, seconds=60), job(tmp_path), tmp_path, stop=stop
+        )
+    assert time.monotonic() - began < 20
+
+
 def fresh(tmp_path: Path) -> Path:
     folder = tmp_path / "fresh"
     folder.mkdir()
@@ -204,6 +216,8 @@ def test_the_file_is_written_whole_the_same_each_time_and_only_over_itself(name:
     data = output.read_bytes()
     text = (gzip.decompress(data) if name.endswith("gz") else data).decode()
     assert [json.loads(line) for line in text.splitlines()] == rows
+    if name.endswith("gz"):
+        assert data[4:8] == bytes(4), "the time of writing would make every file another"
     write_rows(rows, output, tmp_path)
     assert output.read_bytes() == data
     assert list(output.parent.iterdir()) == [output]
