@@ -81,9 +81,16 @@ def write_checkpoint(
     lineage: Mapping[str, Any],
     switches: Mapping[str, Any],
     metrics: Mapping[str, Any],
+    chat_template: str | None = None,
 ) -> Path:
-    """Writes `<folder>/checkpoint`, complete or not at all, and returns it."""
+    """Writes `<folder>/checkpoint`, complete or not at all, and returns it.
+
+    Args:
+        chat_template: with which the conversations were rendered, so that prompts will be; None = the tokenizer's.
+    """
     tokenizer = router.tokenizer
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     manifest = Manifest(
         experts=tuple(experts),
         combine=combine,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -132,10 +132,10 @@ class TrainingTable(_Table):
     log_every_steps: Count = Field(default=10, description="Between two lines of metrics.")
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of order and adapters.")
     device: str = Field(default="auto", description="auto, cpu, cuda, ... of a run with one process.")
-    num_processes: Count = Field(default=1, description="Data-parallel processes on this machine (torchrun).")
+    num_processes: Count = Field(default=1, description="Data-parallel processes on this machine.")
     launcher: tuple[str, ...] = Field(
         default=(),
-        description="Instead of torchrun: what stands before `-m trainer.loop_process FOLDER`, for example "
+        description="Instead of `num_processes`: what stands before `-m trainer.loop_process FOLDER`, for example "
         "accelerate launch --config_file fsdp.yaml.",
     )
     tensorboard: bool = Field(default=True, description="Write its logs beside the metrics.")
@@ -194,6 +194,12 @@ class ReportTable(_Table):
     max_rows: Count = Field(default=256, description="Rows on which is measured who was right; needs the experts here.")
 
 
+PUBLISHED_PREFIX = "checkpoint:"
+_ROUTER = (
+    "What training starts from: a folder or hub id; `checkpoint:ID` for one that the trainer service has published."
+)
+
+
 class JobConfig(_Table):
     """What every job has."""
 
@@ -238,6 +244,13 @@ class JobConfig(_Table):
     def at(self, folder: Path) -> Self:
         """With relative paths meant from `folder`."""
         return self._validated(_absolute(self.model_dump(mode="python"), folder), "config")
+
+    def with_published(self, folder_of: Callable[[str], Path]) -> Self:
+        """With `checkpoint:ID` replaced by the folder that `folder_of` gives for the id; raises what it raises."""
+        router = getattr(self, "router", "")
+        if not router.startswith(PUBLISHED_PREFIX):
+            return self
+        return self.model_copy(update={"router": str(folder_of(router.removeprefix(PUBLISHED_PREFIX)))})
 
     @classmethod
     def _validated(cls, content: Any, origin: str) -> Self:
@@ -290,7 +303,7 @@ class _RouterJob(JobConfig):
     experts: Experts
     data: DataTable
     labels: LabelsTable = LabelsTable()
-    router: str = Field(min_length=1, description="What training starts from.")
+    router: str = Field(min_length=1, description=_ROUTER)
     training: TrainingTable = TrainingTable()
     gates: GatesTable = GatesTable()
     report: ReportTable = ReportTable()
@@ -324,7 +337,7 @@ class ExtendJob(JobConfig):
     data: DataTable = Field(description="Texts of the new domain.")
     old_data: DataTable | None = Field(default=None, description="Texts of the old domains, to report on and replay.")
     labels: LabelsTable = LabelsTable()
-    router: str = Field(min_length=1, description="The checkpoint to be extended.")
+    router: str = Field(min_length=1, description=_ROUTER)
     num_steps: Count = Field(default=300, description="Optimiser steps.")
     batch_targets: Count = Field(default=512, description="Targets of one step.")
     learning_rate: Rate = Field(default=1e-2, description="After a short warm-up; then cosine to a tenth.")

@@ -6,6 +6,7 @@ from fusionroute.router_model import Heads
 from trainer.checkpoints import check_vocabulary, finished, load_trained, write_checkpoint
 from trainer.config import SftJob
 from trainer.data import load_texts
+from trainer.data.rendering import read_chat_template
 from trainer.devices import device_of
 from trainer.frozen_models import FrozenModel
 from trainer.gates import gate_facts
@@ -51,6 +52,7 @@ def run_sft(config: SftJob, context: RunContext) -> RunResult:
         },
         switches=_switches(config, heads),
         metrics=lasting(metrics) | facts,
+        chat_template=read_chat_template(config.data),
     )
     return RunResult(checkpoint, is_checkpoint=True, metrics=metrics)
 

@@ -19,6 +19,7 @@ from fusionroute.router_model import Heads
 from trainer.checkpoints import check_vocabulary, finished, load_trained, parent_checkpoint, write_checkpoint
 from trainer.config import CdpoJob
 from trainer.data import load_pairs, load_texts
+from trainer.data.rendering import read_chat_template
 from trainer.devices import device_of
 from trainer.frozen_models import FrozenModel
 from trainer.gates import gate_facts
@@ -80,6 +81,7 @@ def run_cdpo(config: CdpoJob, context: RunContext) -> RunResult:
         },
         switches=_switches(config, heads),
         metrics=lasting(metrics) | facts,
+        chat_template=read_chat_template(config.data),
     )
     return RunResult(written, is_checkpoint=True, metrics=metrics)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import CdpoJob, ExtendJob, JobConfig, LabelJob, PairsJob, SftJob

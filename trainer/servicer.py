@@ -28,5 +28,5 @@ class TrainerServicer(JobRpcs, CheckpointRpcs, trainer_pb2_grpc.TrainerServiceSe
         promotions: PromotionStore,
         ask_registry: AskRegistry,
     ) -> None:
-        JobRpcs.__init__(self, jobs)
+        JobRpcs.__init__(self, jobs, lambda checkpoint_id: checkpoints.get(checkpoint_id).folder)
         CheckpointRpcs.__init__(self, checkpoints, promotions, ask_registry)

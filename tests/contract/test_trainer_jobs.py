@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
@@ -16,6 +17,7 @@ from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from fusionroute.errors import FusionRouteError, Reason
+from fusionroute.manifest import COMPLETE_FILE, MANIFEST_FILE, ExpertRecord, Manifest
 from fusionroute.private_redis import PrivateRedis, connect
 from fusionroute.trainer_client import TrainerClient, state_name
 from fusionroute.v1.trainer_pb2 import Job, JobKind
@@ -384,3 +386,24 @@ async def test_a_checkpoint_that_cannot_be_published_fails_the_job_and_is_publis
 def test_every_kind_of_the_configuration_is_one_of_the_contract() -> None:
     names = {kind.name for kind in ConfiguredKind}
     assert {f"JOB_KIND_{name}" for name in names} == set(JobKind.keys()) - {"JOB_KIND_UNSPECIFIED"}
+
+
+async def test_a_job_may_start_from_a_published_checkpoint_by_its_id(serve: Serve) -> None:
+    served = await serve()
+    folder = served.folder / "checkpoints" / "first-sft-1"
+    folder.mkdir()
+    expert = ExpertRecord("math", "m", "t", 9, "w")
+    (folder / MANIFEST_FILE).write_text(Manifest((expert,), "sum", "t", 9).to_json())
+    (folder / COMPLETE_FILE).touch()
+    config = json.loads(config_of("second", 5)) | {"router": "checkpoint:first-sft-1"}
+    job = (await served.client.submit("sft", json.dumps(config), uuid.uuid4().hex)).job
+    assert json.loads(job.config)["router"] == str(folder)
+
+
+async def test_a_job_from_an_unknown_checkpoint_is_refused_before_it_is_queued(serve: Serve) -> None:
+    served = await serve()
+    config = json.loads(config_of("second", 5)) | {"router": "checkpoint:never-made"}
+    with pytest.raises(FusionRouteError, match="never-made") as error:
+        await served.client.submit("sft", json.dumps(config), uuid.uuid4().hex)
+    assert error.value.reason is Reason.CHECKPOINT_UNKNOWN
+    assert not await served.client.list_jobs()

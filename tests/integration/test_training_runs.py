@@ -11,6 +11,7 @@ import pytest
 
 from fusionroute.errors import FusionRouteError, Reason
 from fusionroute.router_model import load_checkpoint
+from fusionroute.vocabulary import load_tokenizer
 from tests.tiny_models import save_tiny_model
 from trainer.config import CdpoJob, ExtendJob, SftJob
 from trainer.run import run
@@ -111,6 +112,15 @@ def test_phase_two_without_gates_leaves_those_of_phase_one_out(world, phase_one,
     values = world.values(router=str(phase_one), pairs={"files": [str(world.pairs)]}, gates={"enabled": False})
     result = run(CdpoJob.from_values(values), RunContext(tmp_path / "run"))
     assert load_checkpoint(result.artifact).heads.gate_weight is None
+
+
+def test_the_chat_template_of_the_training_is_that_of_the_checkpoint(world, tmp_path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message['content'] }} {% endfor %}")
+    data = {"files": [str(world.texts)], "chat_template": str(template)}
+    config = SftJob.from_values(world.values(data=data, gates={"enabled": False}, report={"enabled": False}))
+    result = run(config, RunContext(tmp_path / "run"))
+    assert load_tokenizer(str(result.artifact)).chat_template == template.read_text()
 
 
 def test_a_finished_run_is_not_done_again(world, phase_one) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +36,15 @@ class JobRpcs:
 
     Args:
         store: where jobs live.
+        published: the folder of a published checkpoint by its id; raises FusionRouteError when there is none.
         poll_seconds: how soon watchers learn of a change.
     """
 
-    def __init__(self, store: JobStore, *, poll_seconds: float = 0.5) -> None:
+    def __init__(
+        self, store: JobStore, published: Callable[[str], Path], *, poll_seconds: float = 0.5
+    ) -> None:
         self._jobs = store
+        self._published = published
         self._poll_seconds = poll_seconds
 
     async def SubmitJob(  # noqa: N802 - the name in the contract
@@ -51,6 +55,7 @@ class JobRpcs:
         if kind is None:
             raise invalid("kind", request.kind, f"one of {', '.join(each.value for each in JobKind)}")
         config = JOBS[kind].from_json(request.config)
+        config = await asyncio.to_thread(config.with_published, self._published)
         submission = await self._jobs.submit(kind, config.to_json(), request.idempotency_key)
         return trainer_pb2.SubmitJobResponse(job=job_message(submission.job), created=submission.created)
 
