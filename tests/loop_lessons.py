@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
 
-from tests.tiny_models import WIDTH, save_tiny_model
+from fusionroute.router_model import ExpertRecord, Heads, Manifest, load_checkpoint, save_checkpoint
+from tests.tiny_models import WIDTH, save_tiny_model, tiny_model, word_tokenizer
 from trainer.config import CdpoJob, DataTable, SftJob
 from trainer.loop_inputs import LoopInputs, PairLesson, SftLesson, measure_reference
 from trainer.router_module import RouterModule
@@ -52,14 +56,17 @@ def pair_lesson(num_pairs: int = 8, seed: int = 2, router: RouterModule | None =
     return PairLesson(PairSet(rows), labels, *measure_reference(router, PairSet(rows)))
 
 
-def sft_job(router: Path | str = "unused", *, training: dict[str, Any] | None = None, **tables: Any) -> SftJob:
+def sft_job(
+    router: Path | str = "unused", *, training: dict[str, Any] | None = None, **tables: Any
+) -> SftJob:
     return SftJob(experts=EXPERTS, data=DATA, router=str(router), training=_training(training), **tables)
 
 
-def cdpo_job(router: Path | str = "unused", *, training: dict[str, Any] | None = None, **tables: Any) -> CdpoJob:
-    return CdpoJob(
-        experts=EXPERTS, data=DATA, pairs=DATA, router=str(router), training=_training(training), **tables
-    )
+def cdpo_job(
+    router: Path | str = "unused", *, training: dict[str, Any] | None = None, **tables: Any
+) -> CdpoJob:
+    tables = {"experts": EXPERTS, "data": DATA, "pairs": DATA, **tables}
+    return CdpoJob(router=str(router), training=_training(training), **tables)
 
 
 def _training(changes: dict[str, Any] | None) -> dict[str, Any]:
@@ -76,17 +83,22 @@ def _training(changes: dict[str, Any] | None) -> dict[str, Any]:
     return base | (changes or {})
 
 
-def sft_run(folder: Path, family: str = "llama", training: dict[str, Any] | None = None, **tables: Any) -> Path:
-    """A run's folder with the inputs of phase I."""
-    router = save_tiny_model(folder / "router", family)
-    LoopInputs(sft_job(router, training=training, **tables), str(router), sft_lesson()).save(folder / "inputs")
+def sft_run(
+    folder: Path,
+    training: dict[str, Any] | None = None,
+    lesson: SftLesson | None = None,
+    dropout: float = 0.1,
+    **tables: Any,
+) -> Path:
+    """A run's folder with the inputs of phase I. The router has dropout: a wrong generator would show."""
+    router = save_tiny_model(folder / "router", attention_dropout=dropout)
+    config = sft_job(router, training=training, **tables)
+    LoopInputs(config, str(router), lesson or sft_lesson()).save(folder / "inputs")
     return folder
 
 
 def trained_tensors(folder: Path) -> dict[str, Any]:
     """All tensors of a run's result."""
-    from safetensors.torch import load_file
-
     tensors: dict[str, Any] = {}
     for name in ("model.safetensors", "routing_head.safetensors"):
         tensors |= load_file(folder / "trained" / name)
@@ -94,8 +106,32 @@ def trained_tensors(folder: Path) -> dict[str, Any]:
 
 
 def losses(folder: Path, name: str = "loss") -> Sequence[float]:
-    """One metric of a run, log after log."""
-    import json
-
+    """One metric of a run, log after log; logs without it are left out."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)[name] for line in lines]
+    logs = [json.loads(line) for line in lines]
+    return [log[name] for log in logs if name in log]
+
+
+def save_router(folder: Path, **changes: Any) -> Path:
+    """A checkpoint of phase I, as phase II starts from it."""
+    torch.manual_seed(4)
+    heads = Heads(torch.randn(len(SLOTS), 32), torch.randn(len(SLOTS)))
+    experts = tuple(ExpertRecord(slot, slot, "vocabulary", WIDTH, slot) for slot in SLOTS)
+    model = tiny_model("llama", **changes)
+    save_checkpoint(folder, model, word_tokenizer(), heads, Manifest(experts, "sum", "vocabulary", WIDTH))
+    return folder
+
+
+def cdpo_run(
+    folder: Path, training: dict[str, Any] | None = None, num_pairs: int = 12, **tables: Any
+) -> Path:
+    """A run's folder with the inputs of phase II."""
+    router = str(save_router(folder / "router"))
+    config = cdpo_job(router, training=training, **tables)
+    heads = load_checkpoint(router).heads
+    module = RouterModule.load(
+        router, len(SLOTS), config.training, (heads.routing_weight, heads.routing_bias)
+    )
+    lesson = pair_lesson(num_pairs, router=module)
+    LoopInputs(config, router, sft_lesson(), lesson).save(folder / "inputs")
+    return folder

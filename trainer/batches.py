@@ -195,7 +195,10 @@ class BatchMaker:
             num_rejected,
             sft.num_tokens + pairs.num_tokens,
         ]
-        logprobs = [self._sft_labels.gold_logprobs[sft.targets], self._pair_labels.gold_logprobs[pairs.targets]]
+        logprobs = [
+            self._sft_labels.gold_logprobs[sft.targets],
+            self._pair_labels.gold_logprobs[pairs.targets],
+        ]
         lengths = [self._sft_rows.lengths[items.sft_rows], self._pair_rows.lengths[members]]
         return Batch(
             ids=torch.from_numpy(ids),

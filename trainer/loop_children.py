@@ -33,6 +33,8 @@ from trainer.trained_router import LoopOutcome, read_outcome
 POLL_SECONDS = 0.1
 SAVE_SECONDS = 900.0
 """How long children may take to save a state after they were asked to stop."""
+EXIT_CODE_SECONDS = 5.0
+"""How long to wait for the exit code of a process that is gone."""
 _LOG_TAIL_BYTES = 2000
 
 
@@ -56,12 +58,17 @@ def train_in_children(folder: Path, table: TrainingTable, context: RunContext) -
 class _Children:
     records: Sequence[ProcessRecord]
     exit_codes: dict[str, int | None] = field(default_factory=dict)
+    _gone_since: dict[str, float] = field(default_factory=dict)
 
     def look(self) -> None:
-        """Notes which have ended."""
+        """Notes which have ended, and how; the code comes a little later, when the last thread has ended."""
         for record in self.records:
-            if record.name not in self.exit_codes and processes.find(record) is None:
-                self.exit_codes[record.name] = processes.exit_code(record)
+            if record.name in self.exit_codes or processes.find(record) is not None:
+                continue
+            code = processes.exit_code(record)
+            gone_seconds = time.monotonic() - self._gone_since.setdefault(record.name, time.monotonic())
+            if code is not None or gone_seconds > EXIT_CODE_SECONDS:
+                self.exit_codes[record.name] = code
 
     @property
     def all_ended(self) -> bool:
@@ -94,12 +101,12 @@ def _accompany(children: _Children, meeting: Path, context: RunContext) -> None:
             context.report(RunProgress(**json.loads(line)))
         if children.failed:
             break
-    if children.failed and stop_before is None:
+    if children.failed:
         raise _failure(meeting, children)
-    if stop_before is not None and any(children.exit_codes.values()):
+    if STOPPED_EXIT_CODE in children.exit_codes.values():
+        if stop_before is None:
+            raise InternalFault(Reason.INTERNAL, "training processes were stopped by someone else")
         raise Stopped
-    if any(children.exit_codes.values()):
-        raise InternalFault(Reason.INTERNAL, "training processes were stopped by someone else")
 
 
 def _start(folder: Path, meeting: Path, table: TrainingTable) -> list[ProcessRecord]:
@@ -183,6 +190,12 @@ def _failure(meeting: Path, children: _Children) -> FusionRouteError:
         pass
     record = children.failed[0]
     code = children.exit_codes[record.name]
-    how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
+    how = (
+        f"was killed by {signal.Signals(-code).name}"
+        if code is not None and code < 0
+        else f"ended with code {code}"
+    )
     tail = record.log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
-    return InternalFault(Reason.INTERNAL, f"training process {record.name} {how}; the end of {record.log}:\n{tail}")
+    return InternalFault(
+        Reason.INTERNAL, f"training process {record.name} {how}; the end of {record.log}:\n{tail}"
+    )

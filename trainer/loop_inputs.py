@@ -9,7 +9,6 @@ inputs/
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,11 @@ from numpy.typing import NDArray
 from fusionroute.errors import Reason, TrainingFailed
 from trainer.config import JOBS, CdpoJob, JobKind, SftJob
 from trainer.rows import Labels, PairSet, RowSet
+from trainer.training_state import COMPLETE_FILE, publish, storage_errors
 
 if TYPE_CHECKING:
     from trainer.router_module import RouterModule
 
-COMPLETE_FILE = "COMPLETE"
 REFERENCE_BATCH_TOKENS = 16_384
 
 
@@ -59,7 +58,9 @@ class PairLesson:
     def __post_init__(self) -> None:
         rows = self.pairs.rows
         _check_shapes("pairs", rows, self.labels)
-        if self.reference_logprobs.shape != (len(rows),) or self.phase_one_routes.shape != (rows.num_targets,):
+        if self.reference_logprobs.shape != (len(rows),) or self.phase_one_routes.shape != (
+            rows.num_targets,
+        ):
             raise ValueError(
                 f"{len(rows)} rows with {rows.num_targets} targets, but reference {self.reference_logprobs.shape} "
                 f"and routes {self.phase_one_routes.shape}"
@@ -88,13 +89,15 @@ class LoopInputs:
         Raises:
             TrainingFailed: STORAGE_FULL.
         """
-        from trainer.training_state import storage_errors
-
         staged = folder.with_name(f".{folder.name}-staged")
         shutil.rmtree(staged, ignore_errors=True)
         with storage_errors(folder):
             staged.mkdir(parents=True)
-            job = {"kind": self.config.kind, "config": self.config.model_dump(mode="json"), "router": self.router}
+            job = {
+                "kind": self.config.kind,
+                "config": self.config.model_dump(mode="json"),
+                "router": self.router,
+            }
             (staged / "job.json").write_text(json.dumps(job), encoding="utf-8")
             if self.sft is not None:
                 _save_rows(staged / "sft", self.sft.rows, self.sft.labels)
@@ -102,10 +105,8 @@ class LoopInputs:
                 _save_rows(staged / "pairs", self.pairs.pairs.rows, self.pairs.labels)
                 _save(staged / "pairs" / "reference_logprobs.npy", self.pairs.reference_logprobs)
                 _save(staged / "pairs" / "phase_one_routes.npy", self.pairs.phase_one_routes)
-            (staged / COMPLETE_FILE).touch()
-            os.sync()
             shutil.rmtree(folder, ignore_errors=True)
-            staged.rename(folder)
+            publish(staged, folder)
 
     @classmethod
     def load(cls, folder: Path) -> LoopInputs:
@@ -115,7 +116,9 @@ class LoopInputs:
             TrainingFailed: STATE_BROKEN, the folder is not there or not whole, naming it.
         """
         if not (folder / COMPLETE_FILE).is_file():
-            raise TrainingFailed(Reason.STATE_BROKEN, f"inputs of the training loop in {folder} are not complete")
+            raise TrainingFailed(
+                Reason.STATE_BROKEN, f"inputs of the training loop in {folder} are not complete"
+            )
         try:
             job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
             config = JOBS[JobKind(job["kind"])].model_validate(job["config"])
@@ -125,9 +128,13 @@ class LoopInputs:
             if (folder / "pairs").is_dir():
                 rows, labels = _load_rows(folder / "pairs")
                 reference = _load(folder / "pairs" / "reference_logprobs.npy")
-                pairs = PairLesson(PairSet(rows), labels, reference, _load(folder / "pairs" / "phase_one_routes.npy"))
+                pairs = PairLesson(
+                    PairSet(rows), labels, reference, _load(folder / "pairs" / "phase_one_routes.npy")
+                )
         except (OSError, ValueError, KeyError) as error:
-            raise TrainingFailed(Reason.STATE_BROKEN, f"inputs of the training loop in {folder}: {error}") from error
+            raise TrainingFailed(
+                Reason.STATE_BROKEN, f"inputs of the training loop in {folder}: {error}"
+            ) from error
         return cls(config, job["router"], sft, pairs)
 
 

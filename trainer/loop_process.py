@@ -33,10 +33,13 @@ def main(folder: Path) -> int:
     meeting = folder / PROCESSES_FOLDER
     stop = Stop()
     signal.signal(signal.SIGTERM, lambda *_: stop.request())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to parent and children; the parent decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal sends it to parent and children; the parent decides
     threading.Thread(target=_watch, args=(meeting, stop, os.getppid()), daemon=True).start()
     from fusionroute.errors import FusionRouteError
 
+    _quiet_libraries()
     try:
         _train(folder, meeting, stop)
     except Stopped:
@@ -50,16 +53,26 @@ def main(folder: Path) -> int:
     return 0
 
 
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()
+
+
 def _train(folder: Path, meeting: Path, stop: Stop) -> None:
     from trainer.devices import device_of
     from trainer.loop_inputs import LoopInputs
     from trainer.loop_run import INPUTS_FOLDER, train_here
+    from trainer.training_state import storage_errors
 
     inputs = LoopInputs.load(folder / INPUTS_FOLDER)
     device = _local_device(device_of(inputs.config.training.device))
     _join(device)
     context = RunContext(folder, _Reporter(meeting / PROGRESS_FILE), stop)
-    train_here(folder, inputs, device, context)
+    with storage_errors(folder):
+        train_here(folder, inputs, device, context)
 
 
 def _local_device(device: str) -> str:

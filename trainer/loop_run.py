@@ -64,7 +64,11 @@ def train_here(folder: Path, inputs: LoopInputs, device: str, context: RunContex
     metrics = {**(log.last if log is not None else {}), "steps": float(plan.num_steps)}
     outcome = LoopOutcome(metrics)
     write_trained(
-        folder / TRAINED_FOLDER, trained, group, outcome, load_afresh=lambda: _module(inputs, "cpu", switches=False)
+        folder / TRAINED_FOLDER,
+        trained,
+        group,
+        outcome,
+        load_afresh=lambda: _module(inputs, "cpu", switches=False),
     )
     return outcome
 
@@ -79,7 +83,6 @@ def arguments_for(folder: Path, table: TrainingTable, device: str) -> TrainingAr
         use_cpu=kind.type == "cpu",
         ddp_backend=_backend(kind),
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
         per_device_train_batch_size=table.batch_rows,
         gradient_accumulation_steps=table.accumulation_steps,
         max_grad_norm=table.max_gradient_norm,
@@ -137,7 +140,8 @@ def _maker(inputs: LoopInputs) -> BatchMaker:
         if lesson is not None and lesson.labels.gold_logprobs.shape[1] != len(config.experts):
             columns = lesson.labels.gold_logprobs.shape[1]
             raise TrainingFailed(
-                Reason.LABELS_STALE, f"labels of {name} are of {columns} experts, the job has {len(config.experts)}"
+                Reason.LABELS_STALE,
+                f"labels of {name} are of {columns} experts, the job has {len(config.experts)}",
             )
     sft = inputs.sft if _learns_texts(inputs) else None
     return BatchMaker(sft, inputs.pairs, len(config.experts), all_targets=config.sft.tokens == "all")

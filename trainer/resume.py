@@ -119,7 +119,9 @@ class Resumable:
         if saved.scheduler.keys() != self.scheduler.state_dict().keys():
             raise broken(folder, f"the scheduler's state has {', '.join(sorted(saved.scheduler))}")
         if saved.scheduler["last_epoch"] != saved.step:
-            raise broken(folder, f"the scheduler stands at step {saved.scheduler['last_epoch']}, not {saved.step}")
+            raise broken(
+                folder, f"the scheduler stands at step {saved.scheduler['last_epoch']}, not {saved.step}"
+            )
         self.scheduler.load_state_dict(saved.scheduler)
         for group, rate in zip(self.optimizer.param_groups, saved.scheduler["_last_lr"], strict=True):
             group["lr"] = rate

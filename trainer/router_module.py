@@ -161,7 +161,9 @@ class RouterModule(nn.Module):
             )
             parts, of_pairs = [lm_sum, expert_sum], None
             if batch.num_pairs > 0:
-                cdpo_sum, of_pairs = self._cdpo(batch, hidden[split:], gold_logprobs[split:], scores[split:].detach())
+                cdpo_sum, of_pairs = self._cdpo(
+                    batch, hidden[split:], gold_logprobs[split:], scores[split:].detach()
+                )
                 parts.append(cdpo_sum)
             else:
                 parts.append(lm_sum.new_zeros(()))

@@ -93,7 +93,10 @@ def write_trained(
 def _all_weights(module: RouterModule) -> dict[str, Tensor]:
     """Parameters and stored buffers under the LM's own names; tied ones under each of theirs."""
     stored = module.lm.state_dict().keys()
-    named = [*module.lm.named_parameters(remove_duplicate=False), *module.lm.named_buffers(remove_duplicate=False)]
+    named = [
+        *module.lm.named_parameters(remove_duplicate=False),
+        *module.lm.named_buffers(remove_duplicate=False),
+    ]
     return {name: value for name, value in named if name in stored}
 
 

@@ -131,7 +131,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
 
 
-def read_tensors(folder: Path, rank: int, expected: Mapping[str, tuple[int, ...] | None]) -> dict[str, Tensor]:
+def read_tensors(
+    folder: Path, rank: int, expected: Mapping[str, tuple[int, ...] | None]
+) -> dict[str, Tensor]:
     """What a process wrote, on the CPU: all expected tensors and no others.
 
     Args:
@@ -182,7 +184,8 @@ def sync(path: Path) -> None:
 def broken(folder: Path, why: str) -> TrainingFailed:
     """A STATE_BROKEN error that says how to get past it."""
     return TrainingFailed(
-        Reason.STATE_BROKEN, f"training state {folder} cannot be continued from: {why}; delete it to go on without it"
+        Reason.STATE_BROKEN,
+        f"training state {folder} cannot be continued from: {why}; delete it to go on without it",
     )
 
 

@@ -25,7 +25,9 @@ def batch_of(maker: BatchMaker, chosen: Items) -> Batch:
 
 
 def test_a_target_stands_one_cell_before_its_token():
-    rows = RowSet.of([Row.of([5, 7, 2, 9, 1], [False, False, False, True, True]), Row.of([4, 3], [False, True])])
+    rows = RowSet.of(
+        [Row.of([5, 7, 2, 9, 1], [False, False, False, True, True]), Row.of([4, 3], [False, True])]
+    )
     padded = pad(rows, np.array([1, 0]))
     assert padded.ids.tolist() == [[4, 0, 0, 0], [5, 7, 2, 9]]
     assert padded.cells.tolist() == [0, 6, 7]

@@ -17,12 +17,17 @@ def test_inputs_come_back_as_they_were_saved(tmp_path):
     inputs = LoopInputs(cdpo_job("some/router"), "some/router", sft_lesson(), pair_lesson())
     inputs.save(tmp_path / "inputs")
     loaded = LoopInputs.load(tmp_path / "inputs")
+    assert inputs.sft is not None and loaded.sft is not None
+    assert inputs.pairs is not None and loaded.pairs is not None
     assert (loaded.config, loaded.router) == (inputs.config, "some/router")
     assert loaded.sft.rows.digest == inputs.sft.rows.digest
     assert loaded.pairs.pairs.rows.digest == inputs.pairs.pairs.rows.digest
-    for mine, theirs in ((inputs.sft, loaded.sft), (inputs.pairs, loaded.pairs)):
-        np.testing.assert_array_equal(mine.labels.gold_logprobs, theirs.labels.gold_logprobs)
-        np.testing.assert_array_equal(mine.labels.argmax_ids, theirs.labels.argmax_ids)
+    for mine, theirs in (
+        (inputs.sft.labels, loaded.sft.labels),
+        (inputs.pairs.labels, loaded.pairs.labels),
+    ):
+        np.testing.assert_array_equal(mine.gold_logprobs, theirs.gold_logprobs)
+        np.testing.assert_array_equal(mine.argmax_ids, theirs.argmax_ids)
     np.testing.assert_array_equal(inputs.pairs.reference_logprobs, loaded.pairs.reference_logprobs)
     np.testing.assert_array_equal(inputs.pairs.phase_one_routes, loaded.pairs.phase_one_routes)
     assert isinstance(loaded.sft.labels.gold_logprobs, np.memmap)
@@ -63,9 +68,11 @@ def test_the_reference_is_the_sum_of_log_probabilities_under_the_router_alone(tm
         logs = torch.log_softmax(eager_rows(router.lm, row.ids.tolist()), dim=1)
         at = np.flatnonzero(row.supervised)
         assert logprobs[index] == pytest.approx(float(logs[at - 1, row.ids[at]].sum()), abs=1e-3)
-        hidden = router.lm.model(input_ids=torch.from_numpy(row.ids[None].astype(np.int64))).last_hidden_state[0]
+        hidden = router.lm.model(
+            input_ids=torch.from_numpy(row.ids[None].astype(np.int64))
+        ).last_hidden_state[0]
         expected_routes += router.routing(hidden)[at - 1].argmax(1).tolist()
     assert routes.tolist() == expected_routes
     assert set(expected_routes) == {0, 1}
-    assert (logprobs.dtype, routes.dtype) == (np.float32, np.int32)
+    assert [array.dtype.name for array in (logprobs, routes)] == ["float32", "int32"]
     assert router.training

@@ -53,7 +53,9 @@ def naive(module: RouterModule, sft_rows: list[int]) -> tuple[torch.Tensor, torc
     language, routed = torch.zeros(()), torch.zeros(())
     for index in sft_rows:
         row, first = lesson.rows[index], int(lesson.rows.target_starts[index])
-        output = module.lm(input_ids=torch.from_numpy(row.ids[None].astype(np.int64)), output_hidden_states=True)
+        output = module.lm(
+            input_ids=torch.from_numpy(row.ids[None].astype(np.int64)), output_hidden_states=True
+        )
         at = np.flatnonzero(row.supervised)
         gold = torch.from_numpy(row.ids[at].astype(np.int64))
         language = language + functional.cross_entropy(output.logits[0, at - 1], gold, reduction="sum")
@@ -198,7 +200,9 @@ def test_bf16_computes_close_by_and_keeps_weights_and_scores_in_float32(folder):
     scores: list[torch.Tensor] = []
     rounded.routing.register_forward_hook(lambda _module, _inputs, output: scores.append(output))
     hidden: list[torch.Tensor] = []
-    rounded.lm.model.layers[0].mlp.register_forward_hook(lambda _module, _inputs, output: hidden.append(output))
+    rounded.lm.model.layers[0].mlp.register_forward_hook(
+        lambda _module, _inputs, output: hidden.append(output)
+    )
     got = gradients(rounded, batch)
     assert hidden[0].dtype == torch.bfloat16
     assert scores[0].dtype == torch.float32
@@ -216,7 +220,9 @@ def test_statistics_count_what_was_seen(folder):
     assert metrics["expert_share/math"] + metrics["expert_share/code"] == pytest.approx(1)
     assert 0 < metrics["routing_entropy"] < math.log(2)
     assert metrics["loss/lm"] == pytest.approx(float(sums.parts[LM].detach()) / batch.counts.targets)
-    assert metrics["loss/expert"] == pytest.approx(float(sums.parts[EXPERT].detach()) / batch.counts.informative)
+    assert metrics["loss/expert"] == pytest.approx(
+        float(sums.parts[EXPERT].detach()) / batch.counts.informative
+    )
     assert metrics["loss/cdpo"] == pytest.approx(float(sums.parts[CDPO].detach()) / 2)
     chosen = [pair_lesson().pairs.rows[index].num_targets for index in (2, 4)]
     assert metrics["length/chosen"] == sum(chosen) / 2
