@@ -13,6 +13,7 @@ from trainer.data import load_texts
 from trainer.devices import device_of
 from trainer.extend import Domain, extend_heads
 from trainer.frozen_models import FrozenModel
+from trainer.labelling import find_experts
 from trainer.phases import Labelled, data_facts, labelled, switches_of
 from trainer.run_context import RunContext, RunResult
 
@@ -31,18 +32,18 @@ def run_extend(config: ExtendJob, context: RunContext) -> RunResult:
         return done
     device = device_of(config.device)
     router = FrozenModel.load(config.router, "router", device)
-    tables = {"texts": config.data, **({"old_texts": config.old_data} if config.old_data else {})}
-    given: dict[str, Labelled] = {}
-    for name, table in tables.items():
-        rows = load_texts(table, router.tokenizer, context)
-        given[name] = labelled(rows, config.experts, config.labels, name, context)
-    experts = given["texts"].experts
+    experts = find_experts(config.experts, config.labels, context)
     check_vocabulary(router.record, experts)
     checkpoint = parent_checkpoint(config.router, experts)
     num_known = len(checkpoint.manifest.experts)
     if len(experts) != num_known + 1:
         limit = f"{num_known + 1} experts: those of the checkpoint in their order and one more"
         raise invalid("experts", [expert.slot for expert in experts], limit)
+    tables = {"texts": config.data, **({"old_texts": config.old_data} if config.old_data else {})}
+    given: dict[str, Labelled] = {}
+    for name, table in tables.items():
+        rows = load_texts(table, router.tokenizer, context)
+        given[name] = labelled(rows, config.experts, config.labels, name, context)
     domains = {
         name: Domain.of(
             router, each.rows, each.labels, config.max_targets, config.seed, context, f"states: {name}"

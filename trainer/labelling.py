@@ -70,6 +70,16 @@ def label_rows(
     return store.read(), records
 
 
+def find_experts(
+    experts: Mapping[str, ExpertSource], table: LabelsTable, context: RunContext
+) -> tuple[ExpertRecord, ...]:
+    """Which experts would label, in the order of the configuration, without asking them anything yet.
+
+    Raises as `label_rows`.
+    """
+    return _source(experts, table).find_experts(context.stop)
+
+
 def run_label(config: LabelJob, context: RunContext) -> RunResult:
     """`fusionroute train label`: labels of texts, for later runs to find.
 

@@ -10,6 +10,7 @@ from trainer.data.rendering import read_chat_template
 from trainer.devices import device_of
 from trainer.frozen_models import FrozenModel
 from trainer.gates import gate_facts
+from trainer.labelling import find_experts
 from trainer.loop import train_loop
 from trainer.loop_inputs import LoopInputs, SftLesson
 from trainer.phases import INPUTS, data_facts, labelled, lasting, report_run, switches_of, with_gates
@@ -26,12 +27,13 @@ def run_sft(config: SftJob, context: RunContext) -> RunResult:
     if (done := finished(context.folder)) is not None:
         return done
     device = device_of(config.training.device)
-    start = FrozenModel.load(config.router, "router")  # what cannot be trained is found before the labels are made
+    # what cannot be trained is found before the labels are made
+    start = FrozenModel.load(config.router, "router")
     parent, tokenizer = start.record, start.tokenizer
     del start
+    check_vocabulary(parent, find_experts(config.experts, config.labels, context))
     rows = load_texts(config.data, tokenizer, context)
     given = labelled(rows, config.experts, config.labels, "texts", context)
-    check_vocabulary(parent, given.experts)
     LoopInputs(config, config.router, SftLesson(rows, given.labels)).save(context.folder / INPUTS)
     outcome = train_loop(context.folder, context)
     router, routing = load_trained(context.folder, device)

@@ -23,6 +23,7 @@ from trainer.data.rendering import read_chat_template
 from trainer.devices import device_of
 from trainer.frozen_models import FrozenModel
 from trainer.gates import gate_facts
+from trainer.labelling import find_experts
 from trainer.loop import train_loop
 from trainer.loop_inputs import LoopInputs, PairLesson, SftLesson, measure_reference
 from trainer.pair_bias import pair_bias, render_histogram
@@ -49,11 +50,12 @@ def run_cdpo(config: CdpoJob, context: RunContext) -> RunResult:
     start = FrozenModel.load(config.router, "router")
     parent, tokenizer = start.record, start.tokenizer
     del start
+    experts = find_experts(config.experts, config.labels, context)
+    check_vocabulary(parent, experts)
+    checkpoint = parent_checkpoint(config.router, experts)
     rows, pairs = load_texts(config.data, tokenizer, context), load_pairs(config.pairs, tokenizer, context)
     of_texts = labelled(rows, config.experts, config.labels, "texts", context)
     of_pairs = labelled(pairs.rows, config.experts, config.labels, "pairs", context)
-    check_vocabulary(parent, of_texts.experts)
-    checkpoint = parent_checkpoint(config.router, of_texts.experts)
     reference = _reference(config, checkpoint.heads, pairs, device, context)
     bias = _tell_bias(config, of_pairs.labels, pairs, reference.routes, context.folder)
     lesson = PairLesson(pairs, of_pairs.labels, reference.logprobs, reference.routes)

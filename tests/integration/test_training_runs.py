@@ -137,7 +137,23 @@ def test_phase_two_refuses_a_checkpoint_of_other_experts(world, phase_one, tmp_p
     with pytest.raises(FusionRouteError, match="math, code, chat in this order") as error:
         run(CdpoJob.from_values(values), RunContext(tmp_path / "run"))
     assert error.value.reason is Reason.EXPERTS_MISMATCH
-    assert not (tmp_path / "run" / "checkpoint").exists()
+    assert not (tmp_path / "labels").exists()
+
+
+def test_phase_two_refuses_experts_whose_weights_have_changed_since(world, phase_one, tmp_path) -> None:
+    values = world.values(router=str(phase_one), pairs={"files": [str(world.pairs)]})
+    values["experts"] = {**values["experts"], "code": str(world.folder / "late")}
+    values["labels"] = {"folder": str(tmp_path / "labels")}
+    with pytest.raises(FusionRouteError, match="expert 'code' has weights") as error:
+        run(CdpoJob.from_values(values), RunContext(tmp_path / "run"))
+    assert error.value.reason is Reason.EXPERTS_MISMATCH
+
+
+def test_phase_one_refuses_a_router_of_another_vocabulary(world, tmp_path) -> None:
+    save_tiny_model(tmp_path / "other", vocab_size=40)
+    with pytest.raises(FusionRouteError) as error:
+        run(SftJob.from_values(world.values(router=str(tmp_path / "other"))), RunContext(tmp_path / "run"))
+    assert error.value.reason is Reason.VOCABULARY_MISMATCH
 
 
 def test_a_later_expert_gets_rows_of_its_own_and_the_lm_keeps_its_bytes(world, phase_one, tmp_path) -> None:
