@@ -28,7 +28,7 @@ from trainer.config import PairsJob
 from trainer.data import GoldPrompt, load_prompts
 from trainer.pace import Pace
 from trainer.pair_journal import Journal, Outcome, Verdict
-from trainer.run_context import RunContext, RunResult
+from trainer.run_context import RunContext, RunProgress, RunResult
 from trainer.verifiers import VERIFIERS
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ async def ask_all(
             context.stop.check()
     finally:
         await asyncio.gather(*(end_task(task) for task in tasks))
+    context.report(RunProgress(STAGE, len(prompts), len(prompts), metrics=summary(journal.outcomes)))
 
 
 async def judge(

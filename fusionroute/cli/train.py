@@ -198,6 +198,8 @@ async def _submit(kind: str, config: JobConfig, address: str, key: str, detach: 
     elif job.checkpoint_id:
         click.echo(f"checkpoint  {job.checkpoint_id}\nfolder      {job.folder}")
         click.echo(f"serve it: fusionroute checkpoints promote {job.checkpoint_id}", err=True)
+    elif state_name(job.state) == "succeeded":
+        click.echo(job.state_reason)
     if not detach and state_name(job.state) != "succeeded":
         reason = f": {job.state_reason}" if job.state_reason else ""
         raise Failure(

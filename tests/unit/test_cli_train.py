@@ -296,6 +296,7 @@ class FakeTrainer(trainer_pb2_grpc.TrainerServiceServicer):
         self.requests: list[trainer_pb2.SubmitJobRequest] = []
         self.state = JobState.JOB_STATE_SUCCEEDED
         self.reason = ""
+        self.publishes = True
 
     def SubmitJob(self, request: Any, context: Any) -> trainer_pb2.SubmitJobResponse:  # noqa: N802
         self.requests.append(request)
@@ -310,7 +311,7 @@ class FakeTrainer(trainer_pb2_grpc.TrainerServiceServicer):
             job.progress.CopyFrom(trainer_pb2.JobProgress(stage="training", step=step, num_steps=3, loss=0.5))
             yield trainer_pb2.WatchJobResponse(job=job)
         job.state, job.state_reason = self.state, self.reason
-        if self.state == JobState.JOB_STATE_SUCCEEDED:
+        if self.publishes and self.state == JobState.JOB_STATE_SUCCEEDED:
             job.checkpoint_id, job.folder = "small-sft-j1", "jobs/j1"
         yield trainer_pb2.WatchJobResponse(job=job)
 
@@ -352,6 +353,11 @@ def test_a_job_that_fails_ends_the_command_with_its_reason(
     assert result.exit_code == 1
     assert "job j1 failed: loss is nan at step 2" in result.stderr
     assert "fusionroute jobs logs j1" in result.stderr
+
+
+def test_a_job_that_publishes_no_checkpoint_says_what_it_made(config_file: Path, fake_trainer, address: str):
+    fake_trainer.publishes, fake_trainer.reason = False, "made labels"
+    assert run("sft", config_file, "--trainer", address).stdout == "made labels\n"
 
 
 def test_detached_it_prints_the_id_alone_and_scripts_get_json(config_file: Path, fake_trainer, address: str):

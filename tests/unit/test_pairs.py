@@ -207,6 +207,7 @@ def test_progress_says_how_many_were_wrong(tmp_path: Path):
     assert (told[0].stage, told[0].num_steps) == ("pairs", 9)
     assert told[0].metrics["greedy_wrong"] == told[0].step
     assert told[0].remaining_seconds is not None
+    assert (told[-1].step, told[-1].metrics["greedy_wrong"]) == (9, 9)
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
