@@ -124,10 +124,14 @@ def test_pairs_give_neither_routing_scores_nor_experts_nor_reference_a_gradient(
     scores = normal(NUM_TARGETS, NUM_EXPERTS, seed=4).requires_grad_()
     labels = logprobs(NUM_TARGETS, NUM_EXPERTS, seed=5).requires_grad_()
     policy, reference = POLICY.clone().requires_grad_(), REFERENCE.clone().requires_grad_()
+    expert = EXPERT.clone().requires_grad_()
 
+    assert not routed_logprobs(labels, scores).requires_grad
+    cdpo_loss(pair_margins(policy, reference, expert, ROWS)).backward()
     cdpo_loss(pair_margins(policy, reference, routed_logprobs(labels, scores), ROWS)).backward()
 
     assert policy.grad is not None
+    assert expert.grad is None
     assert scores.grad is None
     assert labels.grad is None
     assert reference.grad is None
