@@ -82,7 +82,10 @@ def _bars(screen: Console) -> Iterator[ShowProgress]:
         def show(progress: RunProgress) -> None:
             stage = progress.stage
             if stage not in tasks:
-                for earlier in tasks.values():
+                for (
+                    earlier
+                ) in tasks.values():  # a stage that another one follows is done, whatever it counted
+                    bars.update(earlier, completed=bars.tasks[earlier].total or 1, left="")
                     bars.stop_task(earlier)
                 tasks[stage] = bars.add_task(stage, total=None, count="", left="", figures="")
             remaining = progress.remaining_seconds
