@@ -169,6 +169,7 @@ class InternalFault(FusionRouteError):
 CLASS_BY_CODE: dict[StatusCode, type[FusionRouteError]] = {
     StatusCode.INVALID_ARGUMENT: InvalidRequest,
     StatusCode.OUT_OF_RANGE: InvalidRequest,
+    StatusCode.ALREADY_EXISTS: InvalidRequest,
     StatusCode.NOT_FOUND: SessionStateError,
     StatusCode.FAILED_PRECONDITION: SessionStateError,
     StatusCode.ABORTED: SessionStateError,

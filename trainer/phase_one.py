@@ -39,7 +39,7 @@ def run_sft(config: SftJob, context: RunContext) -> RunResult:
     router, routing = load_trained(context.folder, device)
     heads, of_gates = with_gates(config, given, router, routing, device, context)
     metrics = {**outcome.metrics, **of_gates}
-    facts = report_run(config.report, given, router, heads, config.experts, device, config.training.seed, context)
+    facts = report_run(config, given, router, heads, device, context)
     checkpoint = write_checkpoint(
         context.folder,
         router,

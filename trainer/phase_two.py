@@ -6,13 +6,11 @@ stays in memory. The bias of the pairs is told before anything is trained.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 
 from fusionroute.router_model import Heads
@@ -26,14 +24,12 @@ from trainer.gates import gate_facts
 from trainer.labelling import find_experts
 from trainer.loop import train_loop
 from trainer.loop_inputs import LoopInputs, PairLesson, SftLesson, measure_reference
-from trainer.pair_bias import pair_bias, render_histogram
+from trainer.pair_bias import pair_bias
+from trainer.pair_review import announce_bias
 from trainer.phases import INPUTS, data_facts, labelled, lasting, report_run, switches_of, with_gates
-from trainer.report.records import BIAS_FILE
 from trainer.router_module import RouterModule
 from trainer.rows import Labels, PairSet
 from trainer.run_context import RunContext, RunProgress, RunResult
-
-log = structlog.get_logger(__name__)
 
 
 def run_cdpo(config: CdpoJob, context: RunContext) -> RunResult:
@@ -64,9 +60,7 @@ def run_cdpo(config: CdpoJob, context: RunContext) -> RunResult:
     outcome = train_loop(context.folder, context)
     router, routing = load_trained(context.folder, device)
     heads, of_gates = with_gates(config, of_texts, router, routing, device, context)
-    facts = report_run(
-        config.report, of_texts, router, heads, config.experts, device, config.training.seed, context
-    )
+    facts = report_run(config, of_texts, router, heads, device, context)
     metrics = {**bias, **outcome.metrics, **of_gates}
     written = write_checkpoint(
         context.folder,
@@ -116,7 +110,7 @@ def _reference(
 def _tell_bias(
     config: CdpoJob, labels: Labels, pairs: PairSet, routes: NDArray[np.int32], folder: Path
 ) -> dict[str, float]:
-    """Writes and logs the histogram of the bias; its warning is one of ours."""
+    """Says what the experts think of the pairs before anything is trained, and warns where they teach little."""
     cdpo = config.cdpo
     bias = pair_bias(
         labels,
@@ -126,10 +120,7 @@ def _tell_bias(
         bias_scale=cdpo.bias_scale,
         bias_reduction=cdpo.bias_reduction,
     )
-    (folder / BIAS_FILE).write_text(json.dumps(bias.to_json(), indent=2) + "\n", encoding="utf-8")
-    log.info("pairs_before_training", histogram="\n" + render_histogram(bias))
-    if bias.warning is not None:
-        log.warning("bias_far_above_zero", message=bias.warning)
+    announce_bias(bias, folder)
     return {"bias/mean_at_start": bias.mean, "sigmoid_neg_margin/mean_at_start": bias.mean_sigmoid}
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from torch import Tensor
 
 from fusionroute.router_model import ExpertRecord, Heads
-from trainer.config import CdpoJob, ExpertSource, LabelsTable, ReportTable, SftJob
+from trainer.config import CdpoJob, ExpertSource, LabelsTable, SftJob
 from trainer.frozen_models import FrozenModel, load_experts
 from trainer.gates import train_gates
 from trainer.labelling import label_rows
@@ -72,36 +71,25 @@ def with_gates(
 
 
 def report_run(
-    table: ReportTable,
-    given: Labelled,
-    router: FrozenModel,
-    heads: Heads,
-    sources: Mapping[str, ExpertSource],
-    device: str,
-    seed: int,
-    context: RunContext,
+    config: SftJob | CdpoJob, given: Labelled, router: FrozenModel, heads: Heads, device: str, context: RunContext
 ) -> dict[str, Any]:
     """Who was right, and the picture of the run; what of it belongs into the manifest."""
-    if not table.enabled:
+    if not config.report.enabled:
         return {}
     context.report(RunProgress("report", 0, 1))
     facts: dict[str, Any] = {}
     if given.rows.num_targets > 0:
-        experts = load_experts(sources, device)
-        rows = _some_rows(given, table.max_rows, seed)
-        ownership = measure_ownership(rows, router, routing_scores(heads, device), experts, context)
-        facts = {"ownership": ownership.to_json()}
-        text = json.dumps(facts["ownership"], indent=2) + "\n"
+        experts = load_experts(config.experts, device)
+        rows = _some_rows(given, config.report.max_rows, config.training.seed)
+        scores = Heads(heads.routing_weight, heads.routing_bias).to_scores(device)
+        ownership = measure_ownership(rows, router, scores, experts, context).to_json()
+        text = json.dumps(ownership, indent=2) + "\n"
         (context.folder / OWNERSHIP_FILE).write_text(text, encoding="utf-8")
-    picture = write_report(context.folder)
+        facts = {"ownership": ownership}
+    picture = write_report(context.folder, f"{config.name} {config.kind}")
     log.info("report", picture=str(picture))
     context.report(RunProgress("report", 1, 1))
     return facts
-
-
-def routing_scores(heads: Heads, device: str) -> Callable[[Tensor], Tensor]:
-    """The routing head alone, from hidden states ``[T, H]`` to scores ``[T, n]``."""
-    return Heads(heads.routing_weight, heads.routing_bias).to_scores(device)
 
 
 def _some_rows(given: Labelled, max_rows: int, seed: int) -> RowSet:

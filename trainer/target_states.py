@@ -72,8 +72,8 @@ def states_at_targets(
     wanted = np.ones(rows.num_targets, np.bool_) if kept is None else kept.numpy()
     places = np.cumsum(wanted) - 1
     states: Tensor | None = None
-    done = 0
-    for batch in _batches(rows, wanted):
+    done, useful = 0, _rows_with(rows, wanted)
+    for batch in _batches(rows, useful):
         context.stop.check()
         ids, lengths, where, flat = _padded(rows, batch)
         hidden = model.hidden(ids, lengths)
@@ -83,7 +83,7 @@ def states_at_targets(
             states = torch.empty(int(wanted.sum()), found.shape[1])
         states[torch.from_numpy(places[flat[selected]])] = found
         done += len(batch)
-        context.report(RunProgress(stage, done, len(rows)))
+        context.report(RunProgress(stage, done, len(useful)))
     return states if states is not None else torch.empty(0, 0)
 
 
@@ -98,12 +98,16 @@ def gold_logprobs_at_targets(model: FrozenModel, states: Tensor, gold: Tensor) -
     return torch.cat(pieces) if pieces else torch.empty(0)
 
 
-def _batches(rows: RowSet, wanted: NDArray[np.bool_]) -> Iterator[Sequence[int]]:
-    """Rows with wanted targets, of like length together, at most BATCH_TOKENS padded tokens at a time."""
+def _rows_with(rows: RowSet, wanted: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The rows that have wanted targets, the shortest first."""
     starts = rows.target_starts
     counted = np.concatenate([[0], np.cumsum(wanted)])
     useful = np.flatnonzero(counted[starts[1:]] > counted[starts[:-1]])
-    order = useful[np.argsort(rows.lengths[useful], kind="stable")]
+    return useful[np.argsort(rows.lengths[useful], kind="stable")]
+
+
+def _batches(rows: RowSet, order: NDArray[np.int64]) -> Iterator[Sequence[int]]:
+    """Rows of like length together, at most BATCH_TOKENS padded tokens at a time."""
     batch: list[int] = []
     for index in order:
         if batch and (len(batch) + 1) * int(rows.lengths[index]) > BATCH_TOKENS:
