@@ -95,7 +95,7 @@ class Batch:
         reference_logprobs: ``[2 P]`` float32.
         phase_one_routes: ``[u]`` int64.
         lengths: ``[B]`` int64, tokens of each row.
-        tallies: ``[5]`` float64: targets, informative targets, chosen targets, rejected targets, tokens.
+        tallies: ``[5]`` float32: targets, informative targets, chosen targets, rejected targets, tokens.
         counts: of the whole step.
         step: number of the optimiser step, from 1.
     """
@@ -210,7 +210,7 @@ class BatchMaker:
             reference_logprobs=torch.from_numpy(np.array(self._reference[members])),
             phase_one_routes=torch.from_numpy(self._routes[pairs.targets].astype(np.int64)),
             lengths=torch.from_numpy(np.concatenate(lengths)),
-            tallies=torch.tensor(tallies, dtype=torch.float64),
+            tallies=torch.tensor(tallies, dtype=torch.float32),
             counts=counts,
             step=step,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +140,10 @@ class LoopInputs:
 
 
 def measure_reference(
-    router: RouterModule, pairs: PairSet, chunk_tokens: int = 1024
+    router: RouterModule,
+    pairs: PairSet,
+    chunk_tokens: int = 1024,
+    advance: Callable[[int], None] = lambda num_rows: None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """What the router, as it stands, says about pairs: the reference of phase II (method section 3).
 
@@ -147,6 +151,7 @@ def measure_reference(
         router: of phase I, in the precision that phase II will train it in; put into evaluation mode meanwhile.
         pairs: N of them, with T targets.
         chunk_tokens: vocabulary rows that exist at a time.
+        advance: told how many more rows are done; what it raises ends the measurement.
 
     Returns:
         ``[2 N]`` float32, summed log-probability of each row's targets; ``[T]`` int32, the expert routed to at each.
@@ -163,6 +168,7 @@ def measure_reference(
         owners = np.repeat(np.arange(len(batch)), counts)
         logprobs[batch] = np.bincount(owners, weights=of_targets.double().cpu().numpy(), minlength=len(batch))
         routes[padded.targets] = of_routes.cpu().numpy()
+        advance(len(batch))
     return logprobs, routes
 
 

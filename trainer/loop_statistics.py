@@ -36,23 +36,23 @@ def target_statistics(tallies: Tensor, scores: Tensor, of_pairs: Tensor | None) 
     """Sums of one forward.
 
     Args:
-        tallies: ``[5]`` float64 as in `trainer.batches.Batch`.
+        tallies: ``[5]`` as in `trainer.batches.Batch`.
         scores: ``[T, n]`` routing scores of all targets, detached.
         of_pairs: from `pair_statistics`; None without pairs.
 
     Returns:
-        ``[17 + n]`` float64: the tallies, routing entropy, sums over pairs, targets routed to each expert.
+        ``[17 + n]`` float32: the tallies, routing entropy, sums over pairs, targets routed to each expert.
     """
     logs = torch.log_softmax(scores, dim=1)
     entropy = -(logs.exp() * logs).sum()
     shares = torch.bincount(scores.argmax(dim=1), minlength=scores.shape[1])
     if of_pairs is None:
         of_pairs = tallies.new_zeros(len(_PAIRS))
-    return torch.cat([tallies, entropy.double()[None], of_pairs, shares.double()])
+    return torch.cat([tallies, entropy[None], of_pairs, shares.float()])
 
 
 def pair_statistics(margins: PairMargins, flips: Tensor) -> Tensor:
-    """Sums over P pairs: ``[11]`` float64. `flips` ``[u]`` bool: which targets are routed otherwise than in phase I."""
+    """Sums over P pairs: ``[11]`` float32. `flips` ``[u]`` bool: which targets are routed otherwise than in phase I."""
     margin = margins.margin.detach()
     rows = torch.stack(
         [
@@ -68,7 +68,7 @@ def pair_statistics(margins: PairMargins, flips: Tensor) -> Tensor:
             functional.sigmoid(-margin),
         ]
     )
-    return torch.cat([rows.double().sum(dim=1), flips.sum().double()[None]])
+    return torch.cat([rows.sum(dim=1), flips.sum().float()[None]])
 
 
 def num_statistics(num_experts: int) -> int:

@@ -54,7 +54,7 @@ class PartSums(NamedTuple):
 
     Attributes:
         parts: ``[3]`` sums of L_LM over targets, of L_expert over informative targets, of L_CDPO over pairs.
-        statistics: ``[S]`` float64, as `trainer.loop_statistics` names them; no gradient.
+        statistics: ``[S]`` float32, as `trainer.loop_statistics` names them; no gradient.
     """
 
     parts: Tensor

@@ -232,8 +232,8 @@ class _Window:
     """What the forwards since the last log have given, on the device until it is asked for."""
 
     def __init__(self, device: torch.device, num_experts: int) -> None:
-        self._parts = torch.zeros(len(PARTS), dtype=torch.float64, device=device)
-        self._statistics = torch.zeros(num_statistics(num_experts), dtype=torch.float64, device=device)
+        self._parts = torch.zeros(len(PARTS), device=device)
+        self._statistics = torch.zeros(num_statistics(num_experts), device=device)
         self._bad = torch.full((len(PARTS) + 1,), _NEVER, device=device)
 
     def add(self, parts: Tensor, statistics: Tensor, step: int) -> None:

@@ -21,8 +21,8 @@ from trainer.loop import train_loop
 from trainer.loop_inputs import SftLesson
 from trainer.run_context import RunContext, RunProgress, Stopped
 
-DDP_TOLERANCE = 2e-5
-"""Largest difference of parameters after six steps that the order of float32 sums over processes may make."""
+DDP_TOLERANCE = 1e-5
+"""Largest difference of parameters after 250 steps that the order of float32 sums over processes may make."""
 
 DEADLINE_SECONDS = 90.0
 
@@ -77,9 +77,9 @@ def test_killed_at_a_random_step_and_begun_again_a_run_gives_the_undisturbed_par
 
 
 def test_two_processes_compute_what_one_does_and_a_stop_between_changes_nothing(tmp_path):
-    one = train(cdpo_run(tmp_path / "one", {"batch_rows": 8, "log_every_steps": 1}))
-    training = {"batch_rows": 4, "num_processes": 2, "log_every_steps": 1}
-    folder = cdpo_run(tmp_path / "two", training)
+    training = {"max_steps": 250, "learning_rate": 1e-4, "log_every_steps": 5}  # long enough to be stopped within
+    one = train(cdpo_run(tmp_path / "one", training | {"batch_rows": 8}))
+    folder = cdpo_run(tmp_path / "two", training | {"batch_rows": 4, "num_processes": 2})
     seen: list[RunProgress] = []
 
     def report(progress: RunProgress) -> None:
@@ -96,8 +96,9 @@ def test_two_processes_compute_what_one_does_and_a_stop_between_changes_nothing(
     two = train(folder)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=DDP_TOLERANCE)
-    for name in ("step", "loss", "gradient_norm", "routing_entropy", "rewards/margins"):
-        assert losses(folder, name) == pytest.approx(losses(tmp_path / "one", name), abs=1e-4)
+    # the stop has added a log at its own step, which divides one window of metrics; the last is whole
+    for name in ("step", "loss", "gradient_norm", "routing_entropy", "rewards/margins", "bias/mean"):
+        assert losses(folder, name)[-1] == pytest.approx(losses(tmp_path / "one", name)[-1], rel=1e-3)
 
 
 def test_a_failure_in_a_child_process_keeps_its_name(tmp_path):

@@ -61,7 +61,9 @@ def test_the_reference_is_the_sum_of_log_probabilities_under_the_router_alone(tm
     folder = save_tiny_model(tmp_path / "router", family)
     router = RouterModule.load(str(folder), 2, TrainingTable(device="cpu"), routing)
     pairs = PairSet(random_rows(6, seed=3))
-    logprobs, routes = measure_reference(router, pairs, chunk_tokens=5)
+    done: list[int] = []
+    logprobs, routes = measure_reference(router, pairs, chunk_tokens=5, advance=done.append)
+    assert sum(done) == len(pairs.rows)
     expected_routes: list[int] = []
     for index in range(6):
         row = pairs.rows[index]
