@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +27,8 @@ from router_service.settings import RouterSettings
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-RETRY_SECONDS = 30.0
-"""A checkpoint that could not be served, or its experts, may be whole by then."""
+FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 30.0, 600.0
+"""A checkpoint that could not be served may be whole by then, or its experts there; each wait doubles."""
 
 log = structlog.get_logger(__name__)
 
@@ -77,6 +77,7 @@ class PromotionWatch:
         source: where checkpoints lie.
         serve: makes a loaded one ready.
         is_served: whether some expert serves a slot now.
+        retry_seconds: the wait before a checkpoint that could not be served is tried again.
     """
 
     promotions: PromotionStore
@@ -84,12 +85,17 @@ class PromotionWatch:
     source: CheckpointSource
     serve: Serve
     is_served: Callable[[str], bool]
-    _retry_at: float = 0.0
+    retry_seconds: float = FIRST_RETRY_SECONDS
+    _retry_at: float = field(init=False)
+    _next_pause: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._next_pause = self.retry_seconds
+        self._wait_before_retry()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Follows within the context. A load that is under way when it ends is waited for by the interpreter."""
-        self._retry_at = time.monotonic() + RETRY_SECONDS
         task = asyncio.create_task(self._keep_up(), name="promotions")
         try:
             yield
@@ -122,8 +128,14 @@ class PromotionWatch:
             )
             return
         error = await self._take_up(wanted)
-        self._retry_at = time.monotonic() + RETRY_SECONDS
+        if promotion.revision != report.revision:
+            self._next_pause = self.retry_seconds
+        self._wait_before_retry()
         self.served.promotion = PromotionReport(promotion.revision, error)
+
+    def _wait_before_retry(self) -> None:
+        self._retry_at = time.monotonic() + self._next_pause
+        self._next_pause = min(2 * self._next_pause, LONGEST_RETRY_SECONDS)
 
     def _is_current(self, wanted: PromotedCheckpoint) -> bool:
         return self.served.current.checkpoint_id == wanted.checkpoint_id
@@ -160,11 +172,11 @@ class PromotionWatch:
         """
         name = wanted.checkpoint_id or "the checkpoint of the settings"
         current = self.served.current.manifest
-        for field in ("tokenizer_fingerprint", "logits_width"):
-            got, have = getattr(manifest, field), getattr(current, field)
+        for fact in ("tokenizer_fingerprint", "logits_width"):
+            got, have = getattr(manifest, fact), getattr(current, fact)
             if got != have:
                 raise ModelRejected(
-                    Reason.VOCABULARY_MISMATCH, f"{name} has {field} {got}, the sessions here need {have}"
+                    Reason.VOCABULARY_MISMATCH, f"{name} has {fact} {got}, the sessions here need {have}"
                 )
         for slot in manifest.slots:
             if slot not in current.slots and not self.is_served(slot):

@@ -26,6 +26,8 @@ from tests.equivalence import Case, Verdict, make_cases
 from tests.served_stack import Answer, Family, Stack, make_family, record_of, save_router, served
 from tests.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.timeout(240)
+
 A, B = "run-sft-a", "run-cdpo-b"
 WAIT_SECONDS = 30
 NUM_CASES = 48
