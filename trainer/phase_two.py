@@ -23,13 +23,14 @@ from trainer.frozen_models import FrozenModel
 from trainer.gates import gate_facts
 from trainer.labelling import find_experts
 from trainer.loop import train_loop
-from trainer.loop_inputs import LoopInputs, PairLesson, SftLesson, measure_reference
+from trainer.loop_inputs import COMPLETE_FILE, LoopInputs, PairLesson, SftLesson, measure_reference
+from trainer.pace import Pace
 from trainer.pair_bias import pair_bias
 from trainer.pair_review import announce_bias
 from trainer.phases import INPUTS, data_facts, labelled, lasting, report_run, switches_of, with_gates
 from trainer.router_module import RouterModule
 from trainer.rows import Labels, PairSet
-from trainer.run_context import RunContext, RunProgress, RunResult
+from trainer.run_context import RunContext, RunResult
 
 
 def run_cdpo(config: CdpoJob, context: RunContext) -> RunResult:
@@ -98,13 +99,23 @@ class Reference:
 def _reference(
     config: CdpoJob, heads: Heads, pairs: PairSet, device: str, context: RunContext
 ) -> Reference:
-    """In the precision of the training, so that the log-ratios of step 0 are 0."""
-    context.report(RunProgress("reference", 0, 1))
+    """In the precision of the training, so that the log-ratios of step 0 are 0; an earlier attempt's is kept."""
+    if (known := _known_reference(context.folder, pairs)) is not None:
+        return known
     routing = (heads.routing_weight, heads.routing_bias)
     router = RouterModule.load(config.router, len(config.experts), config.training, routing, device)
-    logprobs, routes = measure_reference(router, pairs, config.training.chunk_tokens)
-    context.report(RunProgress("reference", 1, 1))
-    return Reference(logprobs, routes)
+    pace = Pace(context, "reference", len(pairs.rows))
+    return Reference(*measure_reference(router, pairs, config.training.chunk_tokens, pace.advance))
+
+
+def _known_reference(folder: Path, pairs: PairSet) -> Reference | None:
+    if not (folder / INPUTS / COMPLETE_FILE).is_file():
+        return None
+    lesson = LoopInputs.load(folder / INPUTS).pairs
+    if lesson is None or lesson.pairs.rows.digest != pairs.rows.digest:
+        return None
+    # copies: the files that are mapped here are about to be written anew
+    return Reference(np.array(lesson.reference_logprobs), np.array(lesson.phase_one_routes))
 
 
 def _tell_bias(
