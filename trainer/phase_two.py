@@ -23,7 +23,7 @@ from trainer.frozen_models import FrozenModel
 from trainer.gates import gate_facts
 from trainer.labelling import find_experts
 from trainer.loop import train_loop
-from trainer.loop_inputs import COMPLETE_FILE, LoopInputs, PairLesson, SftLesson, measure_reference
+from trainer.loop_inputs import LoopInputs, PairLesson, SftLesson, measure_reference
 from trainer.pace import Pace
 from trainer.pair_bias import pair_bias
 from trainer.pair_review import announce_bias
@@ -31,6 +31,7 @@ from trainer.phases import INPUTS, data_facts, labelled, lasting, report_run, sw
 from trainer.router_module import RouterModule
 from trainer.rows import Labels, PairSet
 from trainer.run_context import RunContext, RunResult
+from trainer.training_state import COMPLETE_FILE
 
 
 def run_cdpo(config: CdpoJob, context: RunContext) -> RunResult:
