@@ -31,6 +31,7 @@ from trainer.run_context import RunContext, RunProgress, RunResult
 
 STEP_SECONDS = 0.02
 SAVE_EVERY_STEPS = 5
+NOTE = "first line\nWARNING: second line"
 
 
 def config_of(name: str = "good", num_steps: int = 10) -> str:
@@ -72,7 +73,8 @@ def run(config: JobConfig, context: RunContext) -> RunResult:
             steps.write(f"{step}\n")
         if step % SAVE_EVERY_STEPS == 0:
             save(state, step)
-        context.report(RunProgress("training", step, config.training.max_steps, loss=1 / step))
+        note = NOTE if step == 1 else ""
+        context.report(RunProgress("training", step, config.training.max_steps, loss=1 / step, note=note))
     artifact = context.folder / "artifact"
     artifact.mkdir(exist_ok=True)
     (artifact / "weights").write_text(f"made by {config.name} in {config.training.max_steps} steps")

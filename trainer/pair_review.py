@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from trainer.pace import Pace
 from trainer.pair_bias import BiasStatistics, pair_bias, render_histogram
 from trainer.report.records import BIAS_FILE
 from trainer.rows import RowSet
-from trainer.run_context import RunContext
+from trainer.run_context import RunContext, RunProgress
 from trainer.target_states import states_at_targets
 
 BIAS_TEXT_FILE = "bias.txt"
@@ -35,17 +34,17 @@ STAGE = "bias"
 log = structlog.get_logger(__name__)
 
 
-def announce_bias(statistics: BiasStatistics, folder: Path) -> dict[str, Any]:
-    """Prints the histogram on standard error and writes `bias.json` (for the report) and `bias.txt` into the folder.
+def announce_bias(statistics: BiasStatistics, context: RunContext) -> dict[str, Any]:
+    """Tells the histogram as a note and writes `bias.json` (for the report) and `bias.txt` into the run's folder.
 
     Returns:
         The statistics without the histograms, for a manifest.
     """
     facts = statistics.to_json()
     text = render_histogram(statistics)
-    (folder / BIAS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    (folder / BIAS_TEXT_FILE).write_text(text + "\n", encoding="utf-8")
-    print(text, file=sys.stderr, flush=True)
+    (context.folder / BIAS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (context.folder / BIAS_TEXT_FILE).write_text(text + "\n", encoding="utf-8")
+    context.report(RunProgress(STAGE, len(statistics.bias), len(statistics.bias), note=text))
     return {name: value for name, value in facts.items() if not name.endswith("_histogram")}
 
 
@@ -69,7 +68,7 @@ def review_pairs(config: PairsJob, checkpoint_folder: Path, context: RunContext)
     labels, _ = label_rows(pairs.rows, config.experts, LabelsTable(), context)
     router = FrozenModel.load(str(checkpoint_folder), "router")
     routes = routes_at_targets(router, checkpoint.heads.to_scores(), len(config.experts), pairs.rows, context)
-    return announce_bias(pair_bias(labels, pairs, routes, beta=config.beta), context.folder)
+    return announce_bias(pair_bias(labels, pairs, routes, beta=config.beta), context)
 
 
 def routes_at_targets(

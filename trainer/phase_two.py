@@ -55,7 +55,7 @@ def run_cdpo(config: CdpoJob, context: RunContext) -> RunResult:
     of_texts = labelled(rows, config.experts, config.labels, "texts", context)
     of_pairs = labelled(pairs.rows, config.experts, config.labels, "pairs", context)
     reference = _reference(config, checkpoint.heads, pairs, device, context)
-    bias = _tell_bias(config, of_pairs.labels, pairs, reference.routes, context.folder)
+    bias = _tell_bias(config, of_pairs.labels, pairs, reference.routes, context)
     lesson = PairLesson(pairs, of_pairs.labels, reference.logprobs, reference.routes)
     inputs = LoopInputs(config, config.router, SftLesson(rows, of_texts.labels), lesson)
     inputs.save(context.folder / INPUTS)
@@ -120,7 +120,7 @@ def _known_reference(folder: Path, pairs: PairSet) -> Reference | None:
 
 
 def _tell_bias(
-    config: CdpoJob, labels: Labels, pairs: PairSet, routes: NDArray[np.int32], folder: Path
+    config: CdpoJob, labels: Labels, pairs: PairSet, routes: NDArray[np.int32], context: RunContext
 ) -> dict[str, float]:
     """Says what the experts think of the pairs before anything is trained, and warns where they teach little."""
     cdpo = config.cdpo
@@ -132,7 +132,7 @@ def _tell_bias(
         bias_scale=cdpo.bias_scale,
         bias_reduction=cdpo.bias_reduction,
     )
-    announce_bias(bias, folder)
+    announce_bias(bias, context)
     return {"bias/mean_at_start": bias.mean, "sigmoid_neg_margin/mean_at_start": bias.mean_sigmoid}
 
 

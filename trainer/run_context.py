@@ -20,6 +20,7 @@ class RunProgress:
         loss: of the last step, where the stage has one.
         metrics: by name, for example ``expert_share/math``.
         remaining_seconds: of the stage; None = not known yet.
+        note: lines that people should read, such as a warning; "" = none. Each note is told once.
     """
 
     stage: str
@@ -28,6 +29,7 @@ class RunProgress:
     loss: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     remaining_seconds: float | None = None
+    note: str = ""
 
 
 Report = Callable[[RunProgress], None]

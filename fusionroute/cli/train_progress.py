@@ -35,10 +35,24 @@ def shown_progress(screen: Console | None = None) -> Iterator[ShowProgress]:
 
     screen = screen or console(stderr=True)
     if not screen.is_terminal:
-        yield ProgressLines(screen).show
+        yield _noting(screen, ProgressLines(screen).show)
         return
     with _bars(screen) as show:
-        yield show
+        yield _noting(screen, show)
+
+
+def _noting(screen: Console, show: ShowProgress) -> ShowProgress:
+    """Prints each note once before it shows the progress that brings it."""
+    noted = ""
+
+    def show_with_note(progress: RunProgress) -> None:
+        nonlocal noted
+        if progress.note and progress.note != noted:
+            noted = progress.note
+            screen.print(noted, markup=False, highlight=False)
+        show(progress)
+
+    return show_with_note
 
 
 class ProgressLines:
@@ -138,4 +152,5 @@ def progress_of(message: JobProgress) -> RunProgress:
         loss=message.loss if message.HasField("loss") else None,
         metrics=metrics,
         remaining_seconds=message.remaining_seconds if message.HasField("remaining_seconds") else None,
+        note=message.note,
     )

@@ -164,6 +164,7 @@ class JobProgress(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     REMAINING_SECONDS_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     num_steps: _builtins.int
     loss: _builtins.float
@@ -172,6 +173,10 @@ class JobProgress(_message.Message):
     """Absent = not known yet."""
     stage: _builtins.str
     """What it is doing, for example "labels" or "training"."""
+    note: _builtins.str
+    """The latest thing that people should read, such as the histogram of the bias
+    before training; several lines.
+    """
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """By name, for example "expert_share/math"."""
@@ -185,10 +190,11 @@ class JobProgress(_message.Message):
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         remaining_seconds: _builtins.float | None = ...,
         stage: _builtins.str = ...,
+        note: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_remaining_seconds", b"_remaining_seconds", "loss", b"loss", "remaining_seconds", b"remaining_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_remaining_seconds", b"_remaining_seconds", "loss", b"loss", "metrics", b"metrics", "num_steps", b"num_steps", "remaining_seconds", b"remaining_seconds", "stage", b"stage", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_remaining_seconds", b"_remaining_seconds", "loss", b"loss", "metrics", b"metrics", "note", b"note", "num_steps", b"num_steps", "remaining_seconds", b"remaining_seconds", "stage", b"stage", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015

@@ -22,7 +22,7 @@ from fusionroute.private_redis import PrivateRedis, connect
 from fusionroute.trainer_client import TrainerClient, state_name
 from fusionroute.v1.trainer_pb2 import Job, JobKind
 from tests.expert_fakes import until
-from tests.fake_job import config_of, steps_done
+from tests.fake_job import NOTE, config_of, steps_done
 from tests.fake_trainer import FAKE_JOB_COMMAND
 from trainer.bootstrap import RunningTrainer, running_trainer
 from trainer.config import JobKind as ConfiguredKind
@@ -114,6 +114,7 @@ async def test_a_job_runs_and_publishes_one_checkpoint(serve: Serve) -> None:
     assert (served.folder / "checkpoints" / job.checkpoint_id / "COMPLETE").exists()
     assert steps_done(served.job_folder(job)) == list(range(1, 11))
     assert (job.progress.stage, job.progress.step, job.progress.num_steps) == ("training", 10, 10)
+    assert job.progress.note == NOTE, "told once at step 1, kept for whoever looks later"
     assert job.progress.loss == pytest.approx(0.1)
     assert job.submitted_at_seconds <= job.started_at_seconds <= job.ended_at_seconds
     assert job.folder == str(served.job_folder(job))

@@ -96,7 +96,10 @@ def test_phase_two_starts_from_it_fits_the_gates_anew_and_names_its_switches(wor
         cdpo={"bias_scale": 0.5, "routes": "frozen"},
         mixed={"sft_loss": "expert"},
     )
-    result = run(CdpoJob.from_values(values), RunContext(world.folder / "cdpo"))
+    notes: list[str] = []
+    context = RunContext(world.folder / "cdpo", lambda progress: notes.append(progress.note))
+    result = run(CdpoJob.from_values(values), context)
+    assert [note.splitlines()[0] for note in notes if note][0].startswith("bias of 12 pairs before any training")
     before, after = load_checkpoint(phase_one), load_checkpoint(result.artifact)
     assert after.manifest.switches["cdpo"]["bias_scale"] == 0.5
     assert after.manifest.switches["cdpo"]["routes"] == "frozen"

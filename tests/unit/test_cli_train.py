@@ -428,3 +428,13 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path):
     path.write_text("router =")
     with pytest.raises(InvalidRequest, match=r"bad\.toml cannot be read"):
         read_config("sft", path)
+
+
+def test_a_note_of_a_run_is_printed_once_above_its_progress() -> None:
+    out = io.StringIO()
+    with shown_progress(Console(file=out, width=200)) as show:
+        show(RunProgress("bias", 3, 3, note="bias of 3 pairs [mean]\nWARNING: far above zero"))
+        show(RunProgress("training", 1, 9, note="bias of 3 pairs [mean]\nWARNING: far above zero"))
+    lines = out.getvalue().splitlines()
+    assert lines[:2] == ["bias of 3 pairs [mean]", "WARNING: far above zero"]
+    assert sum("WARNING" in line for line in lines) == 1 and lines[-1].startswith("training")

@@ -141,6 +141,7 @@ def _progress_message(progress: RunProgress) -> trainer_pb2.JobProgress:
         loss=progress.loss,
         metrics=progress.metrics,
         remaining_seconds=progress.remaining_seconds,
+        note=progress.note,
     )
 
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
@@ -157,12 +158,17 @@ class _Reporter:
     def __init__(self, folder: JobFolder) -> None:
         self._folder = folder
         self._latest: RunProgress | None = None
+        self._note = ""
         self._written: RunProgress | None = None
         self._written_at = -REPORT_SECONDS
 
     def report(self, progress: RunProgress) -> None:
         """Called by the run, as often as it likes."""
-        self._latest = progress
+        if progress.note:
+            self._note = progress.note
+            print(progress.note, file=sys.stderr, flush=True)
+        # whoever looks only now and then should find the note all the same
+        self._latest = replace(progress, note=self._note)
         is_new_stage = self._written is None or self._written.stage != progress.stage
         if is_new_stage or time.monotonic() - self._written_at >= REPORT_SECONDS:
             self._write()

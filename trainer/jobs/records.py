@@ -95,6 +95,7 @@ def progress_to_json(progress: RunProgress) -> str:
             "loss": progress.loss,
             "metrics": dict(progress.metrics),
             "remaining_seconds": progress.remaining_seconds,
+            "note": progress.note,
         },
         default=float,  # numbers of numpy and torch
     )

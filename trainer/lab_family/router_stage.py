@@ -7,9 +7,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import io
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -163,8 +161,7 @@ def _run(
             report(as_name, round(share * stage.num_steps), progress.loss or 0.0)
 
     workspace = folder / f".{name}"
-    with contextlib.redirect_stderr(io.StringIO()):  # what a run tells its user is not for who builds a family
-        result = run(config, RunContext(workspace, tell))
+    result = run(config, RunContext(workspace, tell))
     result.artifact.rename(folder / name)
     shutil.rmtree(workspace)
     return dict(result.metrics)
