@@ -99,7 +99,7 @@ def test_phase_two_starts_from_it_fits_the_gates_anew_and_names_its_switches(wor
     notes: list[str] = []
     context = RunContext(world.folder / "cdpo", lambda progress: notes.append(progress.note))
     result = run(CdpoJob.from_values(values), context)
-    assert [note.splitlines()[0] for note in notes if note][0].startswith("bias of 12 pairs before any training")
+    assert next(note for note in notes if note).startswith("bias of 12 pairs before any training")
     before, after = load_checkpoint(phase_one), load_checkpoint(result.artifact)
     assert after.manifest.switches["cdpo"]["bias_scale"] == 0.5
     assert after.manifest.switches["cdpo"]["routes"] == "frozen"
