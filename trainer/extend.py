@@ -104,8 +104,27 @@ def extend_heads(
     return extended, {
         **losses,
         "informative_targets": len(learnt),
-        **{name: _effect(heads, extended, domain) for name, domain in named.items()},
+        **{
+            f"{name}/{fact}": value
+            for name, domain in named.items()
+            for fact, value in _effect(heads, extended, domain).items()
+        },
     }
+
+
+def effect_note(facts: Mapping[str, Any], slot: str) -> str:
+    """What `extend_heads` reports, in words."""
+    lines = [f"expert {slot!r} was added by its own rows; everything else is as it was"]
+    for name in ("new", "old"):
+        if f"{name}/targets" in facts:
+            before, after = facts[f"{name}/expert_right_before"], facts[f"{name}/expert_right_after"]
+            lines.append(
+                f"  {name} domain: routed expert right {before:.3f} -> {after:.3f}, "
+                f"{facts[f'{name}/routed_to_new']:.1%} of {facts[f'{name}/targets']:,.0f} targets routed to it"
+            )
+    if "old/targets" not in facts:
+        lines.append("  WARNING: what becomes of the old domains is not known; give old_data")
+    return "\n".join(lines)
 
 
 def _competing_row(hidden: Tensor, old_scores: Tensor) -> nn.Linear:

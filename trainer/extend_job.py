@@ -11,11 +11,11 @@ from trainer.checkpoints import check_vocabulary, finished, parent_checkpoint, w
 from trainer.config import ExtendJob, GatesTable
 from trainer.data import load_texts
 from trainer.devices import device_of
-from trainer.extend import Domain, extend_heads
+from trainer.extend import Domain, effect_note, extend_heads
 from trainer.frozen_models import FrozenModel
 from trainer.labelling import find_experts
 from trainer.phases import Labelled, data_facts, labelled, switches_of
-from trainer.run_context import RunContext, RunResult
+from trainer.run_context import RunContext, RunProgress, RunResult
 
 EFFECT_FILE = "extension.json"
 
@@ -55,6 +55,8 @@ def run_extend(config: ExtendJob, context: RunContext) -> RunResult:
     )
     text = json.dumps(effect, indent=2) + "\n"
     (context.folder / EFFECT_FILE).write_text(text, encoding="utf-8")
+    note = effect_note(effect, experts[-1].slot)
+    context.report(RunProgress("extend", config.num_steps, config.num_steps, note=note))
     written = write_checkpoint(
         context.folder,
         router,

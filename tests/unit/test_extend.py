@@ -9,7 +9,7 @@ import torch
 from fusionroute.router_model import Heads
 from tests.tiny_models import save_tiny_model
 from trainer.config import GatesTable
-from trainer.extend import Domain, extend_heads
+from trainer.extend import Domain, effect_note, extend_heads
 from trainer.frozen_models import FrozenModel
 from trainer.rows import Labels, Row, RowSet
 from trainer.run_context import RunContext
@@ -46,11 +46,13 @@ def old_heads(router: FrozenModel, with_gate: bool) -> Heads:
 def test_the_new_row_wins_its_own_targets_and_leaves_the_replayed_old_ones(router, tmp_path) -> None:
     new, old = domain(router, range(2, 10), 2, tmp_path), domain(router, range(10, 18), 1, tmp_path)
     heads, report = extend_heads(old_heads(router, False), new, old, TABLE, 0, RunContext(tmp_path))
-    assert report["new"]["routed_to_new"] > 0.95 and report["old"]["routed_to_new"] < 0.05
-    assert report["new"]["expert_right_before"] == 0.0 and report["new"]["expert_right_after"] > 0.95
-    assert report["old"]["expert_right_after"] > 0.95
-    assert report["new"]["expert_loss_after"] < report["new"]["expert_loss_before"]
+    assert report["new/routed_to_new"] > 0.95 and report["old/routed_to_new"] < 0.05
+    assert report["new/expert_right_before"] == 0.0 and report["new/expert_right_after"] > 0.95
+    assert report["old/expert_right_after"] > 0.95
+    assert report["new/expert_loss_after"] < report["new/expert_loss_before"]
     assert heads.routing_weight.shape[0] == 3
+    note = effect_note(report, "late")
+    assert "new domain: routed expert right 0.000 -> " in note and "old domain" in note and "WARNING" not in note
 
 
 @pytest.mark.parametrize("with_gate", [True, False])
@@ -75,7 +77,8 @@ def test_without_replay_the_old_targets_may_go_to_the_new_expert_and_the_report_
     """Learning from new targets alone cannot know where the new expert is wrong."""
     new, old = domain(router, range(2, 10), 2, tmp_path), domain(router, range(10, 18), 1, tmp_path)
     alone, report = extend_heads(old_heads(router, False), new, None, TABLE, 0, RunContext(tmp_path))
-    assert "old" not in report
+    assert not any(name.startswith("old/") for name in report)
+    assert "WARNING" in effect_note(report, "late")
     replayed, _ = extend_heads(old_heads(router, False), new, old, TABLE, 0, RunContext(tmp_path))
 
     def share_of_old_targets_lost(heads: Heads) -> float:
