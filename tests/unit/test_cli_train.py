@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import tomllib
@@ -15,14 +14,12 @@ import click
 import grpc
 import pytest
 from click.testing import CliRunner, Result
-from rich.console import Console
 
 from fusionroute.cli import main
 from fusionroute.cli.group import Failure
 from fusionroute.cli.train import print_result
 from fusionroute.cli.train_config import KINDS, apply_change, guessed_kind, read_config
 from fusionroute.cli.train_local import LocalResult, run_here
-from fusionroute.cli.train_progress import ProgressLines, duration_text, figures_text, shown_progress
 from fusionroute.errors import InvalidRequest, Reason, TrainingFailed
 from fusionroute.v1 import trainer_pb2, trainer_pb2_grpc
 from fusionroute.v1.trainer_pb2 import JobState
@@ -252,43 +249,6 @@ def test_the_result_is_printed_for_scripts_as_json(tmp_path: Path, capsys):
     assert "ownership" not in shown
 
 
-def test_lines_come_at_begin_and_end_of_a_stage_and_every_ten_seconds():
-    out, seconds = io.StringIO(), [0.0]
-    lines = ProgressLines(Console(file=out, width=200), clock=lambda: seconds[0])
-    for step in range(0, 31):
-        seconds[0] = float(step)
-        lines.show(RunProgress("training", step, 30, loss=0.5, remaining_seconds=30.0 - step))
-    lines.show(RunProgress("gates", 0, 0))
-    assert out.getvalue().splitlines() == [
-        "training 0/30, loss 0.500, 30 s left",
-        "training 10/30, loss 0.500, 20 s left",
-        "training 20/30, loss 0.500, 10 s left",
-        "training 30/30, loss 0.500",
-        "gates 0",
-    ]
-
-
-def test_on_a_terminal_every_stage_has_a_bar():
-    out = io.StringIO()
-    screen = Console(file=out, force_terminal=True, width=140, color_system=None)
-    with shown_progress(screen) as show:
-        show(RunProgress("labels", 5, 10))
-        show(RunProgress("training", 120, 372, 0.41, {"rewards/accuracies": 0.93, "unknown": 1.0}, 187.0))
-    last = out.getvalue()
-    assert "labels" in last and "5/10" in last
-    assert "120/372" in last and "3:07 min left" in last and "loss 0.410, accuracy 0.93" in last
-
-
-def test_durations_and_figures_are_written_as_people_say_them():
-    assert [duration_text(seconds) for seconds in (0.4, 59, 187, 7500)] == [
-        "0 s",
-        "59 s",
-        "3:07 min",
-        "2:05 h",
-    ]
-    assert figures_text(RunProgress("pairs", 1, 2, metrics={"greedy_wrong": 1200.0})) == "wrong 1,200"
-
-
 class FakeTrainer(trainer_pb2_grpc.TrainerServiceServicer):
     """One job that ends as it is told, after three steps."""
 
@@ -428,13 +388,3 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path):
     path.write_text("router =")
     with pytest.raises(InvalidRequest, match=r"bad\.toml cannot be read"):
         read_config("sft", path)
-
-
-def test_a_note_of_a_run_is_printed_once_above_its_progress() -> None:
-    out = io.StringIO()
-    with shown_progress(Console(file=out, width=200)) as show:
-        show(RunProgress("bias", 3, 3, note="bias of 3 pairs [mean]\nWARNING: far above zero"))
-        show(RunProgress("training", 1, 9, note="bias of 3 pairs [mean]\nWARNING: far above zero"))
-    lines = out.getvalue().splitlines()
-    assert lines[:2] == ["bias of 3 pairs [mean]", "WARNING: far above zero"]
-    assert sum("WARNING" in line for line in lines) == 1 and lines[-1].startswith("training")
