@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -72,6 +73,7 @@ class TurnKeeper:
     _live: dict[str, LiveTurn] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _draining: bool = False
+    _restoring: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     @property
     def num_running(self) -> int:
@@ -127,14 +129,7 @@ class TurnKeeper:
             FusionRouteError: SESSION_UNKNOWN; SESSION_BUSY when another router writes it; CHECKPOINT_CHANGED when it
                 was begun under another checkpoint; INVALID_FIELD when the turn ends before `from_token`.
         """
-        live = self._live.get(session_id)
-        if live is None:
-            try:
-                live = await self._restore(session_id)
-            except SessionStateError as error:
-                live = self._live.get(session_id)  # another stream may have had the same idea first
-                if live is None or error.reason is not Reason.SESSION_BUSY:
-                    raise
+        live = self._live.get(session_id) or await self._restored(session_id)
         if live.is_over and from_token > len(live.tokens):
             raise invalid("from_token", from_token, f"the turn has {len(live.tokens)} tokens")
         return live
@@ -177,6 +172,20 @@ class TurnKeeper:
         )
 
     # --- what is written already ---------------------------------------------------------------------------------
+
+    async def _restored(self, session_id: str) -> LiveTurn:
+        """Of several streams that want the same turn at once, one restores it and the others follow."""
+        lock = self._restoring.setdefault(session_id, asyncio.Lock())
+        async with lock:
+            if (live := self._live.get(session_id)) is not None:
+                return live
+            try:
+                return await self._restore(session_id)
+            except SessionStateError as error:
+                live = self._live.get(session_id)  # a turn may have been begun here meanwhile
+                if live is None or error.reason is not Reason.SESSION_BUSY:
+                    raise
+                return live
 
     async def _restore(self, session_id: str) -> LiveTurn:
         stored = await self.store.get(session_id)
