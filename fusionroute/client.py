@@ -14,8 +14,9 @@ from typing import TypeVar
 
 import grpc
 
+from fusionroute.calls import answer_of, answers_of
 from fusionroute.errors import FusionRouteError
-from fusionroute.grpc_runtime import channel, error_from_rpc
+from fusionroute.grpc_runtime import channel
 from fusionroute.v1 import registry_pb2, registry_pb2_grpc, router_pb2, router_pb2_grpc
 from fusionroute.v1.registry_pb2 import ExpertEntry, ExpertState
 from fusionroute.v1.router_pb2 import (
@@ -29,7 +30,6 @@ from fusionroute.v1.router_pb2 import (
 CALL_TIMEOUT_SECONDS = 15.0
 STREAM_TIMEOUT_SECONDS = 600.0
 
-Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 
@@ -53,7 +53,7 @@ class RouterClient:
     ) -> AsyncGenerator[GenerationEvent, None]:
         """The events of a turn: Started, Tokens, Finished. Leaving early ends the call, not the turn."""
         call = self._router.Generate(request, timeout=timeout_seconds)
-        async with aclosing(_stream(call, self.address)) as responses:
+        async with aclosing(answers_of(call, self.address)) as responses:
             async for response in responses:
                 yield response.event
 
@@ -63,7 +63,7 @@ class RouterClient:
         """The events of a session's latest turn from its generated token `from_token` on."""
         request = ResumeRequest(session_id=session_id, from_token=from_token)
         call = self._router.Resume(request, timeout=timeout_seconds)
-        async with aclosing(_stream(call, self.address)) as responses:
+        async with aclosing(answers_of(call, self.address)) as responses:
             async for response in responses:
                 yield response.event
 
@@ -93,22 +93,7 @@ class RouterClient:
         return list((await self._ask(self._registry.ListExperts(request, timeout=timeout_seconds))).experts)
 
     async def _ask(self, call: Awaitable[Answer]) -> Answer:
-        try:
-            return await call
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, self.address) from None
-
-
-async def _stream(
-    call: grpc.aio.UnaryStreamCall[Request, Answer], address: str
-) -> AsyncGenerator[Answer, None]:
-    try:
-        async for response in call:
-            yield response
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error, address) from None
-    finally:
-        call.cancel()
+        return await answer_of(call, self.address)
 
 
 def expert_state_name(state: ExpertState.ValueType) -> str:

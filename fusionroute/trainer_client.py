@@ -17,8 +17,9 @@ from typing import TypeVar
 
 import grpc
 
+from fusionroute.calls import answer_of, answers_of
 from fusionroute.errors import Unavailable
-from fusionroute.grpc_runtime import backoff_seconds, channel, error_from_rpc
+from fusionroute.grpc_runtime import backoff_seconds, channel
 from fusionroute.v1 import trainer_pb2, trainer_pb2_grpc
 from fusionroute.v1.trainer_pb2 import (
     Checkpoint,
@@ -40,7 +41,6 @@ ENDED_STATES = frozenset(
     {JobState.JOB_STATE_SUCCEEDED, JobState.JOB_STATE_FAILED, JobState.JOB_STATE_CANCELLED}
 )
 
-Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 
@@ -100,7 +100,7 @@ class TrainerClient:
             request = trainer_pb2.WatchJobRequest(job_id=job_id)
             call = self._trainer.WatchJob(request, timeout=STREAM_TIMEOUT_SECONDS)
             try:
-                async with aclosing(_stream(call, self.address)) as responses:
+                async with aclosing(answers_of(call, self.address)) as responses:
                     async for response in responses:
                         heard_at, failures = time.monotonic(), 0
                         yield response.job
@@ -128,7 +128,7 @@ class TrainerClient:
         """What a job has written, in pieces of bytes; with `follow` until it has ended."""
         request = trainer_pb2.ReadJobLogRequest(job_id=job_id, from_offset=from_offset, follow=follow)
         call = self._trainer.ReadJobLog(request, timeout=STREAM_TIMEOUT_SECONDS)
-        async with aclosing(_stream(call, self.address)) as responses:
+        async with aclosing(answers_of(call, self.address)) as responses:
             async for response in responses:
                 yield response
 
@@ -165,22 +165,7 @@ class TrainerClient:
         return await self._ask(self._trainer.RollbackCheckpoint(request, timeout=PROMOTION_TIMEOUT_SECONDS))
 
     async def _ask(self, call: Awaitable[Answer]) -> Answer:
-        try:
-            return await call
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, self.address) from None
-
-
-async def _stream(
-    call: grpc.aio.UnaryStreamCall[Request, Answer], address: str
-) -> AsyncGenerator[Answer, None]:
-    try:
-        async for response in call:
-            yield response
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error, address) from None
-    finally:
-        call.cancel()
+        return await answer_of(call, self.address)
 
 
 def is_ended(job: Job) -> bool:
