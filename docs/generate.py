@@ -77,6 +77,10 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "No room for the session's keys and values, even after eviction.",
         "Try again later, or raise `kv_tokens`.",
     ),
+    Reason.UNAUTHENTICATED: (
+        "The call carries no API key, or one that is not known here.",
+        "Send `authorization: Bearer KEY` with a key of the service's key file.",
+    ),
     Reason.QUEUE_FULL: ("Too many steps wait already.", "Try again later, or add instances."),
     Reason.DEADLINE_PASSED: ("The caller's deadline passed before the work was begun.", "Allow more time."),
     Reason.EXPERT_UNAVAILABLE: (

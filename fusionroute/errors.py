@@ -2,6 +2,7 @@
 
     FusionRouteError
     ├── InvalidRequest        the caller sent something impossible
+    ├── AccessDenied          the caller has not shown a key that is known here
     ├── SessionStateError     the session is not where the caller believes it to be
     ├── OutOfRoom             no capacity now; try again later
     ├── Unavailable           a part is not there now; try again later
@@ -33,6 +34,7 @@ class StatusCode(IntEnum):
     UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
 
 
 class Reason(Enum):
@@ -70,6 +72,9 @@ class Reason(Enum):
     KV_MEMORY_FULL = StatusCode.RESOURCE_EXHAUSTED, "KV_MEMORY_FULL"
     QUEUE_FULL = StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"
     DEADLINE_PASSED = StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"
+
+    # the caller may not
+    UNAUTHENTICATED = StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"
 
     # a part is not there now
     EXPERT_UNAVAILABLE = StatusCode.UNAVAILABLE, "EXPERT_UNAVAILABLE"
@@ -142,6 +147,10 @@ class InvalidRequest(FusionRouteError):
     """The caller sent something impossible; sending it again cannot help."""
 
 
+class AccessDenied(FusionRouteError):
+    """The caller has not shown a key that is known here."""
+
+
 class SessionStateError(FusionRouteError):
     """The session is not where the caller believes it to be."""
 
@@ -176,6 +185,7 @@ CLASS_BY_CODE: dict[StatusCode, type[FusionRouteError]] = {
     StatusCode.RESOURCE_EXHAUSTED: OutOfRoom,
     StatusCode.DEADLINE_EXCEEDED: Unavailable,
     StatusCode.UNAVAILABLE: Unavailable,
+    StatusCode.UNAUTHENTICATED: AccessDenied,
     StatusCode.INTERNAL: InternalFault,
 }
 

@@ -71,6 +71,11 @@ class ExpertServiceStub(object):
                 request_serializer=fusionroute_dot_v1_dot_expert__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=fusionroute_dot_v1_dot_expert__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Reload = channel.unary_unary(
+                '/fusionroute.v1.ExpertService/Reload',
+                request_serializer=fusionroute_dot_v1_dot_expert__pb2.ReloadRequest.SerializeToString,
+                response_deserializer=fusionroute_dot_v1_dot_expert__pb2.ReloadResponse.FromString,
+                _registered_method=True)
 
 
 class ExpertServiceServicer(object):
@@ -141,6 +146,16 @@ class ExpertServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Reload(self, request, context):
+        """Loads the weights anew from where the service was told to find them. Steps are
+        served by the old ones until the new ones are ready; then the epoch grows and
+        all caches are lost. A model that cannot take its place is refused with
+        FAILED_PRECONDITION and changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -173,6 +188,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=fusionroute_dot_v1_dot_expert__pb2.ScoreRequest.FromString,
                     response_serializer=fusionroute_dot_v1_dot_expert__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Reload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reload,
+                    request_deserializer=fusionroute_dot_v1_dot_expert__pb2.ReloadRequest.FromString,
+                    response_serializer=fusionroute_dot_v1_dot_expert__pb2.ReloadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -344,6 +364,33 @@ class ExpertService(object):
             '/fusionroute.v1.ExpertService/Score',
             fusionroute_dot_v1_dot_expert__pb2.ScoreRequest.SerializeToString,
             fusionroute_dot_v1_dot_expert__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fusionroute.v1.ExpertService/Reload',
+            fusionroute_dot_v1_dot_expert__pb2.ReloadRequest.SerializeToString,
+            fusionroute_dot_v1_dot_expert__pb2.ReloadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -71,6 +71,12 @@ class ExpertServiceStub:
     the token that follows and the argmax, or whole rows. One answer per chunk of
     positions, in order.
     """
+    Reload: _grpc.UnaryUnaryMultiCallable[_expert_pb2.ReloadRequest, _expert_pb2.ReloadResponse]
+    """Loads the weights anew from where the service was told to find them. Steps are
+    served by the old ones until the new ones are ready; then the epoch grows and
+    all caches are lost. A model that cannot take its place is refused with
+    FAILED_PRECONDITION and changes nothing.
+    """
 
 @_typing.type_check_only
 class ExpertServiceAsyncStub(ExpertServiceStub):
@@ -114,6 +120,12 @@ class ExpertServiceAsyncStub(ExpertServiceStub):
     """Scores whole sequences without a session: for each position the log-prob of
     the token that follows and the argmax, or whole rows. One answer per chunk of
     positions, in order.
+    """
+    Reload: _aio.UnaryUnaryMultiCallable[_expert_pb2.ReloadRequest, _expert_pb2.ReloadResponse]  # type: ignore[assignment]
+    """Loads the weights anew from where the service was told to find them. Steps are
+    served by the old ones until the new ones are ready; then the epoch grows and
+    all caches are lost. A model that cannot take its place is refused with
+    FAILED_PRECONDITION and changes nothing.
     """
 
 class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -191,6 +203,18 @@ class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
         """Scores whole sequences without a session: for each position the log-prob of
         the token that follows and the argmax, or whole rows. One answer per chunk of
         positions, in order.
+        """
+
+    @_abc_1.abstractmethod
+    def Reload(
+        self,
+        request: _expert_pb2.ReloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_expert_pb2.ReloadResponse, _abc.Awaitable[_expert_pb2.ReloadResponse]]:
+        """Loads the weights anew from where the service was told to find them. Steps are
+        served by the old ones until the new ones are ready; then the epoch grows and
+        all caches are lost. A model that cannot take its place is refused with
+        FAILED_PRECONDITION and changes nothing.
         """
 
 def add_ExpertServiceServicer_to_server(servicer: ExpertServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

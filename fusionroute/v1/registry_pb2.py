@@ -25,41 +25,51 @@ _sym_db = _symbol_database.Default()
 from fusionroute.v1 import common_pb2 as fusionroute_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66usionroute/v1/registry.proto\x12\x0e\x66usionroute.v1\x1a\x1b\x66usionroute/v1/common.proto\"\xe0\x01\n\x0b\x45xpertEntry\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12,\n\x05model\x18\x04 \x01(\x0b\x32\x1d.fusionroute.v1.ModelIdentity\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.fusionroute.v1.ExpertState\x12\"\n\x04load\x18\x06 \x01(\x0b\x32\x14.fusionroute.v1.Load\x12\x1f\n\x17lease_remaining_seconds\x18\x07 \x01(\x01\"y\n\x15RegisterExpertRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12,\n\x05model\x18\x04 \x01(\x0b\x32\x1d.fusionroute.v1.ModelIdentity\"A\n\x16RegisterExpertResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\x12\x10\n\x08revision\x18\x02 \x01(\x04\"]\n\x10HeartbeatRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.fusionroute.v1.Load\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"V\n\x11HeartbeatResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.fusionroute.v1.ExpertState\".\n\x17\x44\x65registerExpertRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\"+\n\x18\x44\x65registerExpertResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x14\n\x12ListExpertsRequest\"U\n\x13ListExpertsResponse\x12,\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x1b.fusionroute.v1.ExpertEntry\x12\x10\n\x08revision\x18\x02 \x01(\x04\"\x15\n\x13WatchExpertsRequest\"V\n\x14WatchExpertsResponse\x12,\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x1b.fusionroute.v1.ExpertEntry\x12\x10\n\x08revision\x18\x02 \x01(\x04\"D\n\x12\x44rainExpertRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x19\n\x11\x65xpected_revision\x18\x02 \x01(\x04\"\'\n\x13\x44rainExpertResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04*^\n\x0b\x45xpertState\x12\x1c\n\x18\x45XPERT_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45XPERT_STATE_READY\x10\x01\x12\x19\n\x15\x45XPERT_STATE_DRAINING\x10\x02\x32\xb8\x04\n\x0fRegistryService\x12_\n\x0eRegisterExpert\x12%.fusionroute.v1.RegisterExpertRequest\x1a&.fusionroute.v1.RegisterExpertResponse\x12P\n\tHeartbeat\x12 .fusionroute.v1.HeartbeatRequest\x1a!.fusionroute.v1.HeartbeatResponse\x12\x65\n\x10\x44\x65registerExpert\x12\'.fusionroute.v1.DeregisterExpertRequest\x1a(.fusionroute.v1.DeregisterExpertResponse\x12V\n\x0bListExperts\x12\".fusionroute.v1.ListExpertsRequest\x1a#.fusionroute.v1.ListExpertsResponse\x12[\n\x0cWatchExperts\x12#.fusionroute.v1.WatchExpertsRequest\x1a$.fusionroute.v1.WatchExpertsResponse0\x01\x12V\n\x0b\x44rainExpert\x12\".fusionroute.v1.DrainExpertRequest\x1a#.fusionroute.v1.DrainExpertResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66usionroute/v1/registry.proto\x12\x0e\x66usionroute.v1\x1a\x1b\x66usionroute/v1/common.proto\"\xa2\x02\n\x0b\x45xpertEntry\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12,\n\x05model\x18\x04 \x01(\x0b\x32\x1d.fusionroute.v1.ModelIdentity\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.fusionroute.v1.ExpertState\x12\"\n\x04load\x18\x06 \x01(\x0b\x32\x14.fusionroute.v1.Load\x12\x1f\n\x17lease_remaining_seconds\x18\x07 \x01(\x01\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\x12\x31\n\x0c\x64rain_policy\x18\t \x01(\x0e\x32\x1b.fusionroute.v1.DrainPolicy\"\x8a\x01\n\x15RegisterExpertRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12,\n\x05model\x18\x04 \x01(\x0b\x32\x1d.fusionroute.v1.ModelIdentity\x12\x0f\n\x07standby\x18\x05 \x01(\x08\"|\n\x16RegisterExpertResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.fusionroute.v1.ExpertState\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"]\n\x10HeartbeatRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.fusionroute.v1.Load\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"V\n\x11HeartbeatResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.fusionroute.v1.ExpertState\".\n\x17\x44\x65registerExpertRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\"+\n\x18\x44\x65registerExpertResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x14\n\x12ListExpertsRequest\"U\n\x13ListExpertsResponse\x12,\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x1b.fusionroute.v1.ExpertEntry\x12\x10\n\x08revision\x18\x02 \x01(\x04\"\x15\n\x13WatchExpertsRequest\"V\n\x14WatchExpertsResponse\x12,\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x1b.fusionroute.v1.ExpertEntry\x12\x10\n\x08revision\x18\x02 \x01(\x04\"q\n\x12\x44rainExpertRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x19\n\x11\x65xpected_revision\x18\x02 \x01(\x04\x12+\n\x06policy\x18\x03 \x01(\x0e\x32\x1b.fusionroute.v1.DrainPolicy\"\'\n\x13\x44rainExpertResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\"\x80\x01\n\x12SwapExpertsRequest\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x14\n\x0cinstance_ids\x18\x02 \x03(\t\x12\x19\n\x11\x65xpected_revision\x18\x03 \x01(\x04\x12+\n\x06policy\x18\x04 \x01(\x0e\x32\x1b.fusionroute.v1.DrainPolicy\"T\n\x13SwapExpertsResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1c\n\x14retired_instance_ids\x18\x03 \x03(\t\"k\n\x13RollbackSwapRequest\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x19\n\x11\x65xpected_revision\x18\x02 \x01(\x04\x12+\n\x06policy\x18\x03 \x01(\x0e\x32\x1b.fusionroute.v1.DrainPolicy\"M\n\x14RollbackSwapResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0cinstance_ids\x18\x03 \x03(\t*x\n\x0b\x45xpertState\x12\x1c\n\x18\x45XPERT_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45XPERT_STATE_READY\x10\x01\x12\x19\n\x15\x45XPERT_STATE_DRAINING\x10\x02\x12\x18\n\x14\x45XPERT_STATE_STANDBY\x10\x03*^\n\x0b\x44rainPolicy\x12\x1c\n\x18\x44RAIN_POLICY_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44RAIN_POLICY_MIGRATE\x10\x01\x12\x17\n\x13\x44RAIN_POLICY_FINISH\x10\x02\x32\xeb\x05\n\x0fRegistryService\x12_\n\x0eRegisterExpert\x12%.fusionroute.v1.RegisterExpertRequest\x1a&.fusionroute.v1.RegisterExpertResponse\x12P\n\tHeartbeat\x12 .fusionroute.v1.HeartbeatRequest\x1a!.fusionroute.v1.HeartbeatResponse\x12\x65\n\x10\x44\x65registerExpert\x12\'.fusionroute.v1.DeregisterExpertRequest\x1a(.fusionroute.v1.DeregisterExpertResponse\x12V\n\x0bListExperts\x12\".fusionroute.v1.ListExpertsRequest\x1a#.fusionroute.v1.ListExpertsResponse\x12[\n\x0cWatchExperts\x12#.fusionroute.v1.WatchExpertsRequest\x1a$.fusionroute.v1.WatchExpertsResponse0\x01\x12V\n\x0b\x44rainExpert\x12\".fusionroute.v1.DrainExpertRequest\x1a#.fusionroute.v1.DrainExpertResponse\x12V\n\x0bSwapExperts\x12\".fusionroute.v1.SwapExpertsRequest\x1a#.fusionroute.v1.SwapExpertsResponse\x12Y\n\x0cRollbackSwap\x12#.fusionroute.v1.RollbackSwapRequest\x1a$.fusionroute.v1.RollbackSwapResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fusionroute.v1.registry_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EXPERTSTATE']._serialized_start=1102
-  _globals['_EXPERTSTATE']._serialized_end=1196
+  _globals['_EXPERTSTATE']._serialized_start=1695
+  _globals['_EXPERTSTATE']._serialized_end=1815
+  _globals['_DRAINPOLICY']._serialized_start=1817
+  _globals['_DRAINPOLICY']._serialized_end=1911
   _globals['_EXPERTENTRY']._serialized_start=79
-  _globals['_EXPERTENTRY']._serialized_end=303
-  _globals['_REGISTEREXPERTREQUEST']._serialized_start=305
-  _globals['_REGISTEREXPERTREQUEST']._serialized_end=426
-  _globals['_REGISTEREXPERTRESPONSE']._serialized_start=428
-  _globals['_REGISTEREXPERTRESPONSE']._serialized_end=493
-  _globals['_HEARTBEATREQUEST']._serialized_start=495
-  _globals['_HEARTBEATREQUEST']._serialized_end=588
-  _globals['_HEARTBEATRESPONSE']._serialized_start=590
-  _globals['_HEARTBEATRESPONSE']._serialized_end=676
-  _globals['_DEREGISTEREXPERTREQUEST']._serialized_start=678
-  _globals['_DEREGISTEREXPERTREQUEST']._serialized_end=724
-  _globals['_DEREGISTEREXPERTRESPONSE']._serialized_start=726
-  _globals['_DEREGISTEREXPERTRESPONSE']._serialized_end=769
-  _globals['_LISTEXPERTSREQUEST']._serialized_start=771
-  _globals['_LISTEXPERTSREQUEST']._serialized_end=791
-  _globals['_LISTEXPERTSRESPONSE']._serialized_start=793
-  _globals['_LISTEXPERTSRESPONSE']._serialized_end=878
-  _globals['_WATCHEXPERTSREQUEST']._serialized_start=880
-  _globals['_WATCHEXPERTSREQUEST']._serialized_end=901
-  _globals['_WATCHEXPERTSRESPONSE']._serialized_start=903
-  _globals['_WATCHEXPERTSRESPONSE']._serialized_end=989
-  _globals['_DRAINEXPERTREQUEST']._serialized_start=991
-  _globals['_DRAINEXPERTREQUEST']._serialized_end=1059
-  _globals['_DRAINEXPERTRESPONSE']._serialized_start=1061
-  _globals['_DRAINEXPERTRESPONSE']._serialized_end=1100
-  _globals['_REGISTRYSERVICE']._serialized_start=1199
-  _globals['_REGISTRYSERVICE']._serialized_end=1767
+  _globals['_EXPERTENTRY']._serialized_end=369
+  _globals['_REGISTEREXPERTREQUEST']._serialized_start=372
+  _globals['_REGISTEREXPERTREQUEST']._serialized_end=510
+  _globals['_REGISTEREXPERTRESPONSE']._serialized_start=512
+  _globals['_REGISTEREXPERTRESPONSE']._serialized_end=636
+  _globals['_HEARTBEATREQUEST']._serialized_start=638
+  _globals['_HEARTBEATREQUEST']._serialized_end=731
+  _globals['_HEARTBEATRESPONSE']._serialized_start=733
+  _globals['_HEARTBEATRESPONSE']._serialized_end=819
+  _globals['_DEREGISTEREXPERTREQUEST']._serialized_start=821
+  _globals['_DEREGISTEREXPERTREQUEST']._serialized_end=867
+  _globals['_DEREGISTEREXPERTRESPONSE']._serialized_start=869
+  _globals['_DEREGISTEREXPERTRESPONSE']._serialized_end=912
+  _globals['_LISTEXPERTSREQUEST']._serialized_start=914
+  _globals['_LISTEXPERTSREQUEST']._serialized_end=934
+  _globals['_LISTEXPERTSRESPONSE']._serialized_start=936
+  _globals['_LISTEXPERTSRESPONSE']._serialized_end=1021
+  _globals['_WATCHEXPERTSREQUEST']._serialized_start=1023
+  _globals['_WATCHEXPERTSREQUEST']._serialized_end=1044
+  _globals['_WATCHEXPERTSRESPONSE']._serialized_start=1046
+  _globals['_WATCHEXPERTSRESPONSE']._serialized_end=1132
+  _globals['_DRAINEXPERTREQUEST']._serialized_start=1134
+  _globals['_DRAINEXPERTREQUEST']._serialized_end=1247
+  _globals['_DRAINEXPERTRESPONSE']._serialized_start=1249
+  _globals['_DRAINEXPERTRESPONSE']._serialized_end=1288
+  _globals['_SWAPEXPERTSREQUEST']._serialized_start=1291
+  _globals['_SWAPEXPERTSREQUEST']._serialized_end=1419
+  _globals['_SWAPEXPERTSRESPONSE']._serialized_start=1421
+  _globals['_SWAPEXPERTSRESPONSE']._serialized_end=1505
+  _globals['_ROLLBACKSWAPREQUEST']._serialized_start=1507
+  _globals['_ROLLBACKSWAPREQUEST']._serialized_end=1614
+  _globals['_ROLLBACKSWAPRESPONSE']._serialized_start=1616
+  _globals['_ROLLBACKSWAPRESPONSE']._serialized_end=1693
+  _globals['_REGISTRYSERVICE']._serialized_start=1914
+  _globals['_REGISTRYSERVICE']._serialized_end=2661
 # @@protoc_insertion_point(module_scope)

@@ -29,13 +29,41 @@ class _ExpertStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExpertSta
     EXPERT_STATE_UNSPECIFIED: _ExpertState.ValueType  # 0
     EXPERT_STATE_READY: _ExpertState.ValueType  # 1
     EXPERT_STATE_DRAINING: _ExpertState.ValueType  # 2
+    EXPERT_STATE_STANDBY: _ExpertState.ValueType  # 3
+    """Registered and kept alive, but asked by nobody until it is swapped in."""
 
 class ExpertState(_ExpertState, metaclass=_ExpertStateEnumTypeWrapper): ...
 
 EXPERT_STATE_UNSPECIFIED: ExpertState.ValueType  # 0
 EXPERT_STATE_READY: ExpertState.ValueType  # 1
 EXPERT_STATE_DRAINING: ExpertState.ValueType  # 2
+EXPERT_STATE_STANDBY: ExpertState.ValueType  # 3
+"""Registered and kept alive, but asked by nobody until it is swapped in."""
 Global___ExpertState: _TypeAlias = ExpertState  # noqa: Y015
+
+class _DrainPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DrainPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DrainPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DRAIN_POLICY_UNSPECIFIED: _DrainPolicy.ValueType  # 0
+    """As MIGRATE."""
+    DRAIN_POLICY_MIGRATE: _DrainPolicy.ValueType  # 1
+    """They move to another instance at their next token, which costs a replay."""
+    DRAIN_POLICY_FINISH: _DrainPolicy.ValueType  # 2
+    """They go on with it to their end."""
+
+class DrainPolicy(_DrainPolicy, metaclass=_DrainPolicyEnumTypeWrapper):
+    """What becomes of running turns that an instance takes part in when it drains."""
+
+DRAIN_POLICY_UNSPECIFIED: DrainPolicy.ValueType  # 0
+"""As MIGRATE."""
+DRAIN_POLICY_MIGRATE: DrainPolicy.ValueType  # 1
+"""They move to another instance at their next token, which costs a replay."""
+DRAIN_POLICY_FINISH: DrainPolicy.ValueType  # 2
+"""They go on with it to their end."""
+Global___DrainPolicy: _TypeAlias = DrainPolicy  # noqa: Y015
 
 @_typing.final
 class ExpertEntry(_message.Message):
@@ -48,6 +76,8 @@ class ExpertEntry(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     LEASE_REMAINING_SECONDS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    DRAIN_POLICY_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """Unique for each process."""
     slot: _builtins.str
@@ -57,6 +87,13 @@ class ExpertEntry(_message.Message):
     state: Global___ExpertState.ValueType
     lease_remaining_seconds: _builtins.float
     """Seconds until the lease ends unless renewed."""
+    epoch: _builtins.int
+    """Epoch of the slot under which it serves; what token events name. Instances
+    with the same weights share it; it grows with every change of weights, with
+    every swap and every rollback. 0 on standby.
+    """
+    drain_policy: Global___DrainPolicy.ValueType
+    """How it drains; unspecified unless it does."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelIdentity: ...
     @_builtins.property
@@ -71,10 +108,12 @@ class ExpertEntry(_message.Message):
         state: Global___ExpertState.ValueType = ...,
         load: _common_pb2.Load | None = ...,
         lease_remaining_seconds: _builtins.float = ...,
+        epoch: _builtins.int = ...,
+        drain_policy: Global___DrainPolicy.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "instance_id", b"instance_id", "lease_remaining_seconds", b"lease_remaining_seconds", "load", b"load", "model", b"model", "slot", b"slot", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "drain_policy", b"drain_policy", "epoch", b"epoch", "instance_id", b"instance_id", "lease_remaining_seconds", b"lease_remaining_seconds", "load", b"load", "model", b"model", "slot", b"slot", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -88,9 +127,12 @@ class RegisterExpertRequest(_message.Message):
     SLOT_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    STANDBY_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     slot: _builtins.str
     address: _builtins.str
+    standby: _builtins.bool
+    """Wait to be swapped in instead of serving at once."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelIdentity: ...
     def __init__(
@@ -100,10 +142,11 @@ class RegisterExpertRequest(_message.Message):
         slot: _builtins.str = ...,
         address: _builtins.str = ...,
         model: _common_pb2.ModelIdentity | None = ...,
+        standby: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "instance_id", b"instance_id", "model", b"model", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "instance_id", b"instance_id", "model", b"model", "slot", b"slot", "standby", b"standby"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -115,19 +158,27 @@ class RegisterExpertResponse(_message.Message):
 
     LEASE_SECONDS_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     lease_seconds: _builtins.float
     """Renew before so many seconds have passed."""
     revision: _builtins.int
     """Revision of the registry after this."""
+    state: Global___ExpertState.ValueType
+    """DRAINING when newer weights have taken the slot meanwhile."""
+    epoch: _builtins.int
+    """As in ExpertEntry."""
     def __init__(
         self,
         *,
         lease_seconds: _builtins.float = ...,
         revision: _builtins.int = ...,
+        state: Global___ExpertState.ValueType = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_seconds", b"lease_seconds", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "lease_seconds", b"lease_seconds", "revision", b"revision", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -304,18 +355,21 @@ class DrainExpertRequest(_message.Message):
 
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     expected_revision: _builtins.int
     """The revision the caller has seen; ABORTED / REVISION_CONFLICT if it has moved."""
+    policy: Global___DrainPolicy.ValueType
     def __init__(
         self,
         *,
         instance_id: _builtins.str = ...,
         expected_revision: _builtins.int = ...,
+        policy: Global___DrainPolicy.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_revision", b"expected_revision", "instance_id", b"instance_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_revision", b"expected_revision", "instance_id", b"instance_id", "policy", b"policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -339,3 +393,123 @@ class DrainExpertResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainExpertResponse: _TypeAlias = DrainExpertResponse  # noqa: Y015
+
+@_typing.final
+class SwapExpertsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    INSTANCE_IDS_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    slot: _builtins.str
+    expected_revision: _builtins.int
+    """As in DrainExpertRequest."""
+    policy: Global___DrainPolicy.ValueType
+    """For the instances that are retired."""
+    @_builtins.property
+    def instance_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Living instances of this slot that shall serve it from now on, all of equal
+        weights; at least one.
+        """
+
+    def __init__(
+        self,
+        *,
+        slot: _builtins.str = ...,
+        instance_ids: _abc.Iterable[_builtins.str] | None = ...,
+        expected_revision: _builtins.int = ...,
+        policy: Global___DrainPolicy.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_revision", b"expected_revision", "instance_ids", b"instance_ids", "policy", b"policy", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwapExpertsRequest: _TypeAlias = SwapExpertsRequest  # noqa: Y015
+
+@_typing.final
+class SwapExpertsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    RETIRED_INSTANCE_IDS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    epoch: _builtins.int
+    """The slot's epoch from now on."""
+    @_builtins.property
+    def retired_instance_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those that drain now."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        retired_instance_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "retired_instance_ids", b"retired_instance_ids", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwapExpertsResponse: _TypeAlias = SwapExpertsResponse  # noqa: Y015
+
+@_typing.final
+class RollbackSwapRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    slot: _builtins.str
+    expected_revision: _builtins.int
+    """As in DrainExpertRequest."""
+    policy: Global___DrainPolicy.ValueType
+    """For the instances that the swap had brought in."""
+    def __init__(
+        self,
+        *,
+        slot: _builtins.str = ...,
+        expected_revision: _builtins.int = ...,
+        policy: Global___DrainPolicy.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_revision", b"expected_revision", "policy", b"policy", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackSwapRequest: _TypeAlias = RollbackSwapRequest  # noqa: Y015
+
+@_typing.final
+class RollbackSwapResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    INSTANCE_IDS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    epoch: _builtins.int
+    """The slot's epoch from now on; greater than that of the swap."""
+    @_builtins.property
+    def instance_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those that serve again."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        instance_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance_ids", b"instance_ids", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackSwapResponse: _TypeAlias = RollbackSwapResponse  # noqa: Y015

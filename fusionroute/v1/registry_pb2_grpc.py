@@ -68,6 +68,16 @@ class RegistryServiceStub(object):
                 request_serializer=fusionroute_dot_v1_dot_registry__pb2.DrainExpertRequest.SerializeToString,
                 response_deserializer=fusionroute_dot_v1_dot_registry__pb2.DrainExpertResponse.FromString,
                 _registered_method=True)
+        self.SwapExperts = channel.unary_unary(
+                '/fusionroute.v1.RegistryService/SwapExperts',
+                request_serializer=fusionroute_dot_v1_dot_registry__pb2.SwapExpertsRequest.SerializeToString,
+                response_deserializer=fusionroute_dot_v1_dot_registry__pb2.SwapExpertsResponse.FromString,
+                _registered_method=True)
+        self.RollbackSwap = channel.unary_unary(
+                '/fusionroute.v1.RegistryService/RollbackSwap',
+                request_serializer=fusionroute_dot_v1_dot_registry__pb2.RollbackSwapRequest.SerializeToString,
+                response_deserializer=fusionroute_dot_v1_dot_registry__pb2.RollbackSwapResponse.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer(object):
@@ -115,7 +125,23 @@ class RegistryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DrainExpert(self, request, context):
-        """No new sessions for an instance; those it has go on.
+        """An instance is asked no longer than its drain policy says.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SwapExperts(self, request, context):
+        """Makes the named instances, on standby until now, the ones that serve a slot;
+        all others of the slot drain. One step: there is no moment with both or none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackSwap(self, request, context):
+        """Undoes the latest swap of a slot while instances that it retired still live.
+        FAILED_PRECONDITION / NOTHING_TO_ROLL_BACK otherwise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -153,6 +179,16 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.DrainExpert,
                     request_deserializer=fusionroute_dot_v1_dot_registry__pb2.DrainExpertRequest.FromString,
                     response_serializer=fusionroute_dot_v1_dot_registry__pb2.DrainExpertResponse.SerializeToString,
+            ),
+            'SwapExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.SwapExperts,
+                    request_deserializer=fusionroute_dot_v1_dot_registry__pb2.SwapExpertsRequest.FromString,
+                    response_serializer=fusionroute_dot_v1_dot_registry__pb2.SwapExpertsResponse.SerializeToString,
+            ),
+            'RollbackSwap': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackSwap,
+                    request_deserializer=fusionroute_dot_v1_dot_registry__pb2.RollbackSwapRequest.FromString,
+                    response_serializer=fusionroute_dot_v1_dot_registry__pb2.RollbackSwapResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -321,6 +357,60 @@ class RegistryService(object):
             '/fusionroute.v1.RegistryService/DrainExpert',
             fusionroute_dot_v1_dot_registry__pb2.DrainExpertRequest.SerializeToString,
             fusionroute_dot_v1_dot_registry__pb2.DrainExpertResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwapExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fusionroute.v1.RegistryService/SwapExperts',
+            fusionroute_dot_v1_dot_registry__pb2.SwapExpertsRequest.SerializeToString,
+            fusionroute_dot_v1_dot_registry__pb2.SwapExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackSwap(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fusionroute.v1.RegistryService/RollbackSwap',
+            fusionroute_dot_v1_dot_registry__pb2.RollbackSwapRequest.SerializeToString,
+            fusionroute_dot_v1_dot_registry__pb2.RollbackSwapResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,7 +51,15 @@ class RegistryServiceStub:
     WatchExperts: _grpc.UnaryStreamMultiCallable[_registry_pb2.WatchExpertsRequest, _registry_pb2.WatchExpertsResponse]
     """The living entries now and after every change."""
     DrainExpert: _grpc.UnaryUnaryMultiCallable[_registry_pb2.DrainExpertRequest, _registry_pb2.DrainExpertResponse]
-    """No new sessions for an instance; those it has go on."""
+    """An instance is asked no longer than its drain policy says."""
+    SwapExperts: _grpc.UnaryUnaryMultiCallable[_registry_pb2.SwapExpertsRequest, _registry_pb2.SwapExpertsResponse]
+    """Makes the named instances, on standby until now, the ones that serve a slot;
+    all others of the slot drain. One step: there is no moment with both or none.
+    """
+    RollbackSwap: _grpc.UnaryUnaryMultiCallable[_registry_pb2.RollbackSwapRequest, _registry_pb2.RollbackSwapResponse]
+    """Undoes the latest swap of a slot while instances that it retired still live.
+    FAILED_PRECONDITION / NOTHING_TO_ROLL_BACK otherwise.
+    """
 
 @_typing.type_check_only
 class RegistryServiceAsyncStub(RegistryServiceStub):
@@ -76,7 +84,15 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     WatchExperts: _aio.UnaryStreamMultiCallable[_registry_pb2.WatchExpertsRequest, _registry_pb2.WatchExpertsResponse]  # type: ignore[assignment]
     """The living entries now and after every change."""
     DrainExpert: _aio.UnaryUnaryMultiCallable[_registry_pb2.DrainExpertRequest, _registry_pb2.DrainExpertResponse]  # type: ignore[assignment]
-    """No new sessions for an instance; those it has go on."""
+    """An instance is asked no longer than its drain policy says."""
+    SwapExperts: _aio.UnaryUnaryMultiCallable[_registry_pb2.SwapExpertsRequest, _registry_pb2.SwapExpertsResponse]  # type: ignore[assignment]
+    """Makes the named instances, on standby until now, the ones that serve a slot;
+    all others of the slot drain. One step: there is no moment with both or none.
+    """
+    RollbackSwap: _aio.UnaryUnaryMultiCallable[_registry_pb2.RollbackSwapRequest, _registry_pb2.RollbackSwapResponse]  # type: ignore[assignment]
+    """Undoes the latest swap of a slot while instances that it retired still live.
+    FAILED_PRECONDITION / NOTHING_TO_ROLL_BACK otherwise.
+    """
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Who serves which expert slot. An entry is a lease: it vanishes unless renewed.
@@ -134,6 +150,26 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.DrainExpertRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.DrainExpertResponse, _abc.Awaitable[_registry_pb2.DrainExpertResponse]]:
-        """No new sessions for an instance; those it has go on."""
+        """An instance is asked no longer than its drain policy says."""
+
+    @_abc_1.abstractmethod
+    def SwapExperts(
+        self,
+        request: _registry_pb2.SwapExpertsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.SwapExpertsResponse, _abc.Awaitable[_registry_pb2.SwapExpertsResponse]]:
+        """Makes the named instances, on standby until now, the ones that serve a slot;
+        all others of the slot drain. One step: there is no moment with both or none.
+        """
+
+    @_abc_1.abstractmethod
+    def RollbackSwap(
+        self,
+        request: _registry_pb2.RollbackSwapRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.RollbackSwapResponse, _abc.Awaitable[_registry_pb2.RollbackSwapResponse]]:
+        """Undoes the latest swap of a slot while instances that it retired still live.
+        FAILED_PRECONDITION / NOTHING_TO_ROLL_BACK otherwise.
+        """
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -60,6 +60,38 @@ COMBINE_RULE_ROUTER: CombineRule.ValueType  # 6
 """The router alone, no expert (ablation)."""
 Global___CombineRule: _TypeAlias = CombineRule  # noqa: Y015
 
+class _OnExpertUnavailable:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OnExpertUnavailableEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnExpertUnavailable.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ON_EXPERT_UNAVAILABLE_UNSPECIFIED: _OnExpertUnavailable.ValueType  # 0
+    """As the router's settings say."""
+    ON_EXPERT_UNAVAILABLE_WAIT: _OnExpertUnavailable.ValueType  # 1
+    """Wait for it, as long as the router waits for a row. The text does not change."""
+    ON_EXPERT_UNAVAILABLE_NEXT_BEST: _OnExpertUnavailable.ValueType  # 2
+    """Ask the expert with the next routing weight."""
+    ON_EXPERT_UNAVAILABLE_ROUTER_ONLY: _OnExpertUnavailable.ValueType  # 3
+    """Let the router write the token alone."""
+    ON_EXPERT_UNAVAILABLE_FAIL: _OnExpertUnavailable.ValueType  # 4
+    """End the stream with UNAVAILABLE / EXPERT_UNAVAILABLE; Resume goes on later."""
+
+class OnExpertUnavailable(_OnExpertUnavailable, metaclass=_OnExpertUnavailableEnumTypeWrapper):
+    """What to do while nobody serves the expert that the router has picked."""
+
+ON_EXPERT_UNAVAILABLE_UNSPECIFIED: OnExpertUnavailable.ValueType  # 0
+"""As the router's settings say."""
+ON_EXPERT_UNAVAILABLE_WAIT: OnExpertUnavailable.ValueType  # 1
+"""Wait for it, as long as the router waits for a row. The text does not change."""
+ON_EXPERT_UNAVAILABLE_NEXT_BEST: OnExpertUnavailable.ValueType  # 2
+"""Ask the expert with the next routing weight."""
+ON_EXPERT_UNAVAILABLE_ROUTER_ONLY: OnExpertUnavailable.ValueType  # 3
+"""Let the router write the token alone."""
+ON_EXPERT_UNAVAILABLE_FAIL: OnExpertUnavailable.ValueType  # 4
+"""End the stream with UNAVAILABLE / EXPERT_UNAVAILABLE; Resume goes on later."""
+Global___OnExpertUnavailable: _TypeAlias = OnExpertUnavailable  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -304,6 +336,7 @@ class GenerateRequest(_message.Message):
     RETURN_ROUTING_WEIGHTS_FIELD_NUMBER: _builtins.int
     NUM_TOP_CANDIDATES_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ON_EXPERT_UNAVAILABLE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Empty = a new session with a drawn id; a known id = a further turn, whose
     prompt is appended to what the session holds.
@@ -326,6 +359,8 @@ class GenerateRequest(_message.Message):
     """Repeating a Generate with the id of one that is running or finished in this
     session follows that one instead of starting another turn.
     """
+    on_expert_unavailable: Global___OnExpertUnavailable.ValueType
+    """NEXT_BEST and ROUTER_ONLY mark the tokens that they change."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Used as they are."""
@@ -349,10 +384,11 @@ class GenerateRequest(_message.Message):
         return_routing_weights: _builtins.bool = ...,
         num_top_candidates: _builtins.int = ...,
         request_id: _builtins.str = ...,
+        on_expert_unavailable: Global___OnExpertUnavailable.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "fixed_expert", b"fixed_expert", "messages", b"messages", "num_top_candidates", b"num_top_candidates", "prompt", b"prompt", "request_id", b"request_id", "return_routing_weights", b"return_routing_weights", "sampling", b"sampling", "session_id", b"session_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "fixed_expert", b"fixed_expert", "messages", b"messages", "num_top_candidates", b"num_top_candidates", "on_expert_unavailable", b"on_expert_unavailable", "prompt", b"prompt", "request_id", b"request_id", "return_routing_weights", b"return_routing_weights", "sampling", b"sampling", "session_id", b"session_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -464,6 +500,7 @@ class Started(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     COMBINE_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    ON_EXPERT_UNAVAILABLE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     num_prompt_tokens: _builtins.int
     """Tokens of the session before the first generated one, earlier turns included."""
@@ -473,6 +510,8 @@ class Started(_message.Message):
     """The rule in use."""
     checkpoint: _builtins.str
     """Fingerprint of the router checkpoint in use."""
+    on_expert_unavailable: Global___OnExpertUnavailable.ValueType
+    """What is done while an expert is not there."""
     def __init__(
         self,
         *,
@@ -481,10 +520,11 @@ class Started(_message.Message):
         seed: _builtins.int = ...,
         combine: Global___CombineRule.ValueType = ...,
         checkpoint: _builtins.str = ...,
+        on_expert_unavailable: Global___OnExpertUnavailable.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "combine", b"combine", "num_prompt_tokens", b"num_prompt_tokens", "seed", b"seed", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "combine", b"combine", "num_prompt_tokens", b"num_prompt_tokens", "on_expert_unavailable", b"on_expert_unavailable", "seed", b"seed", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -502,6 +542,7 @@ class Token(_message.Message):
     EXPERT_EPOCH_FIELD_NUMBER: _builtins.int
     ROUTING_WEIGHTS_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Number in this turn, from 0."""
     id: _builtins.int
@@ -516,7 +557,13 @@ class Token(_message.Message):
     expert: _builtins.str
     """Slot of the expert that took part; empty when the router wrote it alone."""
     expert_epoch: _builtins.int
-    """Epoch of that expert; 0 without one."""
+    """Epoch of that expert's slot (ExpertEntry.epoch); 0 without one. Within a
+    session a slot's epochs never go back.
+    """
+    degraded: _builtins.bool
+    """The expert that the router had picked was not there: another one, or the
+    router alone, wrote this token.
+    """
     @_builtins.property
     def routing_weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Routing weights by slot in the order of the checkpoint, on request. With a
@@ -538,10 +585,11 @@ class Token(_message.Message):
         expert_epoch: _builtins.int = ...,
         routing_weights: _abc.Iterable[_builtins.float] | None = ...,
         top: Global___TopCandidates | None = ...,
+        degraded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["top", b"top"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "expert_epoch", b"expert_epoch", "id", b"id", "index", b"index", "logprob", b"logprob", "routing_weights", b"routing_weights", "text", b"text", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "expert", b"expert", "expert_epoch", b"expert_epoch", "id", b"id", "index", b"index", "logprob", b"logprob", "routing_weights", b"routing_weights", "text", b"text", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -654,6 +702,8 @@ class GenerationStatistics(_message.Message):
     EXPERT_FORWARD_SECONDS_FIELD_NUMBER: _builtins.int
     FUSE_SECONDS_FIELD_NUMBER: _builtins.int
     STORE_SECONDS_FIELD_NUMBER: _builtins.int
+    NUM_RETRIES_FIELD_NUMBER: _builtins.int
+    NUM_DEGRADED_TOKENS_FIELD_NUMBER: _builtins.int
     num_router_forwards: _builtins.int
     num_expert_calls: _builtins.int
     num_replays: _builtins.int
@@ -667,6 +717,10 @@ class GenerationStatistics(_message.Message):
     fuse_seconds: _builtins.float
     store_seconds: _builtins.float
     """Waiting for Redis."""
+    num_retries: _builtins.int
+    """Times a model had to be asked again for any other reason."""
+    num_degraded_tokens: _builtins.int
+    """Tokens that the routed expert did not take part in."""
     def __init__(
         self,
         *,
@@ -680,10 +734,12 @@ class GenerationStatistics(_message.Message):
         expert_forward_seconds: _builtins.float = ...,
         fuse_seconds: _builtins.float = ...,
         store_seconds: _builtins.float = ...,
+        num_retries: _builtins.int = ...,
+        num_degraded_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_forward_seconds", b"expert_forward_seconds", "expert_seconds", b"expert_seconds", "first_token_seconds", b"first_token_seconds", "fuse_seconds", b"fuse_seconds", "num_expert_calls", b"num_expert_calls", "num_replays", b"num_replays", "num_router_forwards", b"num_router_forwards", "router_seconds", b"router_seconds", "store_seconds", b"store_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_forward_seconds", b"expert_forward_seconds", "expert_seconds", b"expert_seconds", "first_token_seconds", b"first_token_seconds", "fuse_seconds", b"fuse_seconds", "num_degraded_tokens", b"num_degraded_tokens", "num_expert_calls", b"num_expert_calls", "num_replays", b"num_replays", "num_retries", b"num_retries", "num_router_forwards", b"num_router_forwards", "router_seconds", b"router_seconds", "store_seconds", b"store_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -867,6 +923,7 @@ class GetRouterInfoResponse(_message.Message):
     PROMOTION_REVISION_FIELD_NUMBER: _builtins.int
     PROMOTION_ERROR_FIELD_NUMBER: _builtins.int
     NUM_RETIRING_CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    DEFAULT_ON_EXPERT_UNAVAILABLE_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
     """Fingerprint of the checkpoint: weights, head and manifest."""
     default_combine: Global___CombineRule.ValueType
@@ -880,6 +937,8 @@ class GetRouterInfoResponse(_message.Message):
     """Why the latest promotion was not taken up; empty when it was."""
     num_retiring_checkpoints: _builtins.int
     """Earlier checkpoints whose turns are not finished yet."""
+    default_on_expert_unavailable: Global___OnExpertUnavailable.ValueType
+    """What is done while an expert is not there, when a request does not say."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelIdentity: ...
     @_builtins.property
@@ -906,10 +965,11 @@ class GetRouterInfoResponse(_message.Message):
         promotion_revision: _builtins.int = ...,
         promotion_error: _builtins.str = ...,
         num_retiring_checkpoints: _builtins.int = ...,
+        default_on_expert_unavailable: Global___OnExpertUnavailable.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_combine", b"available_combine", "checkpoint", b"checkpoint", "checkpoint_id", b"checkpoint_id", "default_combine", b"default_combine", "load", b"load", "model", b"model", "num_retiring_checkpoints", b"num_retiring_checkpoints", "num_running_generations", b"num_running_generations", "promotion_error", b"promotion_error", "promotion_revision", b"promotion_revision", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_combine", b"available_combine", "checkpoint", b"checkpoint", "checkpoint_id", b"checkpoint_id", "default_combine", b"default_combine", "default_on_expert_unavailable", b"default_on_expert_unavailable", "load", b"load", "model", b"model", "num_retiring_checkpoints", b"num_retiring_checkpoints", "num_running_generations", b"num_running_generations", "promotion_error", b"promotion_error", "promotion_revision", b"promotion_revision", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
