@@ -1,6 +1,6 @@
-"""The whole stack as plain processes on one machine: a router with its Redis, the experts, on request a trainer.
+"""The whole stack as plain processes on one machine: routers with their Redis, the experts, on request a trainer.
 
-The daemons get ordinary settings, so anything that their environment variables can say holds here too. Router and
+The daemons get ordinary settings, so anything that their environment variables can say holds here too. Routers and
 trainer share a Redis: the one that REDIS_URL names, else one that is a process of the stack and keeps its data.
 """
 
@@ -75,8 +75,10 @@ class StackPlan:
     # path or hub id by slot
     experts: Mapping[str, str]
     host: str = "127.0.0.1"
-    # of the router; 0 = any free one
+    # of the first router; 0 = any free one, which the others take anyway
     port: int = DEFAULT_ROUTER_PORT
+    # replicas that share sessions and registry; when one dies another goes on with its turns
+    routers: int = 1
     # of the router and then of each expert in turn, from the start again when they run out
     devices: tuple[str, ...] = ("cpu",)
     dtype: str = "auto"
@@ -89,8 +91,12 @@ class StackPlan:
 
     def device_of(self, process: str) -> str:
         """Where a process runs its model."""
-        names = [ROUTER, *(expert_process(slot) for slot in self.experts)]
+        names = [*self.router_names(), *(expert_process(slot) for slot in self.experts)]
         return self.devices[names.index(process) % len(self.devices)]
+
+    def router_names(self) -> list[str]:
+        """The names of the routers' processes: router, router-2, ..."""
+        return [router_process(index) for index in range(self.routers)]
 
 
 def threads_for(num_processes: int, num_cores: int | None = None) -> int:
@@ -127,7 +133,7 @@ def start(
         launch.deadline = time.monotonic() + deadline_seconds
         try:
             launch.start_redis()
-            launch.start_router()
+            launch.start_routers()
             launch.start_trainer()
             launch.start_experts()
             launch.wait_for_registry(ask_registry)
@@ -191,8 +197,9 @@ class _Launch:
         (folder / "ready").mkdir(parents=True, exist_ok=True)
 
     def start_redis(self) -> None:
-        """Starts a Redis for router and trainer, where there is a trainer and none is named."""
-        if not self.plan.trainer or self.redis_url:
+        """Starts a Redis where several processes need the same one and none is named."""
+        is_shared = self.plan.trainer or self.plan.routers > 1
+        if not is_shared or self.redis_url:
             return
         socket = Path(tempfile.mkdtemp(prefix=SOCKET_FOLDER_PREFIX)) / "redis.sock"
         self._remember(addresses={**self.state.addresses, REDIS: str(socket)})
@@ -208,12 +215,15 @@ class _Launch:
         self.redis_url = private_redis.url_of(socket)
         self.on_progress(REDIS, f"serving on {socket}")
 
-    def start_router(self) -> None:
-        options = {"checkpoint": self.plan.router_checkpoint, "port": str(self.plan.port)}
-        if self.plan.trainer:
-            options["checkpoints-dir"] = str(self.folder / CHECKPOINTS)
-        self._spawn(ROUTER, self.programs.router, {**options, **self._model_options(ROUTER)})
-        self._remember(router_address=self._wait_for_address(ROUTER))
+    def start_routers(self) -> None:
+        names = self.plan.router_names()
+        for name in names:
+            port = self.plan.port if name == ROUTER else 0
+            options = {"checkpoint": self.plan.router_checkpoint, "port": str(port)}
+            if self.plan.trainer:
+                options["checkpoints-dir"] = str(self.folder / CHECKPOINTS)
+            self._spawn(name, self.programs.router, {**options, **self._model_options(name)})
+        self._remember(router_address=",".join(self._wait_for_address(name) for name in names))
 
     def start_trainer(self) -> None:
         if not self.plan.trainer:
@@ -235,7 +245,7 @@ class _Launch:
     def wait_for_registry(self, ask_registry: AskRegistry) -> None:
         missing = set(self.plan.experts)
         while missing:
-            states = ask_registry(self.state.router_address)
+            states = ask_registry(self.state.addresses[ROUTER])
             for slot in sorted(slot for slot in missing if states.get(slot) == "ready"):
                 missing.discard(slot)
                 self.on_progress(expert_process(slot), "ready")
@@ -297,6 +307,11 @@ class _Launch:
     def _remember(self, **changes: object) -> None:
         self.state = replace(self.state, **changes)  # type: ignore[arg-type]  # replace checks the names
         self.state.save(self.folder)
+
+
+def router_process(index: int) -> str:
+    """The name of the router's process number `index`, from 0."""
+    return ROUTER if index == 0 else f"{ROUTER}-{index + 1}"
 
 
 def expert_process(slot: str) -> str:

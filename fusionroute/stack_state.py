@@ -51,6 +51,7 @@ class StackState:
 
     name: str
     started_at_seconds: float
+    # HOST:PORT, of several routers with commas between them
     router_address: str
     processes: tuple[ProcessRecord, ...]
     # where each process serves, by process name

@@ -123,7 +123,7 @@ def check_port(port: int, stack_folder: Path) -> Check:
         else:
             return Check("port", "ok", f"{port} is free")
     state = load_state(stack_folder)
-    if state is not None and state.alive and state.router_address.endswith(f":{port}"):
+    if state is not None and state.alive and f":{port}" in state.router_address:
         return Check("port", "ok", f"{port} is taken by the stack {stack_folder.name!r}")
     return Check(
         "port", "warn", f"{port} is taken by another program", "Give `fusionroute up` another --port."
@@ -182,7 +182,6 @@ def check_device() -> Check:
 
 def check_stack(stack_folder: Path) -> Check:
     """Whether the local stack, if one is up, is complete and serves."""
-    from fusionroute.client import ask_registry
     from fusionroute.health_probe import status_of
     from fusionroute.stack_state import load_state
 
@@ -194,12 +193,23 @@ def check_stack(stack_folder: Path) -> Check:
     gone = sorted({record.name for record in state.processes} - {record.name for record in state.alive})
     if gone:
         return Check("stack", "fail", f"{name!r}: {', '.join(gone)} ended", mend)
-    health = status_of(state.router_address)
-    if health != "SERVING":
-        return Check("stack", "fail", f"{name!r}: the router on {state.router_address} is {health}", mend)
-    states = ask_registry(state.router_address)
-    slots = [record.name.removeprefix("expert-") for record in state.processes[1:]]
-    missing = [slot for slot in slots if states.get(slot) != "ready"]
+    for address in state.router_address.split(","):
+        if (health := status_of(address)) != "SERVING":
+            return Check("stack", "fail", f"{name!r}: the router on {address} is {health}", mend)
+    slots = asyncio.run(_slots(state.router_address.split(",")[0]))
+    missing = [slot for slot, is_ready in slots.items() if not is_ready]
     if missing:
         return Check("stack", "fail", f"{name!r}: not ready in the registry: {', '.join(missing)}", mend)
     return Check("stack", "ok", f"{name!r} serves on {state.router_address} with {', '.join(slots)}")
+
+
+async def _slots(address: str) -> dict[str, bool]:
+    """The slots of a router's checkpoint and whether an expert serves each; empty when it does not answer."""
+    from fusionroute.client import RouterClient
+    from fusionroute.errors import FusionRouteError
+
+    async with RouterClient.open(address) as router:
+        try:
+            return {slot.slot: slot.ready for slot in (await router.info()).slots}
+        except FusionRouteError:
+            return {}

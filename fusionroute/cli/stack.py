@@ -49,6 +49,13 @@ TEMPORARY_STOP_SECONDS = 10.0
     help="Port of the router; 0 = any free one.",
 )
 @click.option(
+    "--routers",
+    type=click.IntRange(1, 16),
+    default=1,
+    show_default=True,
+    help="Routers that share sessions: when one dies, another goes on with its answers.",
+)
+@click.option(
     "--device",
     "devices",
     multiple=True,
@@ -77,6 +84,7 @@ def up(
     lab: str | None,
     preset: str | None,
     port: int,
+    routers: int,
     devices: tuple[str, ...],
     dtype: str,
     threads: int,
@@ -92,6 +100,7 @@ def up(
     Example:
       fusionroute up --lab
       fusionroute up --lab --trainer
+      fusionroute up --lab --routers 2
       fusionroute up --router ckpt --experts math=models/math --experts code=models/code
     """
     from fusionroute.cli.models import models_to_serve
@@ -103,16 +112,18 @@ def up(
         router_checkpoint=checkpoint,
         experts=models,
         port=port,
+        routers=routers,
         devices=devices,
         dtype=dtype,
-        threads=threads or threads_for(1 + len(models)),
+        threads=threads or threads_for(routers + len(models)),
         trainer=trainer,
     )
     if foreground:
         _stay_attached(plan, folder)
         return
     state = start_stack(plan, folder)
-    click.echo(f"up: {len(models)} experts behind the router on {state.router_address}")
+    behind = "the router" if routers == 1 else f"{routers} routers"
+    click.echo(f"up: {len(models)} experts behind {behind} on {state.router_address}")
     if trainer:
         click.echo(f"    and a trainer on {state.addresses['trainer']}")
     click.echo("try: fusionroute generate 'PROMPT'   stop: fusionroute down", err=True)

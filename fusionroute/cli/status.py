@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,8 +58,8 @@ def status(name: str, as_json: bool) -> None:
         raise Failure(str(error)) from None
     if state is None:
         raise Failure(f"no stack {name!r} is up", EXIT_NOBODY_THERE)
-    info, experts = asyncio.run(_ask(state.router_address))
-    rows = describe(state, info, experts, _answering(state))
+    routers, experts = asyncio.run(_ask(state.router_address))
+    rows = describe(state, routers, experts, _answering(state))
     if as_json:
         click.echo(json.dumps({"name": name, "processes": [asdict(row) for row in rows]}, indent=2))
     else:
@@ -68,18 +68,21 @@ def status(name: str, as_json: bool) -> None:
         raise click.exceptions.Exit(EXIT_FAILED)
 
 
-async def _ask(address: str) -> tuple[GetRouterInfoResponse | None, list[ExpertEntry]]:
-    """What the router says; (None, []) when it does not answer."""
+async def _ask(addresses: str) -> tuple[dict[str, GetRouterInfoResponse], list[ExpertEntry]]:
+    """What the routers that answer say, by address, and the experts that one of them knows."""
     from fusionroute.client import RouterClient
     from fusionroute.errors import FusionRouteError
 
-    if not address:
-        return None, []
-    async with RouterClient.open(address) as router:
-        try:
-            return await router.info(3.0), await router.list_experts(3.0)
-        except FusionRouteError:
-            return None, []
+    routers: dict[str, GetRouterInfoResponse] = {}
+    experts: list[ExpertEntry] = []
+    for address in filter(None, addresses.split(",")):
+        async with RouterClient.open(address) as router:
+            try:
+                routers[address] = await router.info(3.0)
+                experts = experts or await router.list_experts(3.0)
+            except FusionRouteError:
+                continue
+    return routers, experts
 
 
 def _answering(state: StackState) -> set[str]:
@@ -98,25 +101,23 @@ def _answering(state: StackState) -> set[str]:
 
 def describe(
     state: StackState,
-    info: GetRouterInfoResponse | None,
+    routers: Mapping[str, GetRouterInfoResponse],
     experts: list[ExpertEntry],
     answering: Collection[str] = (),
 ) -> list[Row]:
     """One row for each process of the stack, from its own records and from what the services say."""
     from fusionroute import processes
     from fusionroute.client import expert_state_name
-    from fusionroute.local_stack import ROUTER, expert_process
 
-    entries = {expert_process(entry.slot): entry for entry in experts}
+    entries = {entry.address: entry for entry in experts}
     rows = []
     for record in state.processes:
         address = state.addresses.get(record.name, "")
         if processes.find(record) is None:
             rows.append(Row(record.name, record.pid, "gone", address))
-        elif record.name == ROUTER and info is not None:
+        elif (info := routers.get(address)) is not None:
             rows.append(_busy(Row(record.name, record.pid, "ready", address), info.model, info.load))
-        elif record.name in entries:
-            entry = entries[record.name]
+        elif (entry := entries.get(address)) is not None:
             row = Row(record.name, record.pid, expert_state_name(entry.state), entry.address)
             rows.append(_busy(row, entry.model, entry.load))
         else:

@@ -255,7 +255,10 @@ def test_status_joins_processes_with_what_the_registry_says(tmp_path: Path, rout
     everyone = {"math": "ready", "strings": "ready"}
     state = start(plan, tmp_path / "s", ask_registry=lambda _: everyone, programs=Programs(FAKE, FAKE))
     try:
-        info, entries = router.GetRouterInfo(None, None), list(router.ListExperts(None, None).experts)
+        entries = list(router.ListExperts(None, None).experts)
+        for entry in entries:
+            entry.address = state.addresses.get(f"expert-{entry.slot}", "elsewhere")
+        info = {state.router_address: router.GetRouterInfo(None, None)}
         rows = {row.process: row for row in describe(state, info, entries)}
         assert rows["router"].state == "ready"
         assert rows["expert-math"].state == "ready"

@@ -115,6 +115,20 @@ def test_a_trainer_shares_redis_and_checkpoints_with_the_router(
     assert list((folder / "redis").glob("appendonly*")), "the jobs' store is kept"
 
 
+def test_several_routers_share_a_redis_and_experts_know_all_of_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    state = start(folder, replace(plan_of(math="good"), routers=2))
+    assert [record.name for record in state.alive] == ["redis", "router", "router-2", "expert-math"]
+    socket = state.addresses["redis"]
+    for name in ("router", "router-2"):
+        assert f"redis unix://{socket}" in (folder / "logs" / f"{name}.log").read_text()
+    assert option(state, "router-2", "--port") == "0"
+    both = f"{state.addresses['router']},{state.addresses['router-2']}"
+    assert state.router_address == option(state, "expert-math", "--router") == both
+
+
 def test_a_redis_that_is_named_serves_a_trainer_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDIS_URL", "redis://somewhere")
     state = start(folder, replace(plan_of(math="good"), trainer=True))
