@@ -1,0 +1,121 @@
+"""What the router counts and measures. Values of labels are few: never an id of a session, request or instance."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from fusionroute.metrics import LATENCY_BUCKETS
+
+PREFIX = "fusionroute_router"
+REGISTRY = CollectorRegistry()
+ROUTER_ITSELF = ""
+"""The `slot` of what concerns the router's own model instead of an expert."""
+
+# --- tokens ------------------------------------------------------------------------------------------------------
+
+TOKEN_SECONDS = Histogram(
+    f"{PREFIX}_token_seconds",
+    "What a token's time goes into: router_forward (the router's own row, its queue included), expert_wait (network,"
+    " queue and retries of the expert), expert_forward, fuse, store_wait.",
+    ["part"],
+    buckets=LATENCY_BUCKETS,
+    registry=REGISTRY,
+)
+ROUTER_FORWARD_SECONDS = TOKEN_SECONDS.labels(part="router_forward")
+EXPERT_WAIT_SECONDS = TOKEN_SECONDS.labels(part="expert_wait")
+EXPERT_FORWARD_SECONDS = TOKEN_SECONDS.labels(part="expert_forward")
+FUSE_SECONDS = TOKEN_SECONDS.labels(part="fuse")
+STORE_WAIT_SECONDS = TOKEN_SECONDS.labels(part="store_wait")
+FIRST_TOKEN_SECONDS = Histogram(
+    f"{PREFIX}_first_token_seconds",
+    "From the beginning of writing a turn to its first token.",
+    buckets=LATENCY_BUCKETS,
+    registry=REGISTRY,
+)
+TOKENS = Counter(
+    f"{PREFIX}_tokens",
+    "Tokens written, by source (expert, router) and the slot of the expert that took part.",
+    ["source", "slot"],
+    registry=REGISTRY,
+)
+DEGRADED_TOKENS = Counter(
+    f"{PREFIX}_degraded_tokens",
+    "Tokens written without the expert that was chosen for them, by its slot and what was done instead"
+    " (next_best, router_only).",
+    ["slot", "policy"],
+    registry=REGISTRY,
+)
+
+# --- turns -------------------------------------------------------------------------------------------------------
+
+TURNS = Counter(
+    f"{PREFIX}_turns",
+    "Turns that ended here, by outcome (finished, broke_off) and why: the finish reason or the error's reason.",
+    ["outcome", "reason", "rule"],
+    registry=REGISTRY,
+)
+REJECTIONS = Counter(
+    f"{PREFIX}_rejections", "Requests refused before anything was written.", ["reason"], registry=REGISTRY
+)
+TAKEOVERS = Counter(
+    f"{PREFIX}_takeovers",
+    "Turns that another router had begun and this one went on writing, or tried to.",
+    ["outcome"],
+    registry=REGISTRY,
+)
+FOLLOWED_TURNS = Counter(
+    f"{PREFIX}_followed_turns",
+    "Turns of another router whose stored tokens were streamed from here.",
+    registry=REGISTRY,
+)
+
+# --- experts -----------------------------------------------------------------------------------------------------
+
+RETRIES = Counter(
+    f"{PREFIX}_retries",
+    "Rows asked for again, by slot (empty = the router's own model) and why.",
+    ["slot", "reason"],
+    registry=REGISTRY,
+)
+REPLAYS = Counter(
+    f"{PREFIX}_replays",
+    "Sessions sent again because a model's cache was lost, by slot.",
+    ["slot"],
+    registry=REGISTRY,
+)
+HEDGES = Counter(
+    f"{PREFIX}_hedges",
+    "Second replicas asked because the first one was slow, by which one answered first.",
+    ["slot", "outcome"],
+    registry=REGISTRY,
+)
+RETRY_BUDGET_EXHAUSTED = Counter(
+    f"{PREFIX}_retry_budget_exhausted",
+    "Retries put off because the budget of the slot was used up.",
+    ["slot"],
+    registry=REGISTRY,
+)
+BREAKER_TRANSITIONS = Counter(
+    f"{PREFIX}_breaker_transitions",
+    "Changes of an expert instance's circuit breaker, by slot and new state.",
+    ["slot", "state"],
+    registry=REGISTRY,
+)
+
+# --- store and checkpoints ---------------------------------------------------------------------------------------
+
+STORE_PENDING_TOKENS = Gauge(
+    f"{PREFIX}_store_pending_tokens", "Tokens written that Redis has not confirmed yet.", registry=REGISTRY
+)
+STORE_RESTORES = Counter(
+    f"{PREFIX}_store_restores",
+    "Sessions put back into a Redis that had lost them, by outcome.",
+    ["outcome"],
+    registry=REGISTRY,
+)
+PROMOTIONS = Counter(
+    f"{PREFIX}_promotions",
+    "Promoted checkpoints taken up, by outcome (served, refused).",
+    ["outcome"],
+    registry=REGISTRY,
+)
