@@ -10,12 +10,14 @@ import grpc
 
 from fusionroute.errors import invalid
 from fusionroute.v1 import common_pb2, registry_pb2, registry_pb2_grpc
-from router_service.registry_store import RegistryStore
+from router_service.registry_store import MIGRATE, Policy, RegistryStore
 
 Admit: TypeAlias = Callable[[str, common_pb2.ModelIdentity], None]
 """Slot and model; raises UNKNOWN_SLOT or VOCABULARY_MISMATCH when the model cannot fill the slot."""
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+MAX_SWAPPED = 64
 
 _INSTANCE_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,128}")
 _SLOT = re.compile(r"[a-z0-9_-]{1,32}")
@@ -49,8 +51,13 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         entry = registry_pb2.ExpertEntry(
             instance_id=request.instance_id, slot=request.slot, address=request.address, model=request.model
         )
-        revision = await self._store.register(entry)
-        return registry_pb2.RegisterExpertResponse(lease_seconds=self._store.lease_seconds, revision=revision)
+        registered = await self._store.register(entry, standby=request.standby)
+        return registry_pb2.RegisterExpertResponse(
+            lease_seconds=self._store.lease_seconds,
+            revision=registered.revision,
+            state=registered.state,
+            epoch=registered.epoch,
+        )
 
     async def Heartbeat(  # noqa: N802
         self, request: registry_pb2.HeartbeatRequest, context: Context
@@ -85,10 +92,44 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     async def DrainExpert(  # noqa: N802
         self, request: registry_pb2.DrainExpertRequest, context: Context
     ) -> registry_pb2.DrainExpertResponse:
-        """Lets an instance take no new sessions."""
+        """Lets an instance be asked no longer than the policy says."""
         _check_instance_id(request.instance_id)
-        revision = await self._store.drain(request.instance_id, request.expected_revision)
+        revision = await self._store.drain(
+            request.instance_id, request.expected_revision, _policy(request.policy)
+        )
         return registry_pb2.DrainExpertResponse(revision=revision)
+
+    async def SwapExperts(  # noqa: N802
+        self, request: registry_pb2.SwapExpertsRequest, context: Context
+    ) -> registry_pb2.SwapExpertsResponse:
+        """Lets other instances serve a slot."""
+        _check_slot(request.slot)
+        if not 1 <= len(request.instance_ids) <= MAX_SWAPPED:
+            raise invalid("instance_ids", list(request.instance_ids), f"1 to {MAX_SWAPPED} instances")
+        for instance_id in request.instance_ids:
+            _check_instance_id(instance_id)
+        done = await self._store.swap(
+            request.slot, request.instance_ids, request.expected_revision, _policy(request.policy)
+        )
+        return registry_pb2.SwapExpertsResponse(
+            revision=done.revision, epoch=done.epoch, retired_instance_ids=done.instance_ids
+        )
+
+    async def RollbackSwap(  # noqa: N802
+        self, request: registry_pb2.RollbackSwapRequest, context: Context
+    ) -> registry_pb2.RollbackSwapResponse:
+        """Lets those serve again that the latest swap has retired."""
+        _check_slot(request.slot)
+        done = await self._store.roll_back(request.slot, request.expected_revision, _policy(request.policy))
+        return registry_pb2.RollbackSwapResponse(
+            revision=done.revision, epoch=done.epoch, instance_ids=done.instance_ids
+        )
+
+
+def _policy(policy: Policy) -> Policy:
+    if policy not in registry_pb2.DrainPolicy.values():
+        raise invalid("policy", policy, "one of DrainPolicy")
+    return policy or MIGRATE
 
 
 def _check_instance_id(instance_id: str) -> None:

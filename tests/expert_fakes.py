@@ -118,21 +118,22 @@ class MemoryRegistry(registry_pb2_grpc.RegistryServiceServicer):
     entries: dict[str, registry_pb2.RegisterExpertRequest] = field(default_factory=dict)
     registered_at: list[float] = field(default_factory=list)
     heartbeats: list[registry_pb2.HeartbeatRequest] = field(default_factory=list)
+    state: registry_pb2.ExpertState.ValueType = registry_pb2.EXPERT_STATE_READY
 
     async def RegisterExpert(self, request: Any, context: Any) -> registry_pb2.RegisterExpertResponse:
         self.registered_at.append(time.monotonic())
         if self.refusal is not None:
             raise self.refusal
         self.entries[request.instance_id] = request
-        return registry_pb2.RegisterExpertResponse(lease_seconds=self.lease_seconds, revision=1)
+        return registry_pb2.RegisterExpertResponse(
+            lease_seconds=self.lease_seconds, revision=1, state=self.state, epoch=1
+        )
 
     async def Heartbeat(self, request: Any, context: Any) -> registry_pb2.HeartbeatResponse:
         if request.instance_id not in self.entries:
             raise SessionStateError(Reason.LEASE_EXPIRED, f"no lease for {request.instance_id}")
         self.heartbeats.append(request)
-        return registry_pb2.HeartbeatResponse(
-            lease_seconds=self.lease_seconds, state=registry_pb2.EXPERT_STATE_READY
-        )
+        return registry_pb2.HeartbeatResponse(lease_seconds=self.lease_seconds, state=self.state)
 
     async def DeregisterExpert(self, request: Any, context: Any) -> registry_pb2.DeregisterExpertResponse:
         existed = self.entries.pop(request.instance_id, None) is not None
@@ -153,6 +154,12 @@ class MemoryRegistry(registry_pb2_grpc.RegistryServiceServicer):
 
     async def DrainExpert(self, request: Any, context: Any) -> registry_pb2.DrainExpertResponse:
         return registry_pb2.DrainExpertResponse(revision=1)
+
+    async def SwapExperts(self, request: Any, context: Any) -> registry_pb2.SwapExpertsResponse:
+        return registry_pb2.SwapExpertsResponse(revision=1, epoch=2)
+
+    async def RollbackSwap(self, request: Any, context: Any) -> registry_pb2.RollbackSwapResponse:
+        return registry_pb2.RollbackSwapResponse(revision=1, epoch=3)
 
 
 def registry_service(registry: MemoryRegistry) -> Service:

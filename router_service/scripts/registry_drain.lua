@@ -1,9 +1,16 @@
--- ARGV  2 instance  3 the revision that the caller has seen
--- Answer  {'done', revision} | {'expired'} | {'conflict', revision}
+-- ARGV  2 instance  3 the revision that the caller has seen  4 policy
+-- Answer  {'done', revision} | {'expired'} | {'standby'} | {'conflict', revision}
 local instance = ARGV[2]
 if not redis.call('ZSCORE', leases, instance) then return {'expired'} end
+local fact = read(facts, instance)
+if fact.state == 'standby' then return {'standby'} end
 -- Draining already: perhaps by this very call, whose answer was lost.
-if redis.call('HGET', states, instance) == 'draining' then return {'done', current()} end
+if fact.state == 'draining' and fact.policy == tonumber(ARGV[4]) then return {'done', current()} end
 if tonumber(ARGV[3]) ~= current() then return {'conflict', current()} end
-redis.call('HSET', states, instance, 'draining')
+fact.state, fact.policy = 'draining', tonumber(ARGV[4])
+write(facts, instance, fact)
+local slot = read(slots, fact.slot) or {}
+retire(slot, instance, fact.epoch)
+write(slots, fact.slot, slot)
+keep_alive()
 return {'done', raise_revision()}

@@ -2,10 +2,15 @@
 -- Answer  {'done', state} | {'expired'}
 local instance = ARGV[2]
 if not redis.call('ZSCORE', leases, instance) then return {'expired'} end
-if ARGV[4] == '1' and redis.call('HGET', states, instance) ~= 'draining' then
-  redis.call('HSET', states, instance, 'draining')
-  raise_revision()
+local fact = read(facts, instance)
+if ARGV[4] == '1' and not fact.leaving then
+  fact.leaving = true
+  if fact.state == 'ready' then
+    fact.state, fact.policy = 'draining', MIGRATE
+    raise_revision()
+  end
+  write(facts, instance, fact)
 end
 redis.call('HSET', loads, instance, ARGV[3])
 renew(instance, ARGV[5])
-return {'done', redis.call('HGET', states, instance)}
+return {'done', fact.state}

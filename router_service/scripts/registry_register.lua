@@ -1,6 +1,7 @@
--- ARGV  2 instance  3 entry  4 address  5 lease in ms
--- Answer  {'done', revision}
-local instance, entry, address = ARGV[2], ARGV[3], ARGV[4]
+-- ARGV  2 instance  3 entry  4 address  5 lease in ms  6 slot  7 fingerprint of the weights  8 load epoch
+--       9 '1' = on standby
+-- Answer  {'done', revision, state, epoch}
+local instance, entry, address, name, weights, loaded = ARGV[2], ARGV[3], ARGV[4], ARGV[6], ARGV[7], ARGV[8]
 local is_changed = redis.call('HGET', entries, instance) ~= entry
 local known = redis.call('HGETALL', addresses)
 for i = 1, #known, 2 do
@@ -12,7 +13,52 @@ for i = 1, #known, 2 do
 end
 redis.call('HSET', entries, instance, entry)
 redis.call('HSET', addresses, instance, address)
-redis.call('HSETNX', states, instance, 'ready')
-if is_changed then raise_revision() end
 renew(instance, ARGV[5])
-return {'done', current()}
+
+local function is_among(list)
+  for _, each in ipairs(list or {}) do
+    if each == instance then return true end
+  end
+  return false
+end
+
+local function place()
+  local slot = read(slots, name) or {}
+  local fact = read(facts, instance)
+  local was = fact and fact.slot == name and fact or {}
+  fact = {slot = name, weights = weights, loaded = loaded, leaving = was.leaving,
+    state = was.state, epoch = was.epoch, policy = was.policy or 0}
+  local retired_epoch = slot.retired and slot.retired[instance]
+  local is_current = slot.weights == weights
+  -- Lower than what serves now, and not that of anybody else.
+  local outdated_epoch = slot.epoch and math.min(tonumber(loaded), slot.epoch - 1)
+  if was.state == 'draining' or was.state == 'standby' then
+    -- Only a person's decision changes that.
+    if was.state == 'draining' and was.weights ~= weights then fact.epoch = outdated_epoch end
+  elseif not was.state and retired_epoch then
+    fact.state, fact.epoch, fact.policy = 'draining', retired_epoch, MIGRATE
+  elseif not was.state and ARGV[9] == '1' and not (is_current and is_among(slot.chosen)) then
+    fact.state, fact.epoch = 'standby', 0
+  elseif is_current then
+    fact.state, fact.epoch = 'ready', slot.epoch
+    if tonumber(loaded) > tonumber(slot.newest) then slot.newest = loaded end
+  elseif not slot.newest or tonumber(loaded) > tonumber(slot.newest) then
+    fact.state = 'ready'
+    write(facts, instance, fact)
+    decide(name, slot, {instance}, MIGRATE)
+    fact = read(facts, instance)
+  else
+    -- Newer weights have the slot.
+    fact.state, fact.epoch, fact.policy = 'draining', outdated_epoch, MIGRATE
+  end
+  write(facts, instance, fact)
+  if slot.epoch then write(slots, name, slot) end
+  keep_alive()
+end
+
+if is_changed then
+  place()
+  raise_revision()
+end
+local fact = read(facts, instance)
+return {'done', current(), fact.state, whole(fact.epoch)}

@@ -46,7 +46,7 @@ async def names(store: RegistryStore) -> list[str]:
 
 async def test_a_registered_instance_is_listed_as_it_was_told(store: RegistryStore):
     assert (await store.list()).entries == ()
-    revision = await store.register(an_entry("a"))
+    revision = (await store.register(an_entry("a"))).revision
     listing = await store.list()
     assert listing.revision == revision
     (entry,) = listing.entries
@@ -62,7 +62,7 @@ async def test_entries_come_by_slot_and_then_by_instance(store: RegistryStore):
 
 
 async def test_heartbeats_keep_an_instance_and_its_load_but_raise_no_revision(short: RegistryStore):
-    revision = await short.register(an_entry("a"))
+    revision = (await short.register(an_entry("a"))).revision
     for queue_depth in range(5):
         await asyncio.sleep(LEASE_SECONDS / 2)
         state = await short.heartbeat("a", common_pb2.Load(queue_depth=queue_depth))
@@ -72,7 +72,7 @@ async def test_heartbeats_keep_an_instance_and_its_load_but_raise_no_revision(sh
 
 
 async def test_a_silent_instance_vanishes_and_raises_the_revision_once(short: RegistryStore):
-    revision = await short.register(an_entry("a"))
+    revision = (await short.register(an_entry("a"))).revision
     await asyncio.sleep(LEASE_SECONDS * 1.3)
     assert (await short.list()).entries == ()
     assert (await short.list()).revision == revision + 1
@@ -82,18 +82,18 @@ async def test_a_silent_instance_vanishes_and_raises_the_revision_once(short: Re
 
 
 async def test_registering_again_unchanged_renews_and_raises_no_revision(short: RegistryStore):
-    revision = await short.register(an_entry("a"))
+    revision = (await short.register(an_entry("a"))).revision
     for _ in range(4):
         await asyncio.sleep(LEASE_SECONDS / 2)
-        assert await short.register(an_entry("a")) == revision
+        assert (await short.register(an_entry("a"))).revision == revision
     assert await names(short) == ["a"]
 
 
 async def test_registering_again_with_another_model_raises_the_revision(store: RegistryStore):
-    revision = await store.register(an_entry("a"))
+    revision = (await store.register(an_entry("a"))).revision
     changed = an_entry("a")
     changed.model.epoch += 1
-    assert await store.register(changed) == revision + 1
+    assert (await store.register(changed)).revision == revision + 1
     assert (await store.list()).entries[0].model.epoch == 4
 
 
@@ -105,7 +105,7 @@ async def test_a_new_instance_at_an_address_replaces_the_old_one(store: Registry
 
 
 async def test_a_deregistered_instance_is_gone_at_once(store: RegistryStore):
-    revision = await store.register(an_entry("a"))
+    revision = (await store.register(an_entry("a"))).revision
     assert await store.deregister("a")
     assert not await store.deregister("a")
     listing = await store.list()
@@ -113,7 +113,7 @@ async def test_a_deregistered_instance_is_gone_at_once(store: RegistryStore):
 
 
 async def test_draining_names_the_revision_it_expects(store: RegistryStore):
-    seen = await store.register(an_entry("a"))
+    seen = (await store.register(an_entry("a"))).revision
     await store.register(an_entry("b"))
     with pytest.raises(SessionStateError) as caught:
         await store.drain("a", seen)
@@ -133,25 +133,25 @@ async def test_draining_what_does_not_live_is_told(store: RegistryStore):
 
 
 async def test_an_instance_about_to_stop_drains_by_its_heartbeat(store: RegistryStore):
-    revision = await store.register(an_entry("a"))
+    revision = (await store.register(an_entry("a"))).revision
     for _ in range(2):
         state = await store.heartbeat("a", common_pb2.Load(), draining=True)
         assert state == registry_pb2.EXPERT_STATE_DRAINING
     assert (await store.list()).revision == revision + 1
-    assert await store.register(an_entry("a")) == revision + 1
+    assert (await store.register(an_entry("a"))).revision == revision + 1
     assert (await store.list()).entries[0].state == registry_pb2.EXPERT_STATE_DRAINING
 
 
 async def test_revisions_grow_over_the_loss_of_everything(
     store: RegistryStore, redis_client: Redis, namespace: str
 ):
-    before = await store.register(an_entry("a"))
+    before = (await store.register(an_entry("a"))).revision
     await redis_client.delete(
         *[key async for key in redis_client.scan_iter(f"fr:registry:{{{namespace}}}:*")]
     )
     assert await names(store) == []
     await asyncio.sleep(1.1)  # revisions start at the clock's seconds
-    assert await store.register(an_entry("a")) > before
+    assert (await store.register(an_entry("a"))).revision > before
 
 
 async def test_registries_of_different_names_share_nothing(store: RegistryStore, redis_client: Redis):
@@ -163,7 +163,7 @@ async def test_every_key_has_a_time_to_live(store: RegistryStore, redis_client: 
     await store.register(an_entry("a"))
     await store.heartbeat("a", common_pb2.Load(queue_depth=1))
     keys = [key async for key in redis_client.scan_iter(f"fr:registry:{{{namespace}}}:*")]
-    assert len(keys) == 6
+    assert len(keys) == 7
     assert all([await redis_client.pttl(key) > 0 for key in keys])
 
 
