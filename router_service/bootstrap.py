@@ -34,6 +34,7 @@ from router_service.admission import Admission
 from router_service.asking import LocalModel
 from router_service.experts import Directory, RemoteExpert
 from router_service.generation import Ensemble
+from router_service.kv_budget import kv_budget
 from router_service.promotion_watch import CheckpointSource, PromotionWatch
 from router_service.registry_servicer import Admit, RegistryServicer
 from router_service.registry_store import RegistryStore
@@ -41,6 +42,8 @@ from router_service.servicer import RouterServicer
 from router_service.serving import PromotionReport, ServedCheckpoints, Serving
 from router_service.session_store import SessionStore
 from router_service.settings import RouterSettings
+from router_service.token_pace import PaceLimit
+from router_service.turn_admission import KvBudget, TurnAdmission
 from router_service.turn_keeper import TurnKeeper, TurnLimits
 from router_service.turn_request import Offer
 
@@ -156,7 +159,8 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
             promotion=first.report,
         )
         await stack.enter_async_context(served.open())
-        keeper = TurnKeeper(served, store, TurnLimits(settings.max_running_turns, settings.alone_seconds))
+        admission = turn_admission(settings, served, directory)
+        keeper = TurnKeeper(served, store, admission, TurnLimits(settings.alone_seconds))
         stack.push_async_callback(keeper.drain, 0.0)
         if settings.checkpoints_dir is not None:
             watch = PromotionWatch(
@@ -181,6 +185,22 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
             )
         )
         yield RunningRouter(running, keeper, served, directory)
+
+
+def turn_admission(
+    settings: RouterSettings, served: ServedCheckpoints, directory: Directory
+) -> TurnAdmission:
+    """Which turns may begin, by the checkpoint and the experts that serve at that moment."""
+
+    def budget() -> KvBudget:
+        return kv_budget(
+            settings.kv_tokens, served.current.offer.slots, directory, overcommit=settings.kv_overcommit
+        )
+
+    pace = None
+    if settings.max_token_seconds is not None:
+        pace = PaceLimit(settings.max_token_seconds, most=settings.max_running_turns)
+    return TurnAdmission(settings.max_running_turns, budget, pace)
 
 
 async def serve_checkpoint(

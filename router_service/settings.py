@@ -42,6 +42,14 @@ class RouterSettings(ModelSettings):
         None, description="Where the private Redis keeps sessions across restarts; absent = it keeps nothing."
     )
     max_running_turns: Positive = Field(256, description="Most turns written at a time.")
+    max_token_seconds: Seconds | None = Field(
+        None,
+        description="New turns are refused while the slowest 5 % of tokens take longer; absent = no such limit.",
+    )
+    kv_overcommit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        1.0,
+        description="Turns may reserve so many times the key-value memory; what does not fit is evicted and replayed.",
+    )
     expert_timeout_seconds: Seconds = Field(
         60.0, description="How long one row may take, waiting for a restarted expert included."
     )

@@ -17,7 +17,6 @@ from fusionroute.errors import (
     FusionRouteError,
     InternalFault,
     InvalidRequest,
-    OutOfRoom,
     Reason,
     SessionStateError,
     Unavailable,
@@ -39,6 +38,7 @@ from router_service.stored_session import (
 )
 from router_service.text import AnswerText
 from router_service.token_log import TokenLog
+from router_service.turn_admission import Reservation, TurnAdmission
 from router_service.turn_request import Offer, Showing, Turn, read_prompt, read_showing, read_turn
 
 log = structlog.get_logger(__name__)
@@ -49,14 +49,12 @@ CLEAN_UP_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class TurnLimits:
-    """How many turns run here and for how long without anybody listening.
+    """How long turns run here without anybody listening.
 
     Attributes:
-        max_running: turns written at a time.
         alone_seconds: a turn that nobody has followed for so long is put aside; `Resume` continues it.
     """
 
-    max_running: int = 256
     alone_seconds: float = 30.0
 
 
@@ -69,6 +67,7 @@ class TurnKeeper:
 
     served: ServedCheckpoints
     store: SessionStore
+    admission: TurnAdmission
     limits: TurnLimits = field(default_factory=TurnLimits)
     _live: dict[str, LiveTurn] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -96,31 +95,35 @@ class TurnKeeper:
 
     async def _generate(self, request: router_pb2.GenerateRequest, serving: Serving) -> LiveTurn:
         turn, showing = read_turn(request, serving.offer), read_showing(request)
-        self._check_capacity()
+        self._refuse_if_draining()
         session_id = request.session_id or new_session_id()
         live = self._live.get(session_id)
         if live is not None:
             if request.request_id and live.request_id == request.request_id:
                 return live
             raise _busy(session_id)
+        self.admission.check()  # a refusal must cost nothing: no look into the store, nothing encoded
         stored = await self._find(session_id) if request.session_id else None
         if stored is not None and request.request_id and _request_id(stored) == request.request_id:
             return await self.resume(session_id)
         tokens = [] if stored is None else stored.records["token_id"].tolist()
         prompt = await read_prompt(request, serving.tokenizer, serving.offer, first_turn=not tokens)
         _check_context(serving.offer, len(tokens), len(prompt))
-        lease = await self.store.acquire(session_id, owner=uuid4().hex)
-        async with _released_on_error(self.store, lease):
-            begun = await self.store.begin_turn(
-                lease, len(tokens), pack_prompt(prompt), turn.to_stored(), request_id=request.request_id
-            )
-        if not begun.is_new:  # another router has begun this very request since we looked
-            await self.store.release(lease)
-            return await self.resume(session_id)
-        text = Text(session_id, lease.fence, tokens + prompt)
-        live = LiveTurn(session_id, request.request_id, turn, showing, begun.answer_position)
-        self._start(serving, live, lease, text, serving.answer_text(turn.stops, text.tokens))
-        return live
+        with self._reserved(serving.offer, len(tokens) + len(prompt), turn) as reservation:
+            lease = await self.store.acquire(session_id, owner=uuid4().hex)
+            async with _released_on_error(self.store, lease):
+                begun = await self.store.begin_turn(
+                    lease, len(tokens), pack_prompt(prompt), turn.to_stored(), request_id=request.request_id
+                )
+            if begun.is_new:
+                text = Text(session_id, lease.fence, tokens + prompt)
+                live = LiveTurn(session_id, request.request_id, turn, showing, begun.answer_position)
+                answer_text = serving.answer_text(turn.stops, text.tokens)
+                self._start(serving, live, lease, text, answer_text, reservation)
+                return live
+        # another router has begun this very request since we looked
+        await self.store.release(lease)
+        return await self.resume(session_id)
 
     async def resume(self, session_id: str, from_token: int = 0) -> LiveTurn:
         """The latest turn of a session, running, complete or continued.
@@ -198,15 +201,17 @@ class TurnKeeper:
             return await self._continue(session_id, serving)
 
     async def _continue(self, session_id: str, serving: Serving) -> LiveTurn:
-        self._check_capacity()
+        self._refuse_if_draining()
+        self.admission.check()
         lease = await self.store.acquire(session_id, owner=uuid4().hex, create=False)
         async with _released_on_error(self.store, lease):
             stored = await self.store.get(session_id)
             if stored.state is SessionState.FINISHED or self._serving_of(stored) is not serving:
                 raise _busy(session_id)  # the turn was finished, or another one begun, since we looked
             live, answer_text = await asyncio.to_thread(_read_back, serving, stored, _latest_turn(stored))
-        text = Text(session_id, lease.fence, stored.records["token_id"].tolist())
-        self._start(serving, live, lease, text, answer_text)
+            with self._reserved(serving.offer, live.answer_position, live.turn) as reservation:
+                text = Text(session_id, lease.fence, stored.records["token_id"].tolist())
+                self._start(serving, live, lease, text, answer_text, reservation)
         return live
 
     def _serving_of(self, stored: StoredSession) -> Serving:
@@ -224,23 +229,37 @@ class TurnKeeper:
     # --- writing ---------------------------------------------------------------------------------------------------
 
     def _start(
-        self, serving: Serving, live: LiveTurn, lease: Lease, text: Text, answer_text: AnswerText
+        self,
+        serving: Serving,
+        live: LiveTurn,
+        lease: Lease,
+        text: Text,
+        answer_text: AnswerText,
+        reservation: Reservation,
     ) -> None:
         self._live[live.session_id] = live
         task = asyncio.create_task(
-            self._write(serving, live, lease, text, answer_text), name=f"turn {live.session_id}"
+            self._write(serving, live, lease, text, answer_text, reservation), name=f"turn {live.session_id}"
         )
+        reservation.hand_over()
         serving.enter()
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _: serving.leave())
+        task.add_done_callback(lambda _: reservation.release())
 
     async def _write(
-        self, serving: Serving, live: LiveTurn, lease: Lease, text: Text, answer_text: AnswerText
+        self,
+        serving: Serving,
+        live: LiveTurn,
+        lease: Lease,
+        text: Text,
+        answer_text: AnswerText,
+        reservation: Reservation,
     ) -> None:
         started = time.monotonic()
         try:
-            ending = await self._write_logged(serving, live, lease, text, answer_text)
+            ending = await self._write_logged(serving, live, lease, text, answer_text, reservation)
         except asyncio.CancelledError:
             live.fail(
                 Unavailable(Reason.DRAINING, "the router stops; resume the session", retry_after_seconds=1.0)
@@ -268,7 +287,13 @@ class TurnKeeper:
                 del self._live[live.session_id]
 
     async def _write_logged(
-        self, serving: Serving, live: LiveTurn, lease: Lease, text: Text, answer_text: AnswerText
+        self,
+        serving: Serving,
+        live: LiveTurn,
+        lease: Lease,
+        text: Text,
+        answer_text: AnswerText,
+        reservation: Reservation,
     ) -> Ending:
         async with TokenLog(self.store, lease, len(text.tokens)) as token_log:
             writer = TurnWriter(
@@ -288,6 +313,7 @@ class TurnKeeper:
             async with contextlib.aclosing(writer.write()) as tokens:
                 async for token in tokens:
                     live.publish(token)
+                    reservation.token_written()
                     if live.alone_for_seconds() > self.limits.alone_seconds:
                         raise Unavailable(Reason.LEFT_ALONE, "nobody follows the turn; resume the session")
             ending = writer.ending
@@ -311,15 +337,12 @@ class TurnKeeper:
                 return None
             raise
 
-    def _check_capacity(self) -> None:
+    def _refuse_if_draining(self) -> None:
         if self._draining:
             raise Unavailable(Reason.DRAINING, "the router is about to stop", retry_after_seconds=1.0)
-        if self.num_running >= self.limits.max_running:
-            raise OutOfRoom(
-                Reason.QUEUE_FULL,
-                f"{self.num_running} turns are running, the limit is {self.limits.max_running}",
-                retry_after_seconds=0.5,
-            )
+
+    def _reserved(self, offer: Offer, answer_position: int, turn: Turn) -> Reservation:
+        return self.admission.reserve(min(answer_position + turn.max_tokens, offer.max_context_tokens))
 
 
 def _read_back(serving: Serving, stored: StoredSession, turn: StoredTurn) -> tuple[LiveTurn, AnswerText]:
