@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fusionroute.daemon import serve_until_signalled, write_ready_file
+from fusionroute.health import Progress, ProgressWatch, ServerHealth, WhyNotReady
+from fusionroute.rpc_context import ContextInterceptor
 from fusionroute.rpc_errors import ErrorInterceptor, error_from_rpc
 
 __all__ = [
@@ -55,30 +56,6 @@ class Service:
 
     name: str
     register: Callable[[grpc.aio.Server], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """A service's pulse: `tick` must change while `pending`."""
-
-    pending: bool
-    tick: int
-
-
-class ProgressWatch:
-    """Tells busy from frozen: idle is healthy, busy is healthy, pending without progress for long is not."""
-
-    def __init__(self, frozen_after_seconds: float) -> None:
-        self._frozen_after_seconds = frozen_after_seconds
-        self._tick: int | None = None
-        self._moved_at = 0.0
-
-    def is_healthy(self, progress: Progress, now: float) -> bool:
-        """Takes one look at the pulse at the monotonic time `now`."""
-        if not progress.pending or progress.tick != self._tick:
-            self._tick = progress.tick
-            self._moved_at = now
-        return now - self._moved_at < self._frozen_after_seconds
 
 
 def _message_options(max_message_bytes: int) -> list[tuple[str, Any]]:
@@ -129,12 +106,12 @@ class RunningServer:
     """A server that serves; `address` is host:port with the port that was bound."""
 
     def __init__(
-        self, grpc_server: grpc.aio.Server, host: str, port: int, health_servicer: health.aio.HealthServicer
+        self, grpc_server: grpc.aio.Server, host: str, port: int, server_health: ServerHealth
     ) -> None:
         self.host = host
         self.port = port
+        self.health = server_health
         self._server = grpc_server
-        self._health = health_servicer
 
     @property
     def address(self) -> str:
@@ -143,7 +120,7 @@ class RunningServer:
 
     async def begin_drain(self) -> None:
         """Health says NOT_SERVING from now on; calls are still taken."""
-        await self._health.enter_graceful_shutdown()
+        await self.health.begin_drain()
 
     async def stop(self, grace_seconds: float) -> None:
         """Takes no further calls and gives the running ones `grace_seconds`."""
@@ -158,6 +135,7 @@ async def server(
     host: str = "127.0.0.1",
     port: int = 0,
     progress: Callable[[], Progress] | None = None,
+    why_not_ready: WhyNotReady | None = None,
     frozen_after_seconds: float = 120.0,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     max_connection_age_seconds: float = MAX_CONNECTION_AGE_SECONDS,
@@ -170,6 +148,7 @@ async def server(
         host: address to listen on.
         port: 0 = any free one; `RunningServer.port` has the real one.
         progress: the pulse behind health; None = healthy while the event loop runs.
+        why_not_ready: what the services lack to be given work; None = nothing, ever.
         frozen_after_seconds: pending work without a tick for so long turns health to NOT_SERVING.
         max_message_bytes: both directions; the same on the clients.
         max_connection_age_seconds: clients are asked to connect anew after so long, to find new replicas.
@@ -179,33 +158,23 @@ async def server(
         PortTaken: naming the address.
     """
     grpc_server = grpc.aio.server(
-        interceptors=[ErrorInterceptor()],
+        interceptors=[ContextInterceptor(), ErrorInterceptor()],
         options=_server_options(max_message_bytes, max_connection_age_seconds),
     )
-    health_servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, grpc_server)
+    names = [service.name for service in services]
+    server_health = ServerHealth(names, progress, why_not_ready, frozen_after_seconds)
+    health_pb2_grpc.add_HealthServicer_to_server(server_health.servicer, grpc_server)
     for service in services:
         service.register(grpc_server)
-    names = [service.name for service in services]
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], grpc_server)
     bound_port = _bind(grpc_server, host, port)
-    for name in ["", *names]:
-        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    await grpc_server.start()
-    running = RunningServer(grpc_server, host, bound_port, health_servicer)
-    watching = (
-        asyncio.create_task(_watch_progress(health_servicer, ["", *names], progress, frozen_after_seconds))
-        if progress is not None
-        else None
-    )
-    try:
-        yield running
-    finally:
-        if watching is not None:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
-        await running.stop(stop_grace_seconds)
+    running = RunningServer(grpc_server, host, bound_port, server_health)
+    async with server_health.watched():
+        await grpc_server.start()
+        try:
+            yield running
+        finally:
+            await running.stop(stop_grace_seconds)
 
 
 def _server_options(max_message_bytes: int, max_connection_age_seconds: float) -> list[tuple[str, Any]]:
@@ -253,22 +222,3 @@ def check_port_free(host: str, port: int) -> None:
         except OSError as error:
             address = _join_address(host, port)
             raise PortTaken(f"cannot listen on {address}: {error.strerror or error}") from error
-
-
-async def _watch_progress(
-    health_servicer: health.aio.HealthServicer,
-    names: Sequence[str],
-    progress: Callable[[], Progress],
-    frozen_after_seconds: float,
-) -> None:
-    watch = ProgressWatch(frozen_after_seconds)
-    was_healthy = True
-    while True:
-        healthy = watch.is_healthy(progress(), time.monotonic())
-        if healthy != was_healthy:
-            log.log(20 if healthy else 40, "health_changed", serving=healthy)
-            status = health_pb2.HealthCheckResponse
-            for name in names:
-                await health_servicer.set(name, status.SERVING if healthy else status.NOT_SERVING)
-            was_healthy = healthy
-        await asyncio.sleep(min(1.0, frozen_after_seconds / 4))
