@@ -43,7 +43,7 @@ async def test_two_hundred_prompts_equal_the_plain_loop(
 
 
 async def test_forced_evictions_change_nothing(family: Family, cases: list[Case]) -> None:
-    async with served(family, kv_tokens=256, experts={"kv_tokens": 192}) as stack:
+    async with served(family, kv_tokens=256, kv_overcommit=100.0, experts={"kv_tokens": 192}) as stack:
         verdict = await compare(cases, stack.answer, 16)
         assert_all_equal(verdict, len(cases))
         assert stack.router.engine.load().num_evictions > 50
