@@ -15,6 +15,9 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from fusionroute.access import ClientAccess, ServerAccess
+from fusionroute.access_channel import AccessChannel
+from fusionroute.access_check import AccessInterceptor
 from fusionroute.daemon import serve_until_signalled, write_ready_file
 from fusionroute.health import Progress, ProgressWatch, ServerHealth, WhyNotReady
 from fusionroute.rpc_context import ContextInterceptor
@@ -42,6 +45,8 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 KEEPALIVE_SECONDS = 20.0
 KEEPALIVE_TIMEOUT_SECONDS = 10.0
 MAX_CONNECTION_AGE_SECONDS = 600.0
+MAX_CONCURRENT_STREAMS = 1024
+HANDSHAKE_TIMEOUT_SECONDS = 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -65,12 +70,15 @@ def _message_options(max_message_bytes: int) -> list[tuple[str, Any]]:
     ]
 
 
-def channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
-    """An insecure channel, to be used as an async context manager.
+def channel(
+    address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES, access: ClientAccess | None = None
+) -> grpc.aio.Channel:
+    """A channel, to be used as an async context manager.
 
     Args:
         address: host:port.
         max_message_bytes: as on the server.
+        access: certificates and key to show; None = a plain connection that shows nothing.
     """
     options = [
         *_message_options(max_message_bytes),
@@ -87,7 +95,16 @@ def channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc
         ("grpc.min_reconnect_backoff_ms", 1000),
         ("grpc.max_reconnect_backoff_ms", 2000),
     ]
-    return grpc.aio.insecure_channel(address, options=options)
+
+    def connect() -> grpc.aio.Channel:
+        credentials = access.credentials() if access is not None else None
+        if credentials is None:
+            return grpc.aio.insecure_channel(address, options=options)
+        return grpc.aio.secure_channel(address, credentials, options=options)
+
+    if access is None or not (access.is_encrypted or access.shows_key):
+        return connect()
+    return AccessChannel(connect, access)
 
 
 def backoff_seconds(attempt: int, *, first: float = 0.2, most: float = 10.0) -> float:
@@ -137,6 +154,7 @@ async def server(
     progress: Callable[[], Progress] | None = None,
     why_not_ready: WhyNotReady | None = None,
     frozen_after_seconds: float = 120.0,
+    access: ServerAccess | None = None,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     max_connection_age_seconds: float = MAX_CONNECTION_AGE_SECONDS,
     stop_grace_seconds: float = 2.0,
@@ -150,6 +168,7 @@ async def server(
         progress: the pulse behind health; None = healthy while the event loop runs.
         why_not_ready: what the services lack to be given work; None = nothing, ever.
         frozen_after_seconds: pending work without a tick for so long turns health to NOT_SERVING.
+        access: certificate of the server and what clients must show; None = plain and open to all who reach it.
         max_message_bytes: both directions; the same on the clients.
         max_connection_age_seconds: clients are asked to connect anew after so long, to find new replicas.
         stop_grace_seconds: for running calls when the context ends.
@@ -157,8 +176,10 @@ async def server(
     Raises:
         PortTaken: naming the address.
     """
+    keys = access.keys if access is not None else None
+    checks = [AccessInterceptor(keys)] if keys is not None else []
     grpc_server = grpc.aio.server(
-        interceptors=[ContextInterceptor(), ErrorInterceptor()],
+        interceptors=[*checks, ContextInterceptor(), ErrorInterceptor()],
         options=_server_options(max_message_bytes, max_connection_age_seconds),
     )
     names = [service.name for service in services]
@@ -167,7 +188,7 @@ async def server(
     for service in services:
         service.register(grpc_server)
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], grpc_server)
-    bound_port = _bind(grpc_server, host, port)
+    bound_port = _bind(grpc_server, host, port, access.credentials() if access is not None else None)
     running = RunningServer(grpc_server, host, bound_port, server_health)
     async with server_health.watched():
         await grpc_server.start()
@@ -189,6 +210,9 @@ def _server_options(max_message_bytes: int, max_connection_age_seconds: float) -
         ("grpc.keepalive_time_ms", int(KEEPALIVE_SECONDS * 3 * 1000)),
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_SECONDS * 1000)),
         ("grpc.max_connection_age_ms", int(max_connection_age_seconds * 1000)),
+        # Further calls of a connection wait at the client.
+        ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+        ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_TIMEOUT_SECONDS * 1000)),
     ]
 
 
@@ -196,10 +220,15 @@ def _join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _bind(grpc_server: grpc.aio.Server, host: str, port: int) -> int:
+def _bind(
+    grpc_server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None
+) -> int:
     address = _join_address(host, port)
     try:
-        bound_port = grpc_server.add_insecure_port(address)
+        if credentials is None:
+            bound_port = grpc_server.add_insecure_port(address)
+        else:
+            bound_port = grpc_server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise PortTaken(f"cannot listen on {address}: is the port taken by another process?") from error
     if bound_port == 0:

@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 
 from fusionroute.errors import (
     CLASS_BY_CODE,
+    AccessDenied,
     FusionRouteError,
     InternalFault,
     InvalidRequest,
@@ -78,6 +79,7 @@ def _error_without_reason(
         StatusCode.DEADLINE_EXCEEDED: (Unavailable, Reason.DEADLINE_PASSED),
         StatusCode.UNAVAILABLE: (Unavailable, Reason.EXPERT_UNAVAILABLE),
         StatusCode.CANCELLED: (Unavailable, Reason.EXPERT_UNAVAILABLE),
+        StatusCode.UNAUTHENTICATED: (AccessDenied, Reason.UNAUTHENTICATED),
     }
     error_class, reason = table.get(code, (InternalFault, Reason.INTERNAL))
     name = _GRPC_CODES[code].name if code in _GRPC_CODES else str(code)
@@ -213,6 +215,11 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, 
         )
     elif error.code == StatusCode.INTERNAL:
         log.error("rpc_failed", rpc=method, reason=error.reason.value, message=error.message)
+    await abort_with(context, error)
+
+
+async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: FusionRouteError) -> NoReturn:
+    """Ends a call with an error of our tree."""
     status = error_to_status(error)
     details = ((DETAILS_KEY, status.SerializeToString()),)
     await context.abort(_GRPC_CODES[status.code], status.message, details)

@@ -23,6 +23,15 @@ from fusionroute.telemetry import LogFormat, LogLevel, configure_logs, quiet_nat
 
 CONFIG_VARIABLE = "FUSIONROUTE_CONFIG"
 TABLES = ("expert", "router", "trainer")
+SHARED_VARIABLES: Mapping[str, str] = {
+    "FUSIONROUTE_TLS_CERT": "tls_cert",
+    "FUSIONROUTE_TLS_KEY": "tls_key",
+    "FUSIONROUTE_TLS_CA": "tls_ca",
+    "FUSIONROUTE_TLS_REQUIRE_CLIENT": "tls_require_client",
+    "FUSIONROUTE_API_KEYS_FILE": "api_keys_file",
+    "FUSIONROUTE_API_KEY_FILE": "api_key_file",
+}
+"""What every daemon reads, and the commands too: environment variable -> field."""
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
@@ -108,7 +117,7 @@ class ServiceSettings(BaseSettings):
                 )
         values = {
             field: os.environ[variable]
-            for variable, field in cls.other_variables.items()
+            for variable, field in cls._shared_variables().items()
             if os.environ.get(variable)
         }
         return values | EnvSettingsSource(cls, env_prefix=prefix)()
@@ -117,8 +126,17 @@ class ServiceSettings(BaseSettings):
     def _variable(cls, field: str) -> str:
         own = cls.prefix() + field.upper()
         return next(
-            (v for v, name in cls.other_variables.items() if name == field and own not in os.environ), own
+            (v for v, name in cls._shared_variables().items() if name == field and own not in os.environ), own
         )
+
+    @classmethod
+    def _shared_variables(cls) -> Mapping[str, str]:
+        """`other_variables` of the class and of those that it is made from."""
+        return {
+            variable: field
+            for each in reversed(cls.__mro__)
+            for variable, field in vars(each).get("other_variables", {}).items()
+        }
 
     @classmethod
     def _explain(cls, detail: Any, origins: Mapping[str, str]) -> str:
@@ -134,11 +152,20 @@ class ServiceSettings(BaseSettings):
         if detail["type"] == "extra_forbidden":
             return f"{field} ({origin}) is not a setting{_suggest(field, cls.model_fields)}"
         limit = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-        return f"{field} = {detail['input']!r} ({origin}) is not allowed: {limit}"
+        if name not in cls.model_fields:
+            return limit  # it names its fields; what was given is all settings together, passwords among them
+        shown = "***" if cls._is_secret(name) else repr(detail["input"])
+        return f"{field} = {shown} ({origin}) is not allowed: {limit}"
+
+    @classmethod
+    def _is_secret(cls, name: str) -> bool:
+        return "SecretStr" in str(cls.model_fields[name].annotation)
 
 
 class DaemonSettings(ServiceSettings):
     """What every daemon has."""
+
+    other_variables: ClassVar[Mapping[str, str]] = SHARED_VARIABLES
 
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
     port: Port = Field(default=0, description="Port to listen on; 0 = any free one.")
@@ -151,6 +178,25 @@ class DaemonSettings(ServiceSettings):
     drain_seconds: Seconds = Field(default=20.0, description="Time for running work to finish after SIGTERM.")
     frozen_after_seconds: Seconds = Field(
         default=120.0, description="Health turns NOT_SERVING when pending work has not moved for so long."
+    )
+    tls_cert: Path | None = Field(
+        default=None,
+        description="PEM file with the certificate to serve with, which peers are shown too; absent = not encrypted.",
+    )
+    tls_key: Path | None = Field(default=None, description="PEM file with the key of tls_cert.")
+    tls_ca: Path | None = Field(
+        default=None,
+        description="PEM file of the authority that vouches for peers; clients must show a certificate of it.",
+    )
+    tls_require_client: bool = Field(
+        default=True, description="With tls_ca: whether clients must show a certificate."
+    )
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="File with the keys that are accepted, one a line; absent = none is asked for.",
+    )
+    api_key_file: Path | None = Field(
+        default=None, description="File with the key that is shown to other services."
     )
     log_format: LogFormat = Field(
         default="auto", description="json, console, or auto = console on a terminal."
@@ -202,6 +248,7 @@ def daemon_command(
             raise SystemExit(int(ExitCode.BAD_SETTINGS)) from None
         quiet_native_logs()
         configure_logs(name, log_format=settings.log_format, log_level=settings.log_level)
+        _check_access(name, settings)
         raise SystemExit(int(run(settings)))
 
     config_help = f"TOML file with a table [{settings_class.table}]; also {CONFIG_VARIABLE}."
@@ -209,6 +256,20 @@ def daemon_command(
     epilog = f"Each option is also an environment variable: {settings_class.prefix()}PORT for --port."
     parameters: list[click.Parameter] = [config_option, *settings_options(settings_class)]
     return click.Command(name, callback=callback, params=parameters, help=help_text, epilog=epilog)
+
+
+def _check_access(name: str, settings: DaemonSettings) -> None:
+    """Ends the start when certificates or keys cannot be; says so when anybody may call from anywhere."""
+    from fusionroute.access import ClientAccess, ServerAccess, warn_if_open
+    from fusionroute.errors import FusionRouteError
+
+    try:
+        ServerAccess.of(settings)
+        ClientAccess.of(settings)
+    except FusionRouteError as error:
+        click.echo(f"{name}: {error.message}", err=True)
+        raise SystemExit(int(ExitCode.BAD_SETTINGS)) from None
+    warn_if_open(settings)
 
 
 def _read_table(path: Path, table: str) -> dict[str, Any]:
