@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
+    CONTENT_TYPE_PLAIN_0_0_4,
     CollectorRegistry,
     Counter,
     Histogram,
@@ -27,6 +28,9 @@ LATENCY_BUCKETS = (
     0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
 )  # fmt: skip
 """Upper limits in seconds: from a small model's forward to the longest wait for an expert."""
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+"""Of `Exposition.text`."""
 
 SHARED = CollectorRegistry()
 """What every daemon counts."""

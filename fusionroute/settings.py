@@ -202,6 +202,19 @@ class DaemonSettings(ServiceSettings):
         default="auto", description="json, console, or auto = console on a terminal."
     )
     log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
+    watch_port: Port | None = Field(
+        default=None,
+        description="Port for /livez, /readyz, /progressz and /metrics over HTTP; 0 = any free one; absent = none.",
+    )
+    watch_host: str = Field(
+        default="127.0.0.1", min_length=1, description="Address on which watch_port listens."
+    )
+    otel_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s/]+/?$",
+        description="OTLP gRPC collector for traces, http://HOST:PORT; also OTEL_EXPORTER_OTLP_ENDPOINT. "
+        "Absent = none; needs the extra otel.",
+    )
 
 
 S = TypeVar("S", bound=DaemonSettings)
