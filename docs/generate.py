@@ -69,6 +69,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "Somebody changed the registry since the caller looked.",
         "Look again, then decide again.",
     ),
+    Reason.RELOADING: ("A reload of this model is running.", "Wait for its end."),
     Reason.CHECKPOINT_CHANGED: (
         "The turn was begun with another router checkpoint.",
         "Start a new turn.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,8 +13,10 @@ from uuid import uuid4
 import structlog
 
 from expert_service.registrar import Registrar, Registration
+from expert_service.served_model import ServedModel
 from expert_service.servicer import ExpertServicer
 from expert_service.settings import ExpertSettings
+from fusionroute.background import end_task
 from fusionroute.engine import Engine, LoadedModel, load_model
 from fusionroute.errors import ModelRejected
 from fusionroute.grpc_runtime import (
@@ -28,7 +31,7 @@ from fusionroute.grpc_runtime import (
 )
 from fusionroute.model_settings import DeviceMissing, prepare_torch
 from fusionroute.settings import ExitCode
-from fusionroute.v1 import expert_pb2, expert_pb2_grpc
+from fusionroute.v1 import expert_pb2, expert_pb2_grpc, registry_pb2
 from fusionroute.wire import identity_to_message, load_to_message
 
 log = structlog.get_logger(__name__)
@@ -77,14 +80,21 @@ class RunningExpert:
 
     server: RunningServer
     servicer: ExpertServicer
-    engine: Engine
+    served: ServedModel
     registrar: Registrar | None
 
+    @property
+    def engine(self) -> Engine:
+        """The one that serves now."""
+        return self.served.engine
+
     async def drain(self, timeout_seconds: float) -> None:
-        """Refuses new steps, finishes the running ones and leaves the registry."""
-        self.servicer.draining = True
-        leaving = [self.registrar.leave()] if self.registrar is not None else []
-        await asyncio.gather(self.engine.drain(timeout_seconds), *leaving)
+        """Says so to the registry, refuses new steps, finishes the running ones and leaves the registry."""
+        if self.registrar is not None:
+            self.registrar.begin_drain()
+        await self.served.drain(timeout_seconds)
+        if self.registrar is not None:
+            await self.registrar.leave()
 
 
 @asynccontextmanager
@@ -95,25 +105,30 @@ async def running_expert(settings: ExpertSettings, model: LoadedModel) -> AsyncI
         PortTaken: naming the address.
     """
     async with AsyncExitStack() as stack:
-        engine = await stack.enter_async_context(Engine(model, settings.engine_limits()))
-        servicer = ExpertServicer(engine, settings.slot, settings.max_message_bytes)
+        engine = Engine(model, settings.engine_limits())
+        del model  # a reload frees it
+        served = ServedModel(engine, lambda: asyncio.to_thread(_load, settings))
+        del engine
+        await stack.enter_async_context(served)
+        servicer = ExpertServicer(served, settings.slot, settings.max_message_bytes)
         running = await stack.enter_async_context(
             server(
                 [service_of(servicer)],
                 host=settings.host,
                 port=settings.port,
-                progress=lambda: progress_of(engine),
+                progress=lambda: progress_of(served.engine),
                 frozen_after_seconds=settings.frozen_after_seconds,
                 max_message_bytes=settings.max_message_bytes,
             )
         )
-        registrar = await _enter_registrar(stack, settings, running, engine)
-        yield RunningExpert(running, servicer, engine, registrar)
+        registrar = await _enter_registrar(stack, settings, running, served)
+        yield RunningExpert(running, servicer, served, registrar)
 
 
 async def serve(settings: ExpertSettings, model: LoadedModel) -> None:
     """Serves a model until a signal. Raises as `running_expert`."""
-    async with running_expert(settings, model) as expert:
+    async with running_expert(settings, model) as expert, _standing_by(settings, expert.registrar):
+        del model  # a reload frees it
         await serve_until_signalled(
             expert.server,
             drain=expert.drain,
@@ -137,22 +152,44 @@ def progress_of(engine: Engine) -> Progress:
 
 
 async def _enter_registrar(
-    stack: AsyncExitStack, settings: ExpertSettings, running: RunningServer, engine: Engine
+    stack: AsyncExitStack, settings: ExpertSettings, running: RunningServer, served: ServedModel
 ) -> Registrar | None:
     """Registers with the router, if one is named; serving does not wait for it."""
     if settings.router is None:
         return None
-    router_channel = await stack.enter_async_context(channel(settings.router))
+    channels = [await stack.enter_async_context(channel(address)) for address in settings.router_addresses()]
     registration = Registration(
         instance_id=f"{settings.slot}-{uuid4().hex[:12]}",
         slot=settings.slot,
         address=settings.advertise or running.address,
-        model=identity_to_message(engine.facts),
+        model=identity_to_message(served.engine.facts),
+        standby=settings.standby,
     )
     registrar = Registrar(
-        router_channel,
+        channels,
         registration,
-        lambda: load_to_message(engine.load()),
+        lambda: load_to_message(served.engine.load()),
         refused_retry_seconds=settings.refused_retry_seconds,
     )
+    served.on_reload = lambda facts: registrar.announce(identity_to_message(facts))
     return await stack.enter_async_context(registrar)
+
+
+@asynccontextmanager
+async def _standing_by(settings: ExpertSettings, registrar: Registrar | None) -> AsyncIterator[None]:
+    """Within the context, an expert that waits in vain to be swapped in ends this process as a signal would."""
+    if registrar is None or not settings.standby:
+        yield
+        return
+    task = asyncio.create_task(_give_up_standby(registrar, settings.standby_seconds))
+    try:
+        yield
+    finally:
+        await end_task(task)
+
+
+async def _give_up_standby(registrar: Registrar, standby_seconds: float) -> None:
+    await asyncio.sleep(standby_seconds)
+    if registrar.state in (registry_pb2.EXPERT_STATE_STANDBY, registry_pb2.EXPERT_STATE_UNSPECIFIED):
+        log.warning("standby_given_up", standby_seconds=standby_seconds, note="nobody has swapped it in")
+        signal.raise_signal(signal.SIGTERM)

@@ -13,6 +13,7 @@ import torch
 
 from expert_service import checks
 from expert_service.scoring import score_sequences
+from expert_service.served_model import ServedModel
 from fusionroute.engine import Engine, SessionView, StepCall, StepOutcome
 from fusionroute.errors import FusionRouteError
 from fusionroute.grpc_runtime import MAX_MESSAGE_BYTES, deadline_of
@@ -23,39 +24,40 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
-    """One engine on the wire.
+    """One model on the wire.
 
     Args:
-        engine: does the work and judges the state of sessions.
+        served: its engine does the work and judges the state of sessions.
         slot: what this expert is in the router's checkpoint.
         max_message_bytes: answers that would be larger are refused before they are computed.
     """
 
-    def __init__(self, engine: Engine, slot: str = "", max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
-        self._engine = engine
+    def __init__(
+        self, served: ServedModel, slot: str = "", max_message_bytes: int = MAX_MESSAGE_BYTES
+    ) -> None:
+        self._served = served
         self._slot = slot
         self._max_message_bytes = max_message_bytes
-        self.draining = False
 
     async def GetInfo(
         self, request: expert_pb2.GetInfoRequest, context: Context
     ) -> expert_pb2.GetInfoResponse:
         return expert_pb2.GetInfoResponse(
-            model=identity_to_message(self._engine.facts),
-            load=load_to_message(self._engine.load()),
+            model=identity_to_message(self._served.engine.facts),
+            load=load_to_message(self._served.engine.load()),
             slot=self._slot,
-            draining=self.draining,
+            draining=self._served.draining,
         )
 
     async def Step(self, request: expert_pb2.StepRequest, context: Context) -> expert_pb2.StepResponse:
-        checks.check_answer_size([request], self._engine.facts, self._max_message_bytes)
+        checks.check_answer_size([request], self._served.engine.facts, self._max_message_bytes)
         return await self._step(request, deadline_of(context))
 
     async def StepBatch(
         self, request: expert_pb2.StepBatchRequest, context: Context
     ) -> expert_pb2.StepBatchResponse:
         checks.check_batch(request)
-        checks.check_answer_size(request.steps, self._engine.facts, self._max_message_bytes)
+        checks.check_answer_size(request.steps, self._served.engine.facts, self._max_message_bytes)
         deadline = deadline_of(context)
         results = await asyncio.gather(*(self._step_result(step, deadline) for step in request.steps))
         return expert_pb2.StepBatchResponse(results=results)
@@ -65,14 +67,14 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     ) -> expert_pb2.CloseSessionResponse:
         checks.check_session_id(request.session_id)
         # A caller that hangs up must not stop what the engine has begun.
-        existed = await asyncio.shield(self._engine.close_session(request.session_id, request.fence))
+        existed = await asyncio.shield(self._served.engine.close_session(request.session_id, request.fence))
         return expert_pb2.CloseSessionResponse(existed=existed)
 
     async def ListSessions(
         self, request: expert_pb2.ListSessionsRequest, context: Context
     ) -> expert_pb2.ListSessionsResponse:
         limit = request.limit or checks.DEFAULT_LIST_LIMIT
-        views, num_sessions = await asyncio.shield(self._engine.list_sessions(limit))
+        views, num_sessions = await asyncio.shield(self._served.engine.list_sessions(limit))
         return expert_pb2.ListSessionsResponse(
             sessions=[_session_info(view) for view in views], num_sessions=num_sessions
         )
@@ -80,9 +82,14 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     async def Score(
         self, request: expert_pb2.ScoreRequest, context: Context
     ) -> AsyncIterator[expert_pb2.ScoreResponse]:
-        checks.check_score(request, self._engine.facts)
-        async for response in score_sequences(self._engine, request, self._max_message_bytes):
-            yield response
+        with self._served.use() as engine:
+            checks.check_score(request, engine.facts)
+            async for response in score_sequences(engine, request, self._max_message_bytes):
+                yield response
+
+    async def Reload(self, request: expert_pb2.ReloadRequest, context: Context) -> expert_pb2.ReloadResponse:
+        facts, previous_epoch = await self._served.reload()
+        return expert_pb2.ReloadResponse(model=identity_to_message(facts), previous_epoch=previous_epoch)
 
     async def _step_result(
         self, request: expert_pb2.StepRequest, deadline: float | None
@@ -93,30 +100,37 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             return expert_pb2.StepResult(error=step_error_to_message(error))
 
     async def _step(self, request: expert_pb2.StepRequest, deadline: float | None) -> expert_pb2.StepResponse:
-        checks.check_step(request, self._engine.facts)
-        # Drafting starts from the last row, whether the caller wants to see it or not.
-        num_rows = max(request.num_rows, 1) if request.draft_tokens else request.num_rows
-        outcomes = [await self._engine.step(_step_call(request, num_rows, deadline))]
-        drafted: list[int] = []
-        for _ in range(request.draft_tokens):
-            drafted.append(int(outcomes[-1].rows[-1].float().numpy().argmax()))
-            call = StepCall(
-                request.session_id, outcomes[-1].position, [drafted[-1]], 1,
-                expected_epoch=request.expected_epoch, fence=request.fence, deadline=deadline,
-            )  # fmt: skip
-            outcomes.append(await self._engine.step(call))
-        rows = outcomes[0].rows[num_rows - request.num_rows :]
-        if drafted:
-            rows = torch.cat([rows, *(outcome.rows for outcome in outcomes[1:])])
-        return expert_pb2.StepResponse(
-            rows=rows_to_matrix(rows, request.dtype),
-            position=outcomes[-1].position,
-            drafted_ids=drafted,
-            epoch=self._engine.facts.epoch,
-            timings=_timings(outcomes),
-            load=load_to_message(self._engine.load()),
-            num_computed_tokens=sum(outcome.num_computed_tokens for outcome in outcomes),
-        )
+        with self._served.use() as engine:
+            return await _step(engine, request, deadline)
+
+
+async def _step(
+    engine: Engine, request: expert_pb2.StepRequest, deadline: float | None
+) -> expert_pb2.StepResponse:
+    checks.check_step(request, engine.facts)
+    # Drafting starts from the last row, whether the caller wants to see it or not.
+    num_rows = max(request.num_rows, 1) if request.draft_tokens else request.num_rows
+    outcomes = [await engine.step(_step_call(request, num_rows, deadline))]
+    drafted: list[int] = []
+    for _ in range(request.draft_tokens):
+        drafted.append(int(outcomes[-1].rows[-1].float().numpy().argmax()))
+        call = StepCall(
+            request.session_id, outcomes[-1].position, [drafted[-1]], 1,
+            expected_epoch=request.expected_epoch, fence=request.fence, deadline=deadline,
+        )  # fmt: skip
+        outcomes.append(await engine.step(call))
+    rows = outcomes[0].rows[num_rows - request.num_rows :]
+    if drafted:
+        rows = torch.cat([rows, *(outcome.rows for outcome in outcomes[1:])])
+    return expert_pb2.StepResponse(
+        rows=rows_to_matrix(rows, request.dtype),
+        position=outcomes[-1].position,
+        drafted_ids=drafted,
+        epoch=engine.facts.epoch,
+        timings=_timings(outcomes),
+        load=load_to_message(engine.load()),
+        num_computed_tokens=sum(outcome.num_computed_tokens for outcome in outcomes),
+    )
 
 
 def _step_call(request: expert_pb2.StepRequest, num_rows: int, deadline: float | None) -> StepCall:

@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from fusionroute.model_settings import ModelSettings
 from fusionroute.settings import Port, Seconds
 
-Address = Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$")]
+_ADDRESS = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}"
+Address = Annotated[str, Field(pattern=f"^{_ADDRESS}$")]
+Addresses = Annotated[str, Field(pattern=f"^{_ADDRESS}(,{_ADDRESS})*$")]
 WILDCARD_HOSTS = ("0.0.0.0", "::", "[::]")  # noqa: S104 - recognised, not bound
 
 
@@ -23,8 +25,10 @@ class ExpertSettings(ModelSettings):
         default="", description='Slot it fills in the router\'s checkpoint, for example "math".'
     )
     port: Port = Field(default=50061, description="Port to listen on; 0 = any free one.")
-    router: Address | None = Field(
-        default=None, description="HOST:PORT of a router to register with; absent = register nowhere."
+    router: Addresses | None = Field(
+        default=None,
+        description="HOST:PORT of a router to register with, or several of one registry with commas between them, "
+        "of which one that answers is used; absent = register nowhere.",
     )
     advertise: Address | None = Field(
         default=None, description="HOST:PORT at which routers reach this expert; absent = where it listens."
@@ -33,9 +37,22 @@ class ExpertSettings(ModelSettings):
         default=30.0, description="Pause before registering again after the router refused this expert."
     )
 
+    standby: bool = Field(default=False, description="Register without serving, and wait to be swapped in.")
+    standby_seconds: Seconds = Field(
+        default=900.0, description="An expert on standby that has not been swapped in for so long stops."
+    )
+
+    def router_addresses(self) -> tuple[str, ...]:
+        """`router` one by one."""
+        return tuple(self.router.split(",")) if self.router is not None else ()
+
     @model_validator(mode="after")
     def _can_register(self) -> Self:
         if self.router is None:
+            if self.standby:
+                raise ValueError(
+                    "router is missing: an expert on standby is swapped in by a router's registry"
+                )
             return self
         if not self.slot:
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from expert_service.bootstrap import progress_of, service_of
+from expert_service.served_model import ServedModel
 from expert_service.servicer import ExpertServicer
 from fusionroute.engine import Engine, EngineLoad, ModelFacts, SessionView, StepCall, StepOutcome
 from fusionroute.errors import FusionRouteError, InvalidRequest, ModelRejected, Reason, SessionStateError
@@ -100,7 +101,7 @@ async def served_expert(
     """An expert on a free port, and a stub that reaches it."""
     real = cast(Engine, engine)
     size = {name: value for name, value in options.items() if name == "max_message_bytes"}
-    servicer = ExpertServicer(real, slot, **size)
+    servicer = ExpertServicer(ServedModel(real), slot, **size)
     async with (
         server([service_of(servicer)], progress=lambda: progress_of(real), **options) as running,
         channel(running.address) as open_channel,

@@ -22,7 +22,7 @@ MINE = Registration("math-1", "math", "127.0.0.1:7", common_pb2.ModelIdentity(na
 async def registering(address: str, **options: Any) -> AsyncIterator[Registrar]:
     async with (
         channel(address) as opened,
-        Registrar(opened, MINE, lambda: common_pb2.Load(num_sessions=4), **options) as registrar,
+        Registrar([opened], MINE, lambda: common_pb2.Load(num_sessions=4), **options) as registrar,
     ):
         yield registrar
 
