@@ -10,6 +10,7 @@ say so, pause, register again (the router may serve another checkpoint by then)
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +22,14 @@ import structlog
 
 from expert_service import metrics
 from fusionroute.background import end_task
-from fusionroute.errors import FusionRouteError, InternalFault, InvalidRequest, ModelRejected, Reason
+from fusionroute.errors import (
+    AccessDenied,
+    FusionRouteError,
+    InternalFault,
+    InvalidRequest,
+    ModelRejected,
+    Reason,
+)
 from fusionroute.grpc_runtime import backoff_seconds, error_from_rpc
 from fusionroute.v1 import common_pb2, registry_pb2, registry_pb2_grpc
 
@@ -30,7 +38,7 @@ log = structlog.get_logger(__name__)
 CALL_TIMEOUT_SECONDS = 5.0
 SHORTEST_TIMEOUT_SECONDS = 0.5
 DEREGISTER_TIMEOUT_SECONDS = 2.0
-REFUSALS = (ModelRejected, InvalidRequest, InternalFault)
+REFUSALS = (ModelRejected, InvalidRequest, InternalFault, AccessDenied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,7 @@ class Registrar:
         self._announced = registration
         self.state: registry_pb2.ExpertState.ValueType = registry_pb2.EXPERT_STATE_UNSPECIFIED
         """What the registry has said last; unspecified until it has spoken."""
+        self._lease_until = 0.0
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run())
@@ -112,6 +121,7 @@ class Registrar:
             return
         await end_task(self._task)
         self._task = None
+        self._lease_until = 0.0
         request = registry_pb2.DeregisterExpertRequest(instance_id=self._registration.instance_id)
         for _ in self._registries:
             try:
@@ -123,6 +133,11 @@ class Registrar:
             else:
                 self._log.info("deregistered")
                 return
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the registry holds a lease of this expert, as far as is known here."""
+        return time.monotonic() < self._lease_until
 
     @property
     def _registry(self) -> registry_pb2_grpc.RegistryServiceAsyncStub:
@@ -168,6 +183,7 @@ class Registrar:
                     load_epoch=mine.model.epoch,
                     epoch=answer.epoch,
                 )
+                self._lease_until = time.monotonic() + answer.lease_seconds
                 self._note(answer.state)
                 return float(answer.lease_seconds)
 
@@ -197,6 +213,7 @@ class Registrar:
                 error = error_from_rpc(rpc_error)
                 metrics.HEARTBEATS.labels(outcome=error.reason.value).inc()
                 if error.reason is Reason.LEASE_EXPIRED:
+                    self._lease_until = 0.0
                     self._log.warning("lease_expired", message=error.message)
                     return
                 await self._endure(error, "heartbeat_failed")
@@ -205,6 +222,7 @@ class Registrar:
             metrics.HEARTBEATS.labels(outcome="ok").inc()
             self._num_failures = 0
             lease_seconds = answer.lease_seconds or lease_seconds
+            self._lease_until = time.monotonic() + lease_seconds
             self._note(answer.state)
 
     def _note(self, state: registry_pb2.ExpertState.ValueType) -> None:

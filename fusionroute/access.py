@@ -174,8 +174,14 @@ class ClientAccess:
         return cls(_tls_of(settings), key)
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> ClientAccess:
+    def from_environment(
+        cls, environment: Mapping[str, str] = os.environ, *, with_key: bool = True
+    ) -> ClientAccess:
         """What commands show: FUSIONROUTE_API_KEY or _API_KEY_FILE, and FUSIONROUTE_TLS_CA, _CERT and _KEY.
+
+        Args:
+            environment: where to look.
+            with_key: False = certificates only.
 
         Raises:
             InvalidRequest: naming the variable.
@@ -185,7 +191,9 @@ class ClientAccess:
             Path(value) if (value := environment.get(name)) else None for name in names
         )
         key: ShownKey | None = None
-        if value := environment.get(API_KEY_VARIABLE):
+        if not with_key:
+            pass
+        elif value := environment.get(API_KEY_VARIABLE):
             key = ShownKey(value, API_KEY_VARIABLE)
         elif path := environment.get("FUSIONROUTE_API_KEY_FILE"):
             key = ShownKey(Path(path), "FUSIONROUTE_API_KEY_FILE")

@@ -1,8 +1,8 @@
 """What an application needs to talk to a router: typed calls, our errors, streams closed behind it.
 
-    async with RouterClient.open("127.0.0.1:50050") as router:
-        async with aclosing(router.generate(GenerateRequest(text="box: 4+4="))) as events:
-            async for event in events: ...
+async with RouterClient.open("127.0.0.1:50050") as router:
+    async with aclosing(router.generate(GenerateRequest(text="box: 4+4="))) as events:
+        async for event in events: ...
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import grpc
 
+from fusionroute.access import ClientAccess
 from fusionroute.calls import answer_of, answers_of
 from fusionroute.errors import FusionRouteError
 from fusionroute.grpc_runtime import channel
@@ -43,9 +44,14 @@ class RouterClient:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, address: str) -> AsyncIterator[RouterClient]:
-        """A client for the router at host:port, for as long as the block lasts."""
-        async with channel(address) as connection:
+    async def open(cls, address: str, access: ClientAccess | None = None) -> AsyncIterator[RouterClient]:
+        """A client for the router at host:port, for as long as the block lasts.
+
+        Args:
+            access: certificates and key to show; None = what the environment says (`ClientAccess.from_environment`).
+        """
+        access = access or ClientAccess.from_environment()
+        async with channel(address, access=access) as connection:
             yield cls(connection, address)
 
     async def generate(
@@ -97,7 +103,7 @@ class RouterClient:
 
 
 def expert_state_name(state: ExpertState.ValueType) -> str:
-    """"ready", "draining" or "unspecified"."""
+    """ "ready", "draining" or "unspecified"."""
     return ExpertState.Name(state).removeprefix("EXPERT_STATE_").lower()
 
 

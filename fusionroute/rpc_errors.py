@@ -131,6 +131,20 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str = "") -> FusionRouteEr
     return make_error(code, "", f"{peer}: {message}" if peer else message)
 
 
+def error_from_peer(error: grpc.aio.AioRpcError, peer: str) -> FusionRouteError:
+    """As `error_from_rpc`, for a call made on somebody's behalf: if the peer refuses *us*, it is not available.
+
+    Our caller has shown a key that is known here; UNAUTHENTICATED would tell them that they had not.
+    """
+    found = error_from_rpc(error, peer)
+    if not isinstance(found, AccessDenied):
+        return found
+    log.error(
+        "peer_refuses_us", peer=peer, message=found.message, note="see api_key_file and the peer's keys"
+    )
+    return Unavailable(Reason.EXPERT_UNAVAILABLE, f"{peer} does not accept the key of this service")
+
+
 def _error_from_details(status: status_pb2.Status) -> FusionRouteError | None:
     """The error within rich details, or None when they are not ours."""
     info = error_details_pb2.ErrorInfo()

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import grpc
 
+from fusionroute.access import ClientAccess
 from fusionroute.calls import answer_of, answers_of
 from fusionroute.errors import Unavailable
 from fusionroute.grpc_runtime import backoff_seconds, channel
@@ -53,9 +54,14 @@ class TrainerClient:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, address: str) -> AsyncIterator[TrainerClient]:
-        """A client for the trainer at host:port, for as long as the block lasts."""
-        async with channel(address) as connection:
+    async def open(cls, address: str, access: ClientAccess | None = None) -> AsyncIterator[TrainerClient]:
+        """A client for the trainer at host:port, for as long as the block lasts.
+
+        Args:
+            access: certificates and key to show; None = what the environment says (`ClientAccess.from_environment`).
+        """
+        access = access or ClientAccess.from_environment()
+        async with channel(address, access=access) as connection:
             yield cls(connection, address)
 
     async def submit(self, kind: str, config: str, idempotency_key: str) -> SubmitJobResponse:

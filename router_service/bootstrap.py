@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from fusionroute import private_redis
+from fusionroute.access import ClientAccess, ServerAccess
 from fusionroute.engine import Engine
 from fusionroute.errors import FusionRouteError, ModelRejected, Unavailable
 from fusionroute.fusion import CombineRule
@@ -152,7 +153,7 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
             redis, ttl_seconds=settings.session_ttl_seconds, lease_seconds=settings.session_lease_seconds
         )
         registry = RegistryStore(redis, lease_seconds=settings.expert_lease_seconds)
-        directory = Directory(registry.entries, settings.max_message_bytes)
+        directory = Directory(registry.entries, settings.max_message_bytes, access=ClientAccess.of(settings))
         await stack.enter_async_context(directory.running())
         served = ServedCheckpoints(
             await serve_checkpoint(settings, directory, first.hand_over(), first.checkpoint_id),
@@ -181,6 +182,7 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
                 port=settings.port,
                 progress=lambda: _progress(served),
                 frozen_after_seconds=settings.frozen_after_seconds,
+                access=ServerAccess.of(settings),
                 max_message_bytes=settings.max_message_bytes,
             )
         )

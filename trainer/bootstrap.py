@@ -12,6 +12,7 @@ import structlog
 from redis.asyncio import Redis
 
 from fusionroute import private_redis
+from fusionroute.access import ClientAccess, ServerAccess, child_environment
 from fusionroute.background import end_task
 from fusionroute.errors import FusionRouteError, Unavailable, invalid
 from fusionroute.grpc_runtime import (
@@ -98,6 +99,7 @@ async def running_trainer(
             stop_seconds=settings.job_stop_seconds,
             retry_seconds=settings.job_retry_seconds,
             command=tuple(job_command),
+            environment=child_environment(settings),
         )
         supervisor = Supervisor(jobs, workshop, max_running_jobs=settings.max_running_jobs)
         stack.push_async_callback(supervisor.close)
@@ -105,7 +107,7 @@ async def running_trainer(
             jobs,
             CheckpointStore(workshop.checkpoints_dir),
             PromotionStore(redis),
-            registry_of(settings.router),
+            registry_of(settings.router, ClientAccess.of(settings)),
         )
         running = await stack.enter_async_context(
             server(
@@ -114,6 +116,7 @@ async def running_trainer(
                 port=settings.port,
                 progress=lambda: Progress(pending=True, tick=supervisor.num_rounds),
                 frozen_after_seconds=settings.frozen_after_seconds,
+                access=ServerAccess.of(settings),
                 max_message_bytes=settings.max_message_bytes,
             )
         )

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from fusionroute.access import ClientAccess
 from fusionroute.client import RouterClient
-from fusionroute.errors import ModelRejected, Reason
+from fusionroute.errors import AccessDenied, ModelRejected, Reason, Unavailable
 from fusionroute.manifest import ExpertRecord, Manifest
 from fusionroute.promotions import Promotion, PromotionStore, revision_conflict
 from fusionroute.v1.common_pb2 import Dtype
@@ -22,12 +23,16 @@ AskRegistry = Callable[[], Awaitable[Sequence[ExpertEntry]]]
 """The experts that serve now; raises Unavailable."""
 
 
-def registry_of(router: str) -> AskRegistry:
-    """The registry of the router at host:port."""
+def registry_of(router: str, access: ClientAccess | None = None) -> AskRegistry:
+    """The registry of the router at host:port, to which `access` is shown."""
 
     async def ask() -> Sequence[ExpertEntry]:
-        async with RouterClient.open(router) as client:
-            return await client.list_experts()
+        async with RouterClient.open(router, access) as client:
+            try:
+                return await client.list_experts()
+            except AccessDenied as error:  # it is us who are refused, not who asked us
+                message = f"the router {router} does not accept the key of this trainer: {error.message}"
+                raise Unavailable(Reason.EXPERT_UNAVAILABLE, message) from error
 
     return ask
 

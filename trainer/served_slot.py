@@ -11,6 +11,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from fusionroute.access import ClientAccess
 from fusionroute.client import RouterClient
 from fusionroute.errors import FusionRouteError, InternalFault, Reason, TrainingFailed, Unavailable
 from fusionroute.grpc_runtime import backoff_seconds, channel, error_from_rpc
@@ -107,7 +108,7 @@ class ServedSlot:
             if entry.address == self._address:
                 return
             old, self._address = self._connection, entry.address
-            self._connection = channel(entry.address)
+            self._connection = channel(entry.address, access=ClientAccess.from_environment())
             if old is not None:
                 await old.close()
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import TypeVar
@@ -46,6 +46,7 @@ class Workshop:
         stop_seconds: how long a run may take to save once it is asked to stop.
         retry_seconds: how long a job waits after its process has died; the second time twice as long.
         command: what stands before the folder on the command line of a job's process.
+        environment: added to that process's.
     """
 
     jobs_dir: Path
@@ -54,6 +55,7 @@ class Workshop:
     stop_seconds: float = 120.0
     retry_seconds: float = 5.0
     command: tuple[str, ...] = JOB_COMMAND
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Wish(IntEnum):
@@ -127,7 +129,7 @@ class Attempt:
             return Broken(reason_of(error), f"{self._folder.path} cannot be written: {error}")
         if done is not None:
             return done
-        process = await JobProcess.start(self._workshop.command, self._folder)
+        process = await JobProcess.start(self._workshop.command, self._folder, self._workshop.environment)
         self._log.info("job_started", pid=process.pid, attempt=self.job.num_attempts)
         try:
             exit_code = await self._accompany(process)

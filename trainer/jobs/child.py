@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainer.jobs.folder import JobFolder
@@ -25,8 +25,14 @@ class JobProcess:
         self._folder = folder
 
     @classmethod
-    async def start(cls, command: Sequence[str], folder: JobFolder) -> JobProcess:
-        """Starts `command` for a folder, its output appended to the folder's log. Raises OSError."""
+    async def start(
+        cls, command: Sequence[str], folder: JobFolder, environment: Mapping[str, str] | None = None
+    ) -> JobProcess:
+        """Starts `command` for a folder, its output appended to the folder's log. Raises OSError.
+
+        Args:
+            environment: added to that of this process.
+        """
         with folder.log.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 *command,
@@ -34,7 +40,7 @@ class JobProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, MARK: str(folder.path), "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **(environment or {}), MARK: str(folder.path), "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )
         return cls(process, folder.path)
