@@ -16,6 +16,9 @@ from expert_service.registrar import Registrar, Registration
 from expert_service.served_model import ServedModel
 from expert_service.servicer import ExpertServicer
 from expert_service.settings import ExpertSettings
+from expert_service.watching import exposition, needs_registration
+from fusionroute import tracing
+from fusionroute.access import ClientAccess, ServerAccess
 from fusionroute.background import end_task
 from fusionroute.engine import Engine, LoadedModel, load_model
 from fusionroute.errors import ModelRejected
@@ -32,6 +35,7 @@ from fusionroute.grpc_runtime import (
 from fusionroute.model_settings import DeviceMissing, prepare_torch
 from fusionroute.settings import ExitCode
 from fusionroute.v1 import expert_pb2, expert_pb2_grpc, registry_pb2
+from fusionroute.watch_server import Watched, check_watch_port_free, watching
 from fusionroute.wire import identity_to_message, load_to_message
 
 log = structlog.get_logger(__name__)
@@ -44,7 +48,12 @@ def run(settings: ExpertSettings) -> ExitCode:
     try:
         prepare_torch(settings)
         check_port_free(settings.host, settings.port)
-        asyncio.run(serve(settings, _load(settings)))
+        check_watch_port_free(settings)
+        with tracing.exporting("expert-service", settings.otel_endpoint):
+            asyncio.run(serve(settings, _load(settings)))
+    except tracing.TracingMissing as error:
+        log.error("bad_settings", message=str(error))
+        return ExitCode.BAD_SETTINGS
     except DeviceMissing as error:
         log.error("device_missing", message=str(error))
         return ExitCode.BAD_SETTINGS
@@ -82,6 +91,7 @@ class RunningExpert:
     servicer: ExpertServicer
     served: ServedModel
     registrar: Registrar | None
+    watch_address: str | None = None
 
     @property
     def engine(self) -> Engine:
@@ -111,18 +121,24 @@ async def running_expert(settings: ExpertSettings, model: LoadedModel) -> AsyncI
         del engine
         await stack.enter_async_context(served)
         servicer = ExpertServicer(served, settings.slot, settings.max_message_bytes)
+        registrar: Registrar | None = None
+        access = ServerAccess.of(settings)
         running = await stack.enter_async_context(
             server(
                 [service_of(servicer)],
                 host=settings.host,
                 port=settings.port,
                 progress=lambda: progress_of(served.engine),
+                why_not_ready=needs_registration(settings.router is not None, lambda: registrar),
                 frozen_after_seconds=settings.frozen_after_seconds,
+                access=access,
                 max_message_bytes=settings.max_message_bytes,
             )
         )
         registrar = await _enter_registrar(stack, settings, running, served)
-        yield RunningExpert(running, servicer, served, registrar)
+        watched = Watched(running.health, exposition(served, registrar), keys=access.keys)
+        watch_address = await stack.enter_async_context(watching(settings, watched))
+        yield RunningExpert(running, servicer, served, registrar, watch_address)
 
 
 async def serve(settings: ExpertSettings, model: LoadedModel) -> None:
@@ -134,6 +150,7 @@ async def serve(settings: ExpertSettings, model: LoadedModel) -> None:
             drain=expert.drain,
             drain_seconds=settings.drain_seconds,
             ready_file=settings.ready_file,
+            watch_address=expert.watch_address,
         )
 
 
@@ -157,7 +174,11 @@ async def _enter_registrar(
     """Registers with the router, if one is named; serving does not wait for it."""
     if settings.router is None:
         return None
-    channels = [await stack.enter_async_context(channel(address)) for address in settings.router_addresses()]
+    access = ClientAccess.of(settings)
+    channels = [
+        await stack.enter_async_context(channel(address, access=access))
+        for address in settings.router_addresses()
+    ]
     registration = Registration(
         instance_id=f"{settings.slot}-{uuid4().hex[:12]}",
         slot=settings.slot,

@@ -16,6 +16,7 @@ STEPS = Counter(
     ["outcome"],
     registry=REGISTRY,
 )
+STEPS_OK = STEPS.labels(outcome="ok")
 STEP_QUEUE_SECONDS = Histogram(
     f"{PREFIX}_step_queue_seconds",
     "From a step's arrival to its first forward.",

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import torch
 
-from expert_service import checks
+from expert_service import checks, watching
 from expert_service.scoring import score_sequences
 from expert_service.served_model import ServedModel
 from fusionroute.engine import Engine, SessionView, StepCall, StepOutcome
@@ -100,12 +101,17 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             return expert_pb2.StepResult(error=step_error_to_message(error))
 
     async def _step(self, request: expert_pb2.StepRequest, deadline: float | None) -> expert_pb2.StepResponse:
-        with self._served.use() as engine:
-            return await _step(engine, request, deadline)
+        arrived = time.monotonic()
+        try:
+            with self._served.use() as engine:
+                return await _step(engine, request, deadline, self._slot, arrived)
+        except FusionRouteError as error:
+            watching.note_failed_step(self._slot, error.reason.value, arrived)
+            raise
 
 
 async def _step(
-    engine: Engine, request: expert_pb2.StepRequest, deadline: float | None
+    engine: Engine, request: expert_pb2.StepRequest, deadline: float | None, slot: str, arrived: float
 ) -> expert_pb2.StepResponse:
     checks.check_step(request, engine.facts)
     # Drafting starts from the last row, whether the caller wants to see it or not.
@@ -119,6 +125,7 @@ async def _step(
             expected_epoch=request.expected_epoch, fence=request.fence, deadline=deadline,
         )  # fmt: skip
         outcomes.append(await engine.step(call))
+    watching.note_step(slot, len(request.token_ids), outcomes, arrived)
     rows = outcomes[0].rows[num_rows - request.num_rows :]
     if drafted:
         rows = torch.cat([rows, *(outcome.rows for outcome in outcomes[1:])])

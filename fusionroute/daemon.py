@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
-def write_ready_file(path: Path, address: str) -> None:
-    """Writes "HOST:PORT\\n" so that a reader sees all of it or nothing."""
+def write_ready_file(path: Path, address: str, watch_address: str | None = None) -> None:
+    """Writes "HOST:PORT\\n" so that a reader sees all of it or nothing; a second line names the watch port, if any."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(address + "\n", encoding="ascii")
+    lines = [address] if watch_address is None else [address, watch_address]
+    temporary.write_text("\n".join(lines) + "\n", encoding="ascii")
     temporary.replace(path)
 
 
@@ -31,6 +32,7 @@ async def serve_until_signalled(
     drain: Callable[[float], Awaitable[None]],
     drain_seconds: float,
     ready_file: Path | None = None,
+    watch_address: str | None = None,
 ) -> None:
     """Says ready, waits for SIGTERM or SIGINT, drains, stops. A second signal ends the process at once.
 
@@ -39,6 +41,7 @@ async def serve_until_signalled(
         drain: gets the seconds it has; refuses new work and returns when the running work is done.
         drain_seconds: most time for it.
         ready_file: receives HOST:PORT while we serve.
+        watch_address: HOST:PORT of the watch port, None without one; also told in the ready file.
     """
     loop = asyncio.get_running_loop()
     signalled: asyncio.Future[signal.Signals] = loop.create_future()
@@ -56,7 +59,7 @@ async def serve_until_signalled(
     print(f"ready on {running.address}", flush=True)
     log.info("ready", address=running.address)
     if ready_file is not None:
-        write_ready_file(ready_file, running.address)
+        write_ready_file(ready_file, running.address, watch_address)
     number = await signalled
     log.info(
         "draining", signal=number.name, drain_seconds=drain_seconds, note="a second signal stops at once"
