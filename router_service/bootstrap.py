@@ -12,7 +12,7 @@ import structlog
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
-from fusionroute import private_redis
+from fusionroute import private_redis, tracing
 from fusionroute.access import ClientAccess, ServerAccess
 from fusionroute.engine import Engine
 from fusionroute.errors import FusionRouteError, ModelRejected, Unavailable
@@ -31,6 +31,7 @@ from fusionroute.promotions import PromotedCheckpoint, Promotion, PromotionStore
 from fusionroute.router_loading import LoadedRouter
 from fusionroute.settings import ExitCode
 from fusionroute.v1 import registry_pb2, registry_pb2_grpc, router_pb2, router_pb2_grpc
+from fusionroute.watch_server import Watched, check_watch_port_free, watching
 from router_service.admission import Admission
 from router_service.asking import LocalModel
 from router_service.experts import Directory, RemoteExpert
@@ -47,6 +48,7 @@ from router_service.token_pace import PaceLimit
 from router_service.turn_admission import KvBudget, TurnAdmission
 from router_service.turn_keeper import TurnKeeper, TurnLimits
 from router_service.turn_request import Offer
+from router_service.watching import RouterGauges, needs_redis
 
 log = structlog.get_logger(__name__)
 
@@ -60,9 +62,14 @@ def run(settings: RouterSettings) -> ExitCode:
         with ExitStack() as stack:
             prepare_torch(settings)
             check_port_free(settings.host, settings.port)
+            check_watch_port_free(settings)
+            stack.enter_context(tracing.exporting("router-service", settings.otel_endpoint))
             settings = _with_redis(stack, settings)
             first = load_first(settings, asyncio.run(_read_promotion(settings)))
             asyncio.run(serve(settings, first))
+    except tracing.TracingMissing as error:
+        log.error("bad_settings", message=str(error))
+        return ExitCode.BAD_SETTINGS
     except DeviceMissing as error:
         log.error("device_missing", message=str(error))
         return ExitCode.BAD_SETTINGS
@@ -132,6 +139,7 @@ class RunningRouter:
     keeper: TurnKeeper
     served: ServedCheckpoints
     directory: Directory
+    watch_address: str | None = None
 
     @property
     def engine(self) -> Engine:
@@ -172,6 +180,7 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
                 is_served=lambda slot: directory.best(slot) is not None,
             )
             await stack.enter_async_context(watch.running())
+        access = ServerAccess.of(settings)
         running = await stack.enter_async_context(
             server(
                 [
@@ -181,12 +190,16 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
                 host=settings.host,
                 port=settings.port,
                 progress=lambda: _progress(served),
+                why_not_ready=needs_redis(redis),
                 frozen_after_seconds=settings.frozen_after_seconds,
-                access=ServerAccess.of(settings),
+                access=access,
                 max_message_bytes=settings.max_message_bytes,
             )
         )
-        yield RunningRouter(running, keeper, served, directory)
+        gauges = RouterGauges(served, directory, admission)
+        watched = Watched(running.health, gauges.exposition(), keys=access.keys)
+        watch_address = await stack.enter_async_context(watching(settings, watched))
+        yield RunningRouter(running, keeper, served, directory, watch_address)
 
 
 def turn_admission(
@@ -239,6 +252,7 @@ async def serve(settings: RouterSettings, first: FirstCheckpoint) -> None:
             drain=router.keeper.drain,
             drain_seconds=settings.drain_seconds,
             ready_file=settings.ready_file,
+            watch_address=router.watch_address,
         )
 
 

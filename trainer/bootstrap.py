@@ -11,7 +11,7 @@ from pathlib import Path
 import structlog
 from redis.asyncio import Redis
 
-from fusionroute import private_redis
+from fusionroute import private_redis, tracing
 from fusionroute.access import ClientAccess, ServerAccess, child_environment
 from fusionroute.background import end_task
 from fusionroute.errors import FusionRouteError, Unavailable, invalid
@@ -27,6 +27,7 @@ from fusionroute.grpc_runtime import (
 from fusionroute.promotions import PromotionStore
 from fusionroute.settings import ExitCode
 from fusionroute.v1 import trainer_pb2, trainer_pb2_grpc
+from fusionroute.watch_server import Watched, check_watch_port_free, watching
 from trainer.checkpoint_store import CheckpointStore
 from trainer.jobs.attempt import Workshop
 from trainer.jobs.child import JOB_COMMAND
@@ -35,6 +36,7 @@ from trainer.jobs.supervisor import Supervisor
 from trainer.promoter import registry_of
 from trainer.servicer import TrainerServicer
 from trainer.settings import TrainerSettings
+from trainer.watching import TrainerGauges
 
 log = structlog.get_logger(__name__)
 
@@ -51,8 +53,13 @@ def run(settings: TrainerSettings, job_command: Sequence[str] = JOB_COMMAND) -> 
     """
     try:
         check_port_free(settings.host, settings.port)
+        check_watch_port_free(settings)
         _make_folders(settings)
-        asyncio.run(_serve(settings, job_command))
+        with tracing.exporting("trainer-service", settings.otel_endpoint):
+            asyncio.run(_serve(settings, job_command))
+    except tracing.TracingMissing as error:
+        log.error("bad_settings", message=str(error))
+        return ExitCode.BAD_SETTINGS
     except PortTaken as error:
         log.error("port_taken", message=str(error))
         return ExitCode.PORT_TAKEN
@@ -77,6 +84,7 @@ class RunningTrainer:
     server: RunningServer
     supervisor: Supervisor
     jobs: JobStore
+    watch_address: str | None = None
 
 
 @asynccontextmanager
@@ -109,20 +117,25 @@ async def running_trainer(
             PromotionStore(redis),
             registry_of(settings.router, ClientAccess.of(settings)),
         )
+        gauges = TrainerGauges(jobs, supervisor)
+        access = ServerAccess.of(settings)
         running = await stack.enter_async_context(
             server(
                 [trainer_service(servicer)],
                 host=settings.host,
                 port=settings.port,
                 progress=lambda: Progress(pending=True, tick=supervisor.num_rounds),
+                why_not_ready=gauges.needs_store(),
                 frozen_after_seconds=settings.frozen_after_seconds,
-                access=ServerAccess.of(settings),
+                access=access,
                 max_message_bytes=settings.max_message_bytes,
             )
         )
         taking = asyncio.create_task(supervisor.run(), name="supervisor")
         stack.push_async_callback(end_task, taking)
-        yield RunningTrainer(running, supervisor, jobs)
+        watched = Watched(running.health, gauges.exposition(), gauges.refresh, access.keys)
+        watch_address = await stack.enter_async_context(watching(settings, watched))
+        yield RunningTrainer(running, supervisor, jobs, watch_address)
 
 
 async def _serve(settings: TrainerSettings, job_command: Sequence[str]) -> None:
@@ -132,6 +145,7 @@ async def _serve(settings: TrainerSettings, job_command: Sequence[str]) -> None:
             drain=trainer.supervisor.drain,
             drain_seconds=settings.drain_seconds,
             ready_file=settings.ready_file,
+            watch_address=trainer.watch_address,
         )
 
 

@@ -1,0 +1,100 @@
+"""What probes and Prometheus learn of a running router beside what it counts: gauges, and whether it is ready."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from fusionroute.client import expert_state_name
+from fusionroute.health import WhyNotReady
+from fusionroute.metrics import EngineCollector, Exposition, GaugeCollector
+from router_service import metrics
+from router_service.experts import Directory
+from router_service.serving import ServedCheckpoints
+from router_service.turn_admission import TurnAdmission
+
+ENGINE_PREFIX = f"{metrics.PREFIX}_engine"
+SHOWN_STATES = ("ready", "standby", "draining")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterGauges:
+    """A router's parts whose numbers are read when they are asked for."""
+
+    served: ServedCheckpoints
+    directory: Directory
+    admission: TurnAdmission
+
+    def exposition(self) -> Exposition:
+        """All that the router tells Prometheus."""
+        engines = EngineCollector(
+            ENGINE_PREFIX, lambda: [serving.engine.load() for serving in self.served.all()]
+        )
+        return Exposition(metrics.REGISTRY, [engines, *self.collectors()])
+
+    def collectors(self) -> list[GaugeCollector]:
+        """One for each gauge."""
+        prefix, admission = metrics.PREFIX, self.admission
+        return [
+            GaugeCollector(
+                f"{prefix}_running_turns", "Turns written now.", (), lambda: {(): admission.num_running}
+            ),
+            GaugeCollector(
+                f"{prefix}_running_turns_limit", "Most turns at a time.", (), lambda: {(): admission.limit}
+            ),
+            GaugeCollector(
+                f"{prefix}_turn_tokens_reserved",
+                "Key-value tokens set aside for the running turns at their longest.",
+                (),
+                lambda: {(): admission.tokens_reserved},
+            ),
+            GaugeCollector(
+                f"{prefix}_turn_tokens_limit",
+                "Key-value tokens that running turns may count on, of the model that has least.",
+                (),
+                lambda: {(): admission.budget().tokens},
+            ),
+            GaugeCollector(
+                f"{prefix}_expert_instances",
+                "Expert processes this router knows, by slot and state; a slot of the checkpoint is always listed.",
+                ("slot", "state"),
+                self._instances,
+            ),
+            GaugeCollector(
+                f"{prefix}_checkpoints", "Checkpoints in memory.", (), lambda: {(): len(self.served.all())}
+            ),
+            GaugeCollector(
+                f"{prefix}_promotion_revision",
+                "The latest promotion this router has acted upon; 0 = none.",
+                (),
+                lambda: {(): self.served.promotion.revision},
+            ),
+        ]
+
+    def _instances(self) -> dict[tuple[str, ...], float]:
+        slots = set(self.served.current.offer.slots)
+        entries = [instance.entry for instance in self.directory.instances.values()]
+        slots.update(entry.slot for entry in entries)
+        found = Counter((entry.slot, expert_state_name(entry.state)) for entry in entries)
+        listed: dict[tuple[str, ...], float] = {
+            (slot, state): 0.0 for slot in sorted(slots) for state in SHOWN_STATES
+        }
+        return listed | {key: float(count) for key, count in found.items()}
+
+
+def needs_redis(redis: Redis) -> WhyNotReady:
+    """A router whose Redis does not answer should get no new turns, although running ones go on."""
+
+    async def why_not_ready() -> Sequence[str]:
+        ping: object
+        try:
+            ping = await redis.execute_command("PING")  # type: ignore[no-untyped-call]
+        except (RedisError, OSError) as error:
+            return [f"redis: {type(error).__name__}"]
+        return () if ping else ["redis: no answer"]
+
+    return why_not_ready
