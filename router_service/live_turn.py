@@ -1,4 +1,4 @@
-"""A turn that is being written here: its events, kept so that any number of streams can follow it from any token."""
+"""A turn that is written or followed here: its events, kept so that streams can follow it from any token."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ class LiveTurn:
     """What streams see of a turn while it is written and for as long as they look.
 
     Attributes:
-        request_id: of the request that began it; empty when it gave none.
+        request_id: of the turn: that of the request that began it, or drawn.
         answer_position: tokens of the session before the answer.
+        context: the last few of these.
+        is_written_here: whether this router writes it, or tries to; False while it only follows.
         costs: None while and where nothing is written here.
         interrupt: ends the writer's waiting for a model.
     """
@@ -32,6 +34,8 @@ class LiveTurn:
     turn: Turn
     showing: Showing
     answer_position: int
+    context: list[int] = field(default_factory=list)
+    is_written_here: bool = False
     tokens: list[WrittenToken] = field(default_factory=list)
     ending: Ending | None = None
     error: FusionRouteError | None = None
@@ -95,8 +99,12 @@ class LiveTurn:
         """How long nobody has followed the turn."""
         return 0.0 if self.num_followers else time.monotonic() - self.left_alone_since
 
-    def _close(self) -> None:
+    def nobody_writes(self) -> None:
+        """The writer here has ended."""
         self.interrupt = _nothing  # it holds the writer and with it the whole model
+
+    def _close(self) -> None:
+        self.nobody_writes()
         self._announce()
 
     def _announce(self) -> None:

@@ -3,10 +3,13 @@
     fr:{sid}:meta    hash    fence, owner, and the latest turn: state, request id, answer position ...
     fr:{sid}:tok     string  the tokens, prompts included, as records of sixteen bytes
     fr:{sid}:lease   string  the owner; gone when its writer has not been heard of for a while
+    fr:{sid}:gone    string  for some minutes after a deletion: the highest fence that it was meant for
 
-A writer acquires a session and is given a fence, a number that only grows. Every write carries it: who was
-overtaken by another writer is refused, however late its write arrives. Every operation is one round trip and
-may be repeated.
+A writer acquires a session and is given a fence, a number that only grows, with the clock: max(previous + 1,
+microseconds now). Every write carries fence and owner: who was overtaken by another writer is refused, however
+late its write arrives. A writer whose fence is higher than the store's, or whose session the store does not know,
+has found a Redis that lost what it was told; it puts the session back (`restore`). Every operation is one round trip
+and may be repeated.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from router_service.stored_session import (
     CancelOutcome,
     FinishReason,
     Lease,
+    OpenTurn,
     StoredSession,
     TurnBegun,
     TurnParameters,
@@ -33,6 +37,9 @@ from router_service.stored_session import (
     WriteVerdict,
     parse_session,
 )
+
+TOMBSTONE_SECONDS = 600.0
+"""For so long a deletion is remembered, so that a writer does not mistake it for a loss."""
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
@@ -135,16 +142,44 @@ class SessionStore:
             position,
             prompt,
             request_id or uuid.uuid4().hex,
-            json.dumps(dict(turn.sampling), sort_keys=True),
-            turn.seed,
-            turn.combine,
-            turn.checkpoint,
+            *_parameters(turn),
         )
         if answer[0] in (b"gap", b"conflict"):
             raise _moved(lease.session_id, position, int(answer[1]))
         return TurnBegun(answer[0] == b"done", answer_position=int(answer[1]), length=int(answer[2]))
 
-    async def finish(self, lease: Lease, length: int, reason: FinishReason, *, stop: str = "") -> None:
+    async def restore(
+        self, lease: Lease, records: bytes, turn: OpenTurn, *, deadline_seconds: float | None = None
+    ) -> WriteOutcome:
+        """Puts a session back that Redis has lost, wholly or in part. Nothing is lost: nothing happens.
+
+        Args:
+            records: all of the session, packed, as its writer holds them.
+            turn: the one that is being written.
+
+        Raises:
+            SessionStateError: SESSION_UNKNOWN, it was deleted on purpose; STALE_FENCE, LEASE_LOST.
+        """
+        answer = await self._write(
+            "restore",
+            lease,
+            records,
+            turn.request_id,
+            turn.answer_position,
+            *_parameters(turn.parameters),
+            deadline_seconds=deadline_seconds,
+        )
+        return _outcome(answer)
+
+    async def finish(
+        self,
+        lease: Lease,
+        length: int,
+        reason: FinishReason,
+        *,
+        stop: str = "",
+        deadline_seconds: float | None = None,
+    ) -> None:
         """Closes the turn and gives the lease back.
 
         Args:
@@ -155,16 +190,22 @@ class SessionStore:
             SessionStateError: POSITION_AHEAD when the session has another length; STALE_FENCE, LEASE_LOST,
                 SESSION_UNKNOWN.
         """
-        answer = await self._write("finish", lease, length, reason.value, stop)
+        answer = await self._write(
+            "finish", lease, length, reason.value, stop, deadline_seconds=deadline_seconds
+        )
         if answer[0] != b"done":
             raise _moved(lease.session_id, length, int(answer[1]))
 
     async def release(self, lease: Lease, *, deadline_seconds: float | None = None) -> None:
-        """Gives the lease back and leaves the turn as it is. A lease that is lost already is fine."""
+        """Gives the lease back and leaves the turn as it is. A lease that is lost already is fine.
+
+        Raises:
+            SessionStateError: SESSION_UNKNOWN.
+        """
         try:
             await self._write("release", lease, deadline_seconds=deadline_seconds)
         except SessionStateError as error:
-            if error.reason not in (Reason.STALE_FENCE, Reason.SESSION_UNKNOWN):
+            if error.reason is not Reason.STALE_FENCE:
                 raise
 
     async def cancel(self, session_id: str) -> CancelOutcome:
@@ -191,7 +232,9 @@ class SessionStore:
 
     async def delete(self, session_id: str) -> bool:
         """Forgets a session; whoever writes it learns so from its next write. Returns whether it existed."""
-        answer = await self._runner.run(load_script("router_service", "delete"), session_keys(session_id), [])
+        answer = await self._runner.run(
+            load_script("router_service", "delete"), session_keys(session_id), [_milliseconds(TOMBSTONE_SECONDS)]
+        )
         return bool(answer[0] == b"done")
 
     async def _write(
@@ -204,7 +247,7 @@ class SessionStore:
         answer = await self._runner.run(
             load_script("router_service", "session", script),
             session_keys(lease.session_id),
-            [lease.fence, *self._times, *arguments],
+            [lease.fence, *self._times, lease.owner, *arguments],
             deadline_seconds=deadline_seconds,
         )
         self._reject(lease.session_id, answer, lease)
@@ -213,6 +256,12 @@ class SessionStore:
     def _reject(self, session_id: str, answer: Sequence[Any], lease: Lease | None = None) -> None:
         if answer[0] == b"unknown":
             message = f"session {session_id} is not known: never begun, deleted or expired"
+            raise SessionStateError(Reason.SESSION_UNKNOWN, message)
+        if answer[0] == b"deleted":
+            message = f"session {session_id} was deleted"
+            raise SessionStateError(Reason.SESSION_UNKNOWN, message, metadata={"deleted": "true"})
+        if answer[0] == b"behind":
+            message = f"the store has lost the latest of session {session_id}"
             raise SessionStateError(Reason.SESSION_UNKNOWN, message)
         if answer[0] == b"stale":
             assert lease is not None
@@ -224,14 +273,14 @@ class SessionStore:
 
 
 def session_keys(session_id: str) -> list[str]:
-    """The keys of a session: meta, tok, lease.
+    """The keys of a session: meta, tok, lease, gone.
 
     Raises:
         InvalidRequest: the id is empty, too long or holds other characters than letters, digits and ``_.:-``.
     """
     if not _SESSION_ID.fullmatch(session_id):
         raise invalid("session_id", session_id, "1 to 128 letters, digits or any of _ . : -")
-    return [f"fr:{{{session_id}}}:{part}" for part in ("meta", "tok", "lease")]
+    return [f"fr:{{{session_id}}}:{part}" for part in ("meta", "tok", "lease", "gone")]
 
 
 def as_lease_lost(error: SessionStateError) -> SessionStateError:
@@ -243,6 +292,15 @@ def as_lease_lost(error: SessionStateError) -> SessionStateError:
 
 def _outcome(answer: Sequence[Any]) -> WriteOutcome:
     return WriteOutcome(WriteVerdict(answer[0].decode()), int(answer[1]), cancel_requested=bool(answer[2]))
+
+
+def _parameters(turn: TurnParameters) -> tuple[str | int, ...]:
+    return json.dumps(dict(turn.sampling), sort_keys=True), turn.seed, turn.combine, turn.checkpoint
+
+
+def was_deleted(error: FusionRouteError) -> bool:
+    """Whether a session is unknown because somebody wanted it so, and not because Redis has lost it."""
+    return error.metadata.get("deleted") == "true"
 
 
 def _moved(session_id: str, position: int, length: int) -> FusionRouteError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, SecretStr
 
@@ -53,11 +53,30 @@ class RouterSettings(ModelSettings):
     expert_timeout_seconds: Seconds = Field(
         60.0, description="How long one row may take, waiting for a restarted expert included."
     )
+    expert_attempt_seconds: Seconds = Field(
+        5.0,
+        description="How long an expert may take to answer a call with one token before the call is made again,"
+        " of another instance where there is one; each further token adds 0.02 s.",
+    )
+    on_expert_unavailable: Literal["wait", "next_best", "router_only", "fail"] = Field(
+        "wait", description="What is done while a picked expert is not there, when a request does not say."
+    )
+    degrade_after_seconds: Seconds = Field(
+        1.0,
+        description="How long a picked expert may be missed, or silent, before that is done; wait does not use it.",
+    )
+    hedge_after_seconds: Seconds | None = Field(
+        None,
+        description="A replica is asked as well when an expert has not answered for so long; absent = never.",
+    )
     alone_seconds: Seconds = Field(
         30.0, description="A turn that nobody has followed for so long is put aside until it is resumed."
     )
     session_ttl_seconds: Seconds = Field(
         86_400.0, description="A session is forgotten so long after its last write."
+    )
+    store_patience_seconds: Seconds = Field(
+        60.0, description="How long Redis may be away before running turns break off; they can be resumed."
     )
     session_lease_seconds: Seconds = Field(
         10.0, description="A router that is silent for so long may be replaced as a session's writer."

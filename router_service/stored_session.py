@@ -79,6 +79,16 @@ class TurnParameters:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenTurn:
+    """A turn that is being written, as the store has to know it."""
+
+    request_id: str
+    """Never empty: drawn where the request gave none."""
+    answer_position: int
+    parameters: TurnParameters
+
+
+@dataclass(frozen=True, slots=True)
 class TurnBegun:
     """Answer to `begin_turn`."""
 

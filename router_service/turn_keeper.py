@@ -1,12 +1,12 @@
-"""Begins, continues and ends turns: the store says what was written, this process writes what is missing."""
+"""Begins, finds and ends turns: the store says what was written, runners of this process write what is missing."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
@@ -14,8 +14,6 @@ import structlog
 
 from fusionroute.background import end_task
 from fusionroute.errors import (
-    FusionRouteError,
-    InternalFault,
     InvalidRequest,
     Reason,
     SessionStateError,
@@ -23,39 +21,41 @@ from fusionroute.errors import (
     invalid,
 )
 from fusionroute.v1 import router_pb2
-from router_service.asking import Text
-from router_service.generation import Ending, TurnWriter, WrittenToken
+from router_service import metrics
 from router_service.live_turn import LiveTurn
-from router_service.records import pack_prompt, to_token_records
+from router_service.records import pack_prompt
 from router_service.serving import CONTEXT_TOKENS, ServedCheckpoints, Serving
 from router_service.session_store import SessionStore, new_session_id
-from router_service.stored_session import (
-    FinishReason,
-    Lease,
-    SessionState,
-    StoredSession,
-    StoredTurn,
-)
-from router_service.text import AnswerText
-from router_service.token_log import TokenLog
+from router_service.session_text import Text
+from router_service.stored_session import FinishReason, OpenTurn, SessionState, StoredSession
 from router_service.turn_admission import Reservation, TurnAdmission
+from router_service.turn_reader import answer_text_of, latest_turn, read_back
 from router_service.turn_request import Offer, Showing, Turn, read_prompt, read_showing, read_turn
+from router_service.turn_runner import Draft, TurnLimits, TurnRunner, released_on_error
 
 log = structlog.get_logger(__name__)
 
 CLEAN_UP_SECONDS = 5.0
 """What a turn that is put aside has to store its tokens and give its lease back."""
+BEGIN_SECONDS = 5.0
+"""How long to look on while a session changes under a request that wants to begin a turn in it."""
+BEGIN_PAUSE_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class TurnLimits:
-    """How long turns run here without anybody listening.
+class _Request:
+    """A request that was checked: what is to be written, where, and under which checkpoint."""
 
-    Attributes:
-        alone_seconds: a turn that nobody has followed for so long is put aside; `Resume` continues it.
-    """
+    message: router_pb2.GenerateRequest
+    serving: Serving
+    turn: Turn
+    showing: Showing
+    session_id: str
+    turn_id: str
 
-    alone_seconds: float = 30.0
+    def has_begun(self, turn_id: str) -> bool:
+        """Whether a turn of this id is the one that is asked for."""
+        return bool(self.message.request_id) and turn_id == self.turn_id
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +77,7 @@ class TurnKeeper:
     @property
     def num_running(self) -> int:
         """Turns that are being written here."""
-        return len(self._tasks)
+        return sum(live.is_written_here for live in self._live.values())
 
     @property
     def num_tokens_written(self) -> int:
@@ -85,52 +85,23 @@ class TurnKeeper:
         return sum(len(live.tokens) for live in self._live.values())
 
     async def generate(self, request: router_pb2.GenerateRequest) -> LiveTurn:
-        """Begins a turn, or finds the one that the same request id has begun.
+        """Begins a turn, or finds the one that the same request id has begun, here or on another router.
 
         Raises:
             FusionRouteError: the request cannot be served; nothing was written.
         """
         with self.served.current.in_use() as serving:
-            return await self._generate(request, serving)
-
-    async def _generate(self, request: router_pb2.GenerateRequest, serving: Serving) -> LiveTurn:
-        turn, showing = read_turn(request, serving.offer), read_showing(request)
-        self._refuse_if_draining()
-        session_id = request.session_id or new_session_id()
-        live = self._live.get(session_id)
-        if live is not None:
-            if request.request_id and live.request_id == request.request_id:
-                return live
-            raise _busy(session_id)
-        self.admission.check()  # a refusal must cost nothing: no look into the store, nothing encoded
-        stored = await self._find(session_id) if request.session_id else None
-        if stored is not None and request.request_id and _request_id(stored) == request.request_id:
-            return await self.resume(session_id)
-        tokens = [] if stored is None else stored.records["token_id"].tolist()
-        prompt = await read_prompt(request, serving.tokenizer, serving.offer, first_turn=not tokens)
-        _check_context(serving.offer, len(tokens), len(prompt))
-        with self._reserved(serving.offer, len(tokens) + len(prompt), turn) as reservation:
-            lease = await self.store.acquire(session_id, owner=uuid4().hex)
-            async with _released_on_error(self.store, lease):
-                begun = await self.store.begin_turn(
-                    lease, len(tokens), pack_prompt(prompt), turn.to_stored(), request_id=request.request_id
-                )
-            if begun.is_new:
-                text = Text(session_id, lease.fence, tokens + prompt)
-                live = LiveTurn(session_id, request.request_id, turn, showing, begun.answer_position)
-                answer_text = serving.answer_text(turn.stops, text.tokens)
-                self._start(serving, live, lease, text, answer_text, reservation)
-                return live
-        # another router has begun this very request since we looked
-        await self.store.release(lease)
-        return await self.resume(session_id)
+            turn, showing = read_turn(request, serving.offer), read_showing(request)
+            session_id = request.session_id or new_session_id()
+            turn_id = request.request_id or uuid4().hex
+            return await self._generate(_Request(request, serving, turn, showing, session_id, turn_id))
 
     async def resume(self, session_id: str, from_token: int = 0) -> LiveTurn:
-        """The latest turn of a session, running, complete or continued.
+        """The latest turn of a session: running here, complete, followed while another router writes it, or continued.
 
         Raises:
-            FusionRouteError: SESSION_UNKNOWN; SESSION_BUSY when another router writes it; CHECKPOINT_CHANGED when it
-                was begun under another checkpoint; INVALID_FIELD when the turn ends before `from_token`.
+            FusionRouteError: SESSION_UNKNOWN; CHECKPOINT_CHANGED when nobody writes it and it was begun under another
+                checkpoint; INVALID_FIELD when the turn ends before `from_token`; OutOfRoom; STORE_UNAVAILABLE.
         """
         live = self._live.get(session_id) or await self._restored(session_id)
         if live.is_over and from_token > len(live.tokens):
@@ -138,20 +109,22 @@ class TurnKeeper:
         return live
 
     async def cancel(self, session_id: str) -> bool:
-        """Ends the running turn of a session; returns whether one was running. Raises SESSION_UNKNOWN."""
+        """Ends the running turn of a session, whoever writes it; returns whether one was running.
+
+        Raises:
+            FusionRouteError: SESSION_UNKNOWN; STORE_UNAVAILABLE.
+        """
         live = self._live.get(session_id)
-        if live is not None:
+        if live is not None and live.is_written_here:
             live.cancel()
             return True
         outcome = await self.store.cancel(session_id)
         if outcome.was_running and not outcome.writer_is_alive:
-            lease = await self.store.acquire(session_id, owner=uuid4().hex, create=False)
-            async with _released_on_error(self.store, lease):
-                await self.store.finish(lease, lease.length, FinishReason.CANCELLED)
+            await self._finish_abandoned(session_id)
         return outcome.was_running
 
     async def delete(self, session_id: str) -> bool:
-        """Forgets a session in the store; its running turn ends."""
+        """Forgets a session in the store; its running turn ends, whoever writes it."""
         live = self._live.get(session_id)
         if live is not None:
             live.cancel()
@@ -159,14 +132,20 @@ class TurnKeeper:
 
     async def answer_text(self, stored: StoredSession) -> str:
         """The text of a stored session's latest answer."""
-        turn = _latest_turn(stored)
-        live, answer_text = await asyncio.to_thread(_read_back, self.served.current, stored, turn)
+        serving = self.served.current
+        live = await asyncio.to_thread(read_back, serving, stored)
         pieces = [token.text for token in live.tokens]
-        pieces.append(answer_text.finish() if live.ending is None else live.ending.text)
+        if live.ending is not None:
+            pieces.append(live.ending.text)
+        else:
+            pieces.append((await asyncio.to_thread(answer_text_of, serving, live)).finish())
         return "".join(pieces)
 
     async def drain(self, timeout_seconds: float) -> None:
-        """Refuses new turns, gives the running ones some time and puts the others aside, to be resumed elsewhere."""
+        """Refuses new turns, gives the running ones some time and puts the others aside, to be resumed elsewhere.
+
+        Streams of turns that another router writes end at once; it is for their clients to go there.
+        """
         self._draining = True
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_seconds)
@@ -174,160 +153,124 @@ class TurnKeeper:
             *(end_task(task, patience_seconds=CLEAN_UP_SECONDS) for task in list(self._tasks))
         )
 
+    # --- beginning -----------------------------------------------------------------------------------------------
+
+    async def _generate(self, request: _Request) -> LiveTurn:
+        """Looks and begins, and looks again when the session has changed between the two."""
+        give_up = time.monotonic() + BEGIN_SECONDS
+        while True:
+            self._refuse_if_draining()
+            live = self._live.get(request.session_id)
+            if live is not None:
+                if request.has_begun(live.request_id):
+                    return live
+                raise _busy(request.session_id)
+            self.admission.check()  # a refusal must cost nothing: no look into the store, nothing encoded
+            stored = await self._find(request.session_id) if request.message.session_id else None
+            if stored is not None and stored.turn is not None and request.has_begun(stored.turn.request_id):
+                return await self.resume(request.session_id)
+            try:
+                begun = await self._begin(request, stored)
+            except SessionStateError as error:
+                if not _may_be_other_next_time(error, request, stored) or time.monotonic() > give_up:
+                    raise
+                await asyncio.sleep(BEGIN_PAUSE_SECONDS)
+                continue
+            # None: another router has begun this very request since we looked
+            return begun or await self.resume(request.session_id)
+
+    async def _begin(self, request: _Request, stored: StoredSession | None) -> LiveTurn | None:
+        """Begins the turn behind what is stored. None: this very request has begun one already."""
+        serving, turn = request.serving, request.turn
+        before = b"" if stored is None else stored.records.tobytes()
+        num_before = 0 if stored is None else stored.length
+        prompt = await read_prompt(
+            request.message, serving.tokenizer, serving.offer, first_turn=num_before == 0
+        )
+        _check_context(serving.offer, num_before, len(prompt))
+        with self._reserved(serving.offer, num_before + len(prompt), turn) as reservation:
+            lease = await self.store.acquire(request.session_id, owner=uuid4().hex)
+            open_turn = OpenTurn(request.turn_id, num_before + len(prompt), turn.to_stored())
+            records = pack_prompt(prompt)
+            async with released_on_error(self.store, lease):
+                begun = await self.store.begin_turn(
+                    lease, num_before, records, open_turn.parameters, request_id=request.turn_id
+                )
+            if begun.is_new:
+                text = _text_before(request.session_id, lease.fence, stored)
+                text.tokens.extend(prompt)
+                live = LiveTurn(
+                    request.session_id,
+                    request.turn_id,
+                    turn,
+                    request.showing,
+                    begun.answer_position,
+                    context=text.tokens[-CONTEXT_TOKENS:],
+                )
+                runner = self._runner(live)
+                runner.hold(Draft(serving, lease, reservation, open_turn, text, before + records, []))
+                self._start(runner)
+                return live
+        await self.store.release(lease)
+        return None
+
     # --- what is written already ---------------------------------------------------------------------------------
 
     async def _restored(self, session_id: str) -> LiveTurn:
         """Of several streams that want the same turn at once, one restores it and the others follow."""
         lock = self._restoring.setdefault(session_id, asyncio.Lock())
         async with lock:
-            if (live := self._live.get(session_id)) is not None:
-                return live
-            try:
-                return await self._restore(session_id)
-            except SessionStateError as error:
-                live = self._live.get(session_id)  # a turn may have been begun here meanwhile
-                if live is None or error.reason is not Reason.SESSION_BUSY:
-                    raise
-                return live
+            return self._live.get(session_id) or await self._restore(session_id)
 
     async def _restore(self, session_id: str) -> LiveTurn:
         stored = await self.store.get(session_id)
-        turn = _latest_turn(stored)
+        live = await asyncio.to_thread(read_back, self.served.current, stored)
         if stored.state is SessionState.FINISHED:
-            return (await asyncio.to_thread(_read_back, self.served.current, stored, turn))[0]
-        if stored.is_being_written:
-            raise _busy(session_id, stored.lease_remaining_seconds)
-        with self._serving_of(stored).in_use() as serving:
-            return await self._continue(session_id, serving)
-
-    async def _continue(self, session_id: str, serving: Serving) -> LiveTurn:
+            return live
         self._refuse_if_draining()
-        self.admission.check()
-        lease = await self.store.acquire(session_id, owner=uuid4().hex, create=False)
-        async with _released_on_error(self.store, lease):
-            stored = await self.store.get(session_id)
-            if stored.state is SessionState.FINISHED or self._serving_of(stored) is not serving:
-                raise _busy(session_id)  # the turn was finished, or another one begun, since we looked
-            live, answer_text = await asyncio.to_thread(_read_back, serving, stored, _latest_turn(stored))
-            with self._reserved(serving.offer, live.answer_position, live.turn) as reservation:
-                text = Text(session_id, lease.fence, stored.records["token_id"].tolist())
-                self._start(serving, live, lease, text, answer_text, reservation)
+        runner = self._runner(live)
+        async with _closed_on_error(runner):
+            if stored.is_being_written:
+                metrics.FOLLOWED_TURNS.inc()
+            else:
+                await runner.take_over()
+            if (other := self._live.get(session_id)) is not None:  # a turn was begun here meanwhile
+                await runner.give_up()
+                return other
+        self._start(runner)
         return live
 
-    def _serving_of(self, stored: StoredSession) -> Serving:
-        """The checkpoint under which the latest turn was begun. Raises CHECKPOINT_CHANGED."""
-        wanted = _latest_turn(stored).parameters.checkpoint
-        serving = self.served.of(wanted)
-        if serving is None:
-            raise SessionStateError(
-                Reason.CHECKPOINT_CHANGED,
-                f"the turn of session {stored.session_id!r} was begun under checkpoint {wanted}, this router serves"
-                f" {self.served.current.offer.checkpoint}",
-            )
-        return serving
-
-    # --- writing ---------------------------------------------------------------------------------------------------
-
-    def _start(
-        self,
-        serving: Serving,
-        live: LiveTurn,
-        lease: Lease,
-        text: Text,
-        answer_text: AnswerText,
-        reservation: Reservation,
-    ) -> None:
-        self._live[live.session_id] = live
-        task = asyncio.create_task(
-            self._write(serving, live, lease, text, answer_text, reservation), name=f"turn {live.session_id}"
-        )
-        reservation.hand_over()
-        serving.enter()
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda _: serving.leave())
-        task.add_done_callback(lambda _: reservation.release())
-
-    async def _write(
-        self,
-        serving: Serving,
-        live: LiveTurn,
-        lease: Lease,
-        text: Text,
-        answer_text: AnswerText,
-        reservation: Reservation,
-    ) -> None:
-        started = time.monotonic()
+    async def _finish_abandoned(self, session_id: str) -> None:
+        """Ends a turn that nobody writes as cancelled. Whoever takes it up meanwhile finds the wish in the store."""
         try:
-            ending = await self._write_logged(serving, live, lease, text, answer_text, reservation)
-        except asyncio.CancelledError:
-            live.fail(
-                Unavailable(Reason.DRAINING, "the router stops; resume the session", retry_after_seconds=1.0)
-            )
+            lease = await self.store.acquire(session_id, owner=uuid4().hex, create=False)
+        except SessionStateError as error:
+            if error.reason is Reason.SESSION_BUSY:
+                return
             raise
-        except FusionRouteError as error:
-            log.warning(
-                "turn_broke_off", session=live.session_id, reason=error.reason.value, message=error.message
-            )
-            live.fail(error)
-        except Exception as error:
-            log.exception("turn_failed", session=live.session_id)
-            live.fail(InternalFault(Reason.INTERNAL, f"writing the turn failed: {type(error).__name__}"))
-        else:
-            log.info(
-                "turn_finished",
-                session=live.session_id,
-                reason=ending.reason.value,
-                num_tokens=len(live.tokens),
-                seconds=round(time.monotonic() - started, 4),
-            )
-            live.end(ending)
-        finally:
+        async with released_on_error(self.store, lease):
+            await self.store.finish(lease, lease.length, FinishReason.CANCELLED)
+
+    # --- running -------------------------------------------------------------------------------------------------
+
+    def _runner(self, live: LiveTurn) -> TurnRunner:
+        return TurnRunner(live, self.store, self.served, self.admission, self.limits, lambda: self._draining)
+
+    def _start(self, runner: TurnRunner) -> None:
+        live = runner.live
+        self._live[live.session_id] = live
+        task = asyncio.create_task(runner.run(), name=f"turn {live.session_id}")
+        self._tasks.add(task)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
             if self._live.get(live.session_id) is live:
                 del self._live[live.session_id]
+            runner.close()
 
-    async def _write_logged(
-        self,
-        serving: Serving,
-        live: LiveTurn,
-        lease: Lease,
-        text: Text,
-        answer_text: AnswerText,
-        reservation: Reservation,
-    ) -> Ending:
-        async with TokenLog(self.store, lease, len(text.tokens)) as token_log:
-            writer = TurnWriter(
-                ensemble=serving.ensemble,
-                turn=live.turn,
-                showing=live.showing,
-                text=text,
-                answer_position=live.answer_position,
-                answer_text=answer_text,
-                log=token_log,
-                is_cancelled=lambda: live.cancelled,
-            )
-            live.costs = writer.costs
-            task = asyncio.current_task()
-            assert task is not None
-            live.interrupt = lambda: _cancel_if(writer.is_asking, task)
-            async with contextlib.aclosing(writer.write()) as tokens:
-                async for token in tokens:
-                    live.publish(token)
-                    reservation.token_written()
-                    if live.alone_for_seconds() > self.limits.alone_seconds:
-                        raise Unavailable(Reason.LEFT_ALONE, "nobody follows the turn; resume the session")
-            ending = writer.ending
-            assert ending is not None
-            await token_log.finish(ending.reason, stop=ending.stop)
-        live.costs = replace(
-            writer.costs,
-            num_replays=text.num_replays,
-            store_seconds=token_log.waited_seconds,
-            total_seconds=time.monotonic() - writer.costs.started,
-        )
-        return ending
+        task.add_done_callback(ended)
 
-    # --- checks ----------------------------------------------------------------------------------------------------
+    # --- checks --------------------------------------------------------------------------------------------------
 
     async def _find(self, session_id: str) -> StoredSession | None:
         try:
@@ -345,21 +288,23 @@ class TurnKeeper:
         return self.admission.reserve(min(answer_position + turn.max_tokens, offer.max_context_tokens))
 
 
-def _read_back(serving: Serving, stored: StoredSession, turn: StoredTurn) -> tuple[LiveTurn, AnswerText]:
-    """A stored turn with the same text pieces as when it was written.
+def _may_be_other_next_time(
+    error: SessionStateError, request: _Request, stored: StoredSession | None
+) -> bool:
+    """Whether beginning failed only because the session changed after it was looked at."""
+    if error.reason is not Reason.SESSION_BUSY:
+        return error.reason in (Reason.POSITION_AHEAD, Reason.SESSION_UNKNOWN, Reason.STALE_FENCE)
+    # Somebody may be beginning this very turn; one that already runs for another request will not be done soon.
+    return bool(request.message.request_id) and (stored is None or stored.state is not SessionState.RUNNING)
 
-    Any checkpoint of the session's vocabulary gives the same text, so a finished turn needs not its own.
-    """
-    parameters = Turn.from_stored(turn.parameters)
-    live = LiveTurn(stored.session_id, turn.request_id, parameters, Showing(), turn.answer_position)
-    before = stored.records[max(0, turn.answer_position - CONTEXT_TOKENS) : turn.answer_position]
-    answer_text = serving.answer_text(parameters.stops, before["token_id"].tolist())
-    records = to_token_records(stored.records[turn.answer_position :])
-    for index, record in enumerate(records):
-        live.tokens.append(WrittenToken(index, record, answer_text.push(record.token_id)))
-    if turn.finish_reason is not None:
-        live.ending = Ending(turn.finish_reason, answer_text.finish(), turn.stop)
-    return live, answer_text
+
+def _text_before(session_id: str, fence: int, stored: StoredSession | None) -> Text:
+    """The text of a session before a new turn's prompt."""
+    if stored is None or stored.turn is None:
+        return Text(session_id, fence, [] if stored is None else stored.records["token_id"].tolist())
+    latest = latest_turn(stored)
+    slots = Turn.from_stored(latest.parameters).slots
+    return Text.resumed(session_id, fence, stored.records, latest.answer_position, slots)
 
 
 def _check_context(offer: Offer, num_before: int, num_prompt: int) -> None:
@@ -373,34 +318,16 @@ def _check_context(offer: Offer, num_before: int, num_prompt: int) -> None:
         )
 
 
-@contextlib.asynccontextmanager
-async def _released_on_error(store: SessionStore, lease: Lease) -> AsyncIterator[None]:
+@asynccontextmanager
+async def _closed_on_error(runner: TurnRunner) -> AsyncIterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(FusionRouteError):
-            await store.release(lease)
+        runner.close()
         raise
 
 
-def _cancel_if(is_asking: bool, task: asyncio.Task[None]) -> None:
-    if is_asking:
-        task.cancel()
-
-
-def _latest_turn(stored: StoredSession) -> StoredTurn:
-    if stored.turn is None:
-        raise SessionStateError(Reason.SESSION_UNKNOWN, f"session {stored.session_id!r} has no turn yet")
-    return stored.turn
-
-
-def _request_id(stored: StoredSession) -> str:
-    return "" if stored.turn is None else stored.turn.request_id
-
-
-def _busy(session_id: str, retry_after_seconds: float = 0.5) -> SessionStateError:
+def _busy(session_id: str) -> SessionStateError:
     return SessionStateError(
-        Reason.SESSION_BUSY,
-        f"a turn of session {session_id!r} is being written",
-        retry_after_seconds=retry_after_seconds,
+        Reason.SESSION_BUSY, f"a turn of session {session_id!r} is being written", retry_after_seconds=0.5
     )

@@ -1,5 +1,5 @@
 -- Gives the lease back without closing the turn.
--- Answer  {'done'} | {'unknown'} | {'stale', fence}
+-- Answer  {'done'} | {'unknown'} | {'behind', fence} | {'stale', fence}
 local no = refusal()
 if no then
   if no[1] == 'released' then return {'done'} end

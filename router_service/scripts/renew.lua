@@ -1,4 +1,4 @@
--- Answer  {'done', length, cancelled} | {'unknown'} | {'stale', fence} | {'released'}
+-- Answer  {'done', length, cancelled} | {'unknown'} | {'behind', fence} | {'stale', fence} | {'released'}
 local no = refusal()
 if no then return no end
 prolong_lease()

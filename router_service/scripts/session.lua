@@ -1,20 +1,23 @@
 -- What every script that writes to a session begins with.
--- KEYS  1 meta (hash)  2 tok (string of 16-byte records)  3 lease (string: the owner)
--- ARGV  1 fence  2 lease in ms  3 time to live in ms  then the script's own, from ARGV[4] on
-local meta, tok, lease = KEYS[1], KEYS[2], KEYS[3]
-local fence, lease_ms, ttl_ms = ARGV[1], ARGV[2], ARGV[3]
+-- KEYS  1 meta (hash)  2 tok (string of 16-byte records)  3 lease (string: the owner)  4 gone (string: a fence)
+-- ARGV  1 fence  2 lease in ms  3 time to live in ms  4 owner  then the script's own, from ARGV[5] on
+local meta, tok, lease, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local fence, lease_ms, ttl_ms, owner = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local RECORD_BYTES = 16
 
 local function length()
   return redis.call('STRLEN', tok) / RECORD_BYTES
 end
 
--- The refusal that a writer with this fence must be given, or nil if it may write.
+-- The refusal that this writer must be given, or nil if it may write. A fence lower than the writer's means that
+-- Redis has lost what it knew: fences are microseconds, which a number of Lua holds exactly.
 local function refusal()
   local known = redis.call('HMGET', meta, 'fence', 'owner')
   if not known[1] then return {'unknown'} end
+  if tonumber(known[1]) < tonumber(fence) then return {'behind', known[1]} end
   if known[1] ~= fence then return {'stale', known[1]} end
   if known[2] == '' then return {'released'} end
+  if known[2] ~= owner then return {'stale', known[1]} end
   return nil
 end
 
@@ -26,7 +29,7 @@ end
 
 -- A writer that writes is alive.
 local function prolong_lease()
-  redis.call('SET', lease, redis.call('HGET', meta, 'owner'), 'PX', lease_ms)
+  redis.call('SET', lease, owner, 'PX', lease_ms)
   keep_alive()
 end
 

@@ -286,7 +286,9 @@ async def test_a_deleted_session_is_gone_for_its_writer_too(
     with pytest.raises(SessionStateError) as caught:
         await store.append(lease, 1, pack_prompt([2]))
     assert caught.value.reason is Reason.SESSION_UNKNOWN
-    assert await redis_client.exists(*session_keys(sid)) == 0
+    *parts, gone = session_keys(sid)
+    assert await redis_client.exists(*parts) == 0
+    assert 0 < await redis_client.pttl(gone) <= 600_000
 
 
 async def write_everything(store: SessionStore, sid: str) -> Lease:
@@ -300,7 +302,7 @@ async def write_everything(store: SessionStore, sid: str) -> Lease:
 async def test_every_key_has_a_time_to_live(redis_client: Redis, sid: str):
     store = SessionStore(redis_client, ttl_seconds=1000, lease_seconds=10)
     lease = await write_everything(store, sid)
-    meta, tok, lease_key = session_keys(sid)
+    meta, tok, lease_key, _ = session_keys(sid)
     times = [await redis_client.pttl(key) / 1000 for key in (meta, tok, lease_key)]
     assert times == pytest.approx([1000, 1001, 10], abs=0.5)
     await store.finish(lease, 2, FinishReason.EOS)

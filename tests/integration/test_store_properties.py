@@ -13,10 +13,11 @@ from fusionroute.errors import Reason, SessionStateError
 from fusionroute.private_redis import connect
 from router_service.records import TokenRecord, pack_prompt
 from router_service.session_store import SessionStore, session_keys
-from router_service.stored_session import Lease, TurnParameters, WriteVerdict
+from router_service.stored_session import Lease, OpenTurn, TurnParameters, WriteVerdict
 from router_service.token_log import TokenLog
 from tests.integration.lossy_proxy import LossyProxy
 
+OPEN = OpenTurn("r1", 0, TurnParameters(seed=0, combine="sum", checkpoint="c"))
 WRITERS = st.integers(0, 2)
 STEPS = st.one_of(
     st.tuples(st.just("acquire"), WRITERS, st.just(0)),
@@ -141,7 +142,7 @@ def test_a_log_over_a_bad_network_stores_each_token_once(redis_url, pauses, loss
             client = connect(proxy.url)
             store = SessionStore(client)
             lease = await store.acquire(uuid.uuid4().hex, "writer")
-            async with TokenLog(store, lease, 0, linger_seconds=linger_seconds) as log:
+            async with TokenLog(store, lease, b"", OPEN, linger_seconds=linger_seconds) as log:
                 for token_id, pause in enumerate(pauses):
                     proxy.answers_to_lose = losses[token_id]
                     proxy.is_down = outage[0] <= token_id < outage[0] + outage[1]

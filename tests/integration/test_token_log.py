@@ -13,11 +13,13 @@ from fusionroute.errors import FusionRouteError, OutOfRoom, Reason, Unavailable
 from fusionroute.private_redis import connect
 from router_service.records import TokenRecord, pack_prompt
 from router_service.session_store import SessionStore, session_keys
-from router_service.stored_session import FinishReason, Lease, SessionState, TurnParameters
+from router_service.stored_session import FinishReason, Lease, OpenTurn, SessionState, TurnParameters
 from router_service.token_log import TokenLog
 from tests.integration.lossy_proxy import LossyProxy
 
 TURN = TurnParameters(seed=1, combine="sum", checkpoint="c")
+HELD = pack_prompt([100])
+OPEN = OpenTurn("r1", 1, TURN)
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ async def store(proxy: LossyProxy) -> AsyncIterator[SessionStore]:
 @pytest.fixture
 async def lease(store: SessionStore) -> Lease:
     lease = await store.acquire(uuid.uuid4().hex, "writer")
-    await store.begin_turn(lease, 0, pack_prompt([100]), TURN)
+    await store.begin_turn(lease, 0, HELD, TURN, request_id="r1")
     return lease
 
 
@@ -55,7 +57,7 @@ async def test_tokens_reach_the_store_in_order_and_in_few_calls(
     store: SessionStore, lease: Lease, proxy: LossyProxy
 ):
     before = proxy.num_commands
-    async with TokenLog(store, lease, 1) as log:
+    async with TokenLog(store, lease, HELD, OPEN) as log:
         for token_id in range(200):
             log.append(TokenRecord(token_id))
         assert log.length == 201
@@ -66,7 +68,7 @@ async def test_tokens_reach_the_store_in_order_and_in_few_calls(
 
 
 async def test_tokens_are_stored_without_anybody_waiting(store: SessionStore, lease: Lease):
-    async with TokenLog(store, lease, 1) as log:
+    async with TokenLog(store, lease, HELD, OPEN) as log:
         log.append(TokenRecord(7))
 
         async def is_stored() -> bool:
@@ -76,7 +78,7 @@ async def test_tokens_are_stored_without_anybody_waiting(store: SessionStore, le
 
 
 async def test_leaving_stores_the_rest_and_gives_the_lease_back(store: SessionStore, lease: Lease):
-    async with TokenLog(store, lease, 1, linger_seconds=10) as log:
+    async with TokenLog(store, lease, HELD, OPEN, linger_seconds=10) as log:
         log.append(TokenRecord(7))
     session = await store.get(lease.session_id)
     assert session.length == 2
@@ -87,7 +89,7 @@ async def test_a_cancelled_writer_stores_the_rest_too(store: SessionStore, lease
     appended = asyncio.Event()
 
     async def write() -> None:
-        async with TokenLog(store, lease, 1, linger_seconds=10) as log:
+        async with TokenLog(store, lease, HELD, OPEN, linger_seconds=10) as log:
             log.append(TokenRecord(7))
             appended.set()
             await asyncio.sleep(60)
@@ -101,7 +103,7 @@ async def test_a_cancelled_writer_stores_the_rest_too(store: SessionStore, lease
 
 
 async def test_finish_closes_the_turn_after_its_last_token(store: SessionStore, lease: Lease):
-    async with TokenLog(store, lease, 1) as log:
+    async with TokenLog(store, lease, HELD, OPEN) as log:
         log.append(TokenRecord(7))
         await log.finish(FinishReason.STOP, stop="x")
     session = await store.get(lease.session_id)
@@ -111,7 +113,7 @@ async def test_finish_closes_the_turn_after_its_last_token(store: SessionStore, 
 
 async def test_the_store_may_trail_only_so_far(store: SessionStore, lease: Lease, proxy: LossyProxy):
     proxy.is_down = True
-    async with TokenLog(store, lease, 1, max_pending_tokens=3) as log:
+    async with TokenLog(store, lease, HELD, OPEN, max_pending_tokens=3) as log:
         for token_id in range(3):
             await log.room()
             log.append(TokenRecord(token_id))
@@ -128,7 +130,7 @@ async def test_the_store_may_trail_only_so_far(store: SessionStore, lease: Lease
 
 
 async def test_an_outage_is_bridged(store: SessionStore, lease: Lease, proxy: LossyProxy):
-    async with TokenLog(store, lease, 1, linger_seconds=0) as log:
+    async with TokenLog(store, lease, HELD, OPEN, linger_seconds=0) as log:
         for token_id in range(60):
             proxy.is_down = 20 <= token_id < 40
             proxy.answers_to_lose = 1 if token_id % 7 == 0 else 0
@@ -140,7 +142,7 @@ async def test_an_outage_is_bridged(store: SessionStore, lease: Lease, proxy: Lo
 
 async def test_an_outage_beyond_patience_is_told(store: SessionStore, lease: Lease, proxy: LossyProxy):
     with pytest.raises(Unavailable) as caught:
-        async with TokenLog(store, lease, 1, patience_seconds=0.2) as log:
+        async with TokenLog(store, lease, HELD, OPEN, patience_seconds=0.2) as log:
             proxy.is_down = True
             log.append(TokenRecord(7))
             while True:
@@ -150,7 +152,7 @@ async def test_an_outage_beyond_patience_is_told(store: SessionStore, lease: Lea
 
 
 async def test_a_flush_has_a_deadline(store: SessionStore, lease: Lease, proxy: LossyProxy):
-    async with TokenLog(store, lease, 1) as log:
+    async with TokenLog(store, lease, HELD, OPEN) as log:
         proxy.is_down = True
         log.append(TokenRecord(7))
         with pytest.raises(Unavailable, match=r"1 tokens were not stored within 0\.1 s"):
@@ -162,7 +164,7 @@ async def test_a_writer_that_was_overtaken_is_told_lease_lost(
     store: SessionStore, lease: Lease, redis_client: Redis
 ):
     with pytest.raises(FusionRouteError) as caught:
-        async with TokenLog(store, lease, 1) as log:
+        async with TokenLog(store, lease, HELD, OPEN) as log:
             await redis_client.delete(session_keys(lease.session_id)[2])
             other = await store.acquire(lease.session_id, "other")
             await store.append(other, 1, pack_prompt([5]))
@@ -175,7 +177,7 @@ async def test_a_writer_that_was_overtaken_is_told_lease_lost(
 
 async def test_a_writer_of_a_deleted_session_is_told_so(store: SessionStore, lease: Lease):
     with pytest.raises(FusionRouteError) as caught:
-        async with TokenLog(store, lease, 1) as log:
+        async with TokenLog(store, lease, HELD, OPEN) as log:
             await store.delete(lease.session_id)
             log.append(TokenRecord(7))
             await log.flush()
@@ -186,7 +188,7 @@ async def test_an_open_log_keeps_the_lease_alive_while_no_token_comes(proxy: Los
     client = connect(proxy.url)
     store = SessionStore(client, lease_seconds=0.15)
     lease = await store.acquire(uuid.uuid4().hex, "writer")
-    async with TokenLog(store, lease, 0):
+    async with TokenLog(store, lease, b"", OPEN):
         stop = time.monotonic() + 0.6
         while time.monotonic() < stop:
             assert (await store.get(lease.session_id)).is_being_written
@@ -195,7 +197,7 @@ async def test_an_open_log_keeps_the_lease_alive_while_no_token_comes(proxy: Los
 
 
 async def test_a_cancellation_reaches_a_writer_that_waits(store: SessionStore, lease: Lease):
-    async with TokenLog(store, lease, 1) as log:
+    async with TokenLog(store, lease, HELD, OPEN) as log:
         assert not log.cancel_requested
         await store.cancel(lease.session_id)
 
@@ -208,7 +210,7 @@ async def test_a_cancellation_reaches_a_writer_that_waits(store: SessionStore, l
 async def test_a_tail_that_a_fail_over_lost_is_sent_again(
     store: SessionStore, lease: Lease, redis_client: Redis
 ):
-    async with TokenLog(store, lease, 1) as log:
+    async with TokenLog(store, lease, HELD, OPEN) as log:
         for token_id in range(5):
             log.append(TokenRecord(token_id))
         await log.flush()
