@@ -30,6 +30,8 @@ class Case:
     rule: str
     sampling: Sampling
     wanted: list[ReferenceToken]
+    max_tokens: int = MAX_TOKENS
+    ignore_eos: bool = False
 
     def request(self) -> GenerateRequest:
         """As an application would ask."""
@@ -38,7 +40,8 @@ class Case:
             token_ids={"ids": self.prompt},
             combine=RULE_MESSAGES[CombineRule(self.rule)],
             sampling=SamplingParameters(
-                max_tokens=MAX_TOKENS,
+                max_tokens=self.max_tokens,
+                ignore_eos=self.ignore_eos,
                 temperature=s.temperature,
                 top_k=s.top_k,
                 top_p=s.top_p,
@@ -52,9 +55,14 @@ class Case:
         )
 
 
-def make_cases(reference: Reference, count: int = NUM_PROMPTS) -> list[Case]:
-    """Half greedy, half sampled with all kinds of filters and penalties, over all rules."""
-    rng = random.Random(7)
+def make_cases(
+    reference: Reference, count: int = NUM_PROMPTS, *, max_tokens: int = MAX_TOKENS, seed: int = 7
+) -> list[Case]:
+    """Half greedy, half sampled with all kinds of filters and penalties, over all rules.
+
+    A reference without end ids makes cases that go on after the end of sequence, all of the same length.
+    """
+    rng = random.Random(seed)
     cases = []
     for number in range(count):
         prompt = [rng.randrange(2, WIDTH) for _ in range(rng.randrange(1, 30))]
@@ -73,7 +81,8 @@ def make_cases(reference: Reference, count: int = NUM_PROMPTS) -> list[Case]:
                 seed=rng.getrandbits(64),
             )
         rule = RULES[number // 2 % len(RULES)]
-        cases.append(Case(prompt, rule, sampling, reference.write(prompt, rule, sampling, MAX_TOKENS)))
+        wanted = reference.write(prompt, rule, sampling, max_tokens)
+        cases.append(Case(prompt, rule, sampling, wanted, max_tokens, ignore_eos=not reference.end_ids))
     return cases
 
 

@@ -1,0 +1,212 @@
+"""What is done to whom, when it is certain that it hits, and how it is undone."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from tests.chaos.load import Stream
+from tests.chaos.stack import ChaosStack, Node
+
+SLOW_FACTOR = 100.0
+FLIGHT_TOKENS = 3
+"""A generation that has received so many tokens is surely in flight."""
+
+
+class Component(Enum):
+    """Who is hurt."""
+
+    NOBODY = "nobody"
+    ROUTER = "router"
+    """The one that writes."""
+    EXPERT = "expert"
+    """The only one of its slot, in use."""
+    REPLICA = "replica"
+    """One of several of its slot, in use."""
+    REDIS = "redis"
+    CLIENT = "client"
+
+
+class Fault(Enum):
+    """What is done."""
+
+    NOTHING = "nothing"
+    KILL = "kill -9"
+    STOP = "SIGSTOP"
+    RESTART = "restart"
+    SLOW = "slow 100x"
+    PARTITION = "partition"
+    FLUSH = "FLUSHALL"
+    LOST_SECOND = "lost last second"
+    DISCONNECT = "disconnect, Resume"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One square of the matrix."""
+
+    component: Component
+    fault: Fault
+
+    def __str__(self) -> str:
+        return f"{self.component.value}/{self.fault.value}"
+
+    @property
+    def key(self) -> str:
+        """As the command line names it: router/kill, redis/lost_second."""
+        return f"{self.component.name}/{self.fault.name}".lower()
+
+
+_EVERYWHERE = (Fault.KILL, Fault.STOP, Fault.RESTART, Fault.SLOW, Fault.PARTITION)
+MATRIX = (
+    *(
+        Cell(component, fault)
+        for component in (Component.ROUTER, Component.EXPERT, Component.REPLICA, Component.REDIS)
+        for fault in _EVERYWHERE
+    ),
+    Cell(Component.REDIS, Fault.FLUSH),
+    Cell(Component.REDIS, Fault.LOST_SECOND),
+    Cell(Component.CLIENT, Fault.DISCONNECT),
+)
+UNDISTURBED = Cell(Component.NOBODY, Fault.NOTHING)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A fault that has struck.
+
+    Attributes:
+        victim: who was hurt.
+        streams: in flight at that moment and dependent on the victim.
+        note: what else is known, for example by how much answers were slowed.
+    """
+
+    victim: str
+    streams: tuple[Stream, ...]
+    note: str = ""
+
+
+async def choose_victim(
+    stack: ChaosStack, cell: Cell, streams: Sequence[Stream], router: int, timeout_seconds: float
+) -> tuple[Node, tuple[Stream, ...]]:
+    """Whom to hurt, and the generations in flight that depend on it, as soon as there are at least two.
+
+    Args:
+        router: number of the router that the clients ask first.
+
+    Raises:
+        TimeoutError: the load does not reach such a moment.
+    """
+    async with asyncio.timeout(timeout_seconds):
+        while True:
+            flying = [s for s in streams if s.is_in_flight and len(s.tokens) >= FLIGHT_TOKENS]
+            node, touched = await _depending(stack, cell, flying, router)
+            if len(touched) >= min(2, len(streams)):
+                return node, tuple(touched)
+            await asyncio.sleep(0.02)
+
+
+async def _depending(
+    stack: ChaosStack, cell: Cell, flying: list[Stream], router: int
+) -> tuple[Node, list[Stream]]:
+    match cell.component:
+        case Component.ROUTER:
+            node = stack.routers[router]
+            return node, [s for s in flying if s.attempts[-1].address == node.front.address]
+        case Component.EXPERT:
+            counts = Counter(slot for s in flying for slot in s.slots)
+            sole = [node for node in stack.experts if stack.settings.replicas[node.slot] == 1]
+            node = max(sole, key=lambda n: counts[n.slot])
+            return node, [s for s in flying if node.slot in s.slots]
+        case Component.REPLICA:
+            return await _busiest_replica(stack, flying)
+        case _:
+            return stack.redis, flying
+
+
+async def _busiest_replica(stack: ChaosStack, flying: list[Stream]) -> tuple[Node, list[Stream]]:
+    best, touched = stack.experts[0], list[Stream]()
+    if not flying:
+        return best, touched
+    for node in stack.experts:
+        if stack.settings.replicas[node.slot] > 1:
+            cached = {session.session_id for session in await stack.sessions(node)}
+            using = [s for s in flying if s.session_id in cached and s.is_in_flight]
+            if len(using) > len(touched):
+                best, touched = node, using
+    return best, touched
+
+
+async def strike(stack: ChaosStack, fault: Fault, victim: Node, pause_seconds: float) -> str:
+    """Hurts the victim, for `pause_seconds` where a fault lasts, and undoes it. Returns a note for the report."""
+    process = victim.process
+    match fault:
+        case Fault.KILL:
+            process.signal(signal.SIGKILL)
+            await process.until_dead(5.0)
+        case Fault.STOP:
+            process.signal(signal.SIGSTOP)
+            await asyncio.sleep(pause_seconds)
+            process.signal(signal.SIGCONT)
+        case Fault.RESTART:
+            process.signal(signal.SIGTERM)
+            await process.until_dead(30.0)
+        case Fault.SLOW:
+            return await _slow(victim, pause_seconds)
+        case Fault.PARTITION:
+            for link in victim.links:
+                link.cut()
+            await asyncio.sleep(pause_seconds)
+            for link in victim.links:
+                link.heal()
+        case Fault.FLUSH:
+            async with stack.store() as redis:
+                num_keys = await redis.dbsize()
+                await redis.flushall()
+            return f"{num_keys} keys"
+        case Fault.LOST_SECOND:
+            return await _lose_last_second(stack)
+        case _:
+            raise ValueError(fault)
+    return ""
+
+
+async def _slow(victim: Node, pause_seconds: float) -> str:
+    """Answers of the victim take 100 times as long, at most a quarter of the fault's time each."""
+    delays = [link.slow_down(SLOW_FACTOR, pause_seconds / 4) for link in victim.links]
+    await asyncio.sleep(pause_seconds)
+    for link in victim.links:
+        link.heal()
+    return f"answers {max(delays) * 1000:.0f} ms later"
+
+
+async def _lose_last_second(stack: ChaosStack) -> str:
+    """What Redis with `appendfsync everysec` does when the machine's power fails: it forgets a second.
+
+    A killed process loses nothing, since the kernel has its writes; so the files of a second ago are put back.
+    """
+    process, kept = stack.redis.process, stack.redis_data.with_name("redis-a-second-ago")
+    shutil.rmtree(kept, ignore_errors=True)
+    before = await _num_tokens(stack)
+    await asyncio.to_thread(shutil.copytree, stack.redis_data, kept)
+    await asyncio.sleep(1.0)
+    latest = await _num_tokens(stack)
+
+    async def put_back() -> None:
+        shutil.rmtree(stack.redis_data)
+        kept.rename(stack.redis_data)
+
+    process.before_start = put_back
+    process.signal(signal.SIGKILL)
+    await process.until_dead(5.0)
+    return f"{latest - before} tokens lost"
+
+
+async def _num_tokens(stack: ChaosStack) -> int:
+    async with stack.store() as redis:
+        return sum([await redis.strlen(key) // 16 async for key in redis.scan_iter("fr:*:tok")])
