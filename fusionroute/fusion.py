@@ -7,8 +7,8 @@ Everything here is a pure function of its arguments, noise included: the noise o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import numpy as np
@@ -39,6 +39,15 @@ class CombineRule(Enum):
     SELECT = "select"
     ROUTE = "route"
     ROUTER = "router"
+
+
+class OnExpertUnavailable(Enum):
+    """What becomes of a token while nobody serves the expert that was picked for it."""
+
+    WAIT = "wait"
+    NEXT_BEST = "next_best"
+    ROUTER_ONLY = "router_only"
+    FAIL = "fail"
 
 
 _GATE_RULES = (CombineRule.MIXTURE, CombineRule.SELECT)
@@ -116,6 +125,30 @@ def decide(
     expert = int(np.argmax(weights)) if fixed_expert is None else fixed_expert
     complement = softplus(layout.sum_gate(scores) + _UNIT_GATE) if rule is CombineRule.GATED_SUM else 1.0
     return Decision(expert, weights, complement)
+
+
+def next_best(rule: CombineRule, decision: Decision, is_there: Callable[[int], bool]) -> Decision | None:
+    """Who takes part in a token when the picked expert is not there: the one with the next weight.
+
+    Under a gate rule the router competes with its own weight, and wins where no expert is there. Under the other rules
+    the router has no weight: without any expert there is no decision.
+
+    Args:
+        rule, decision: from `decide`, of the picked expert.
+        is_there: whether the expert of an index can be asked.
+    """
+    has_gate = rule in _GATE_RULES
+    weights = decision.weights[:-1] if has_gate else decision.weights
+    there = [index for index in range(len(weights)) if is_there(index)]
+    expert = max(there, key=lambda index: float(weights[index]), default=None)
+    if has_gate and (expert is None or decision.weights[-1] > weights[expert]):
+        return without_expert(decision)
+    return None if expert is None else replace(decision, expert=expert)
+
+
+def without_expert(decision: Decision) -> Decision:
+    """The same token, written by the router alone."""
+    return replace(decision, expert=None)
 
 
 def fuse(rule: CombineRule, decision: Decision, expert_row: Row | None, router_row: Row | None) -> Row:

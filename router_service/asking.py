@@ -8,35 +8,32 @@ the same call, so the decode loop never learns of it.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
-from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
 
-from fusionroute.engine import Engine, StepCall, digest
-from fusionroute.engine.digest import EMPTY
-from fusionroute.errors import FusionRouteError, Reason, Unavailable
+from fusionroute.engine import Engine, StepCall
+from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
 from fusionroute.fusion import Row
+from router_service import metrics
+from router_service.hedging import hedged_step
+from router_service.session_text import Text
 
 log = structlog.get_logger(__name__)
 
 FIRST_PAUSE_SECONDS = 0.02
 LONGEST_PAUSE_SECONDS = 1.0
+SECONDS_PER_TOKEN_SENT = 0.02
+"""What an attempt is granted for each token that it sends, above what one token is granted."""
 
 _REPLAY = frozenset({Reason.SESSION_UNKNOWN, Reason.DIGEST_MISMATCH, Reason.EPOCH_MISMATCH})
-_PASSING = frozenset(
-    {
-        Reason.SESSION_BUSY,
-        Reason.KV_MEMORY_FULL,
-        Reason.QUEUE_FULL,
-        Reason.DRAINING,
-        Reason.EXPERT_UNAVAILABLE,
-        Reason.DEADLINE_PASSED,
-    }
-)
+ABSENT = frozenset({Reason.DRAINING, Reason.EXPERT_UNAVAILABLE, Reason.DEADLINE_PASSED})
+_FULL = frozenset({Reason.SESSION_BUSY, Reason.KV_MEMORY_FULL, Reason.QUEUE_FULL})
+_PASSING = ABSENT | _FULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ class Answer:
     Attributes:
         row: logits [V], float32.
         head_scores: of a router's heads [k], float32.
-        epoch: of the model that answered.
+        epoch: of the slot whose instance answered; of the router itself, of its model.
         cache: which cache answered.
         forward_seconds: within the model's forwards.
     """
@@ -58,14 +55,53 @@ class Answer:
     forward_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to ask for one row.
+
+    Attributes:
+        row_seconds: in all, waiting for a restarted expert included.
+        attempt_seconds: for the answer to one token sent; the same call is then made again.
+        absent_seconds: while the model is not there at all, or does not answer. What is merely full is waited for.
+        hedge_after_seconds: a replica is asked as well when no answer has come by then; None = never.
+    """
+
+    row_seconds: float
+    attempt_seconds: float = math.inf
+    absent_seconds: float = math.inf
+    hedge_after_seconds: float | None = None
+
+    def while_absent(self, absent_seconds: float, attempt_seconds: float) -> Patience:
+        """The same, with less patience for a model that is not there or does not answer."""
+        return replace(
+            self, absent_seconds=absent_seconds, attempt_seconds=min(self.attempt_seconds, attempt_seconds)
+        )
+
+
 class Model(Protocol):
     """Something that can be asked for rows."""
 
-    async def locate(self, deadline: float) -> Cache:
-        """The cache to ask now; waits for one until `deadline` (time.monotonic())."""
+    @property
+    def slot(self) -> str:
+        """The slot that it fills; empty for the router itself."""
 
-    def report(self, cache: Cache, error: FusionRouteError) -> None:
-        """Hears that a cache could not be asked."""
+    async def locate(self, text: Text, deadline: float) -> Cache:
+        """The cache to ask now for a session; waits for one until `deadline` (time.monotonic())."""
+
+    def another(self, text: Text, cache: Cache) -> Cache | None:
+        """A second cache that could be asked at the same time as `cache`, if there is one."""
+
+    def can_be_asked(self, text: Text) -> bool:
+        """Whether `locate` would return at once."""
+
+    def absent_seconds(self, text: Text) -> float:
+        """For how long nobody could be asked for a session; 0 while somebody can."""
+
+    def report(self, cache: Cache, error: FusionRouteError, began: float) -> None:
+        """Hears that a cache could not be asked by an attempt that began at `began` (time.monotonic())."""
+
+    def seconds_until_retry(self) -> float:
+        """Takes a retry out of the model's budget; how long to wait for it."""
 
 
 class Cache(Protocol):
@@ -79,83 +115,100 @@ class Cache(Protocol):
         """One step; raises FusionRouteError."""
 
 
-@dataclass(slots=True)
-class Text:
-    """A session's tokens and how far each model has cached them.
-
-    Attributes:
-        session_id: under which the models cache it.
-        fence: the writer's fencing token.
-        tokens: all tokens, prompts included.
-    """
-
-    session_id: str
-    fence: int
-    tokens: list[int]
-    num_replays: int = 0
-    _digests: array[int] = field(default_factory=lambda: array("Q", [EMPTY]))
-    _cached: dict[str, int] = field(default_factory=dict)
-
-    def call(self, cache_name: str, deadline: float) -> StepCall:
-        """The step that brings a cache up to date and asks for the last row."""
-        start = min(self._cached.get(cache_name, 0), len(self.tokens) - 1)
-        return StepCall(
-            session_id=self.session_id,
-            from_position=start,
-            token_ids=self.tokens[start:],
-            num_rows=1,
-            fence=self.fence,
-            prefix_digest=self._digest(start),
-            deadline=deadline,
-        )
-
-    def has_cached(self, cache_name: str, length: int) -> None:
-        """Remembers how many tokens a cache holds."""
-        self._cached[cache_name] = length
-
-    def _digest(self, position: int) -> int:
-        """Digest of the tokens before `position`."""
-        for index in range(len(self._digests) - 1, position):
-            self._digests.append(digest(self.tokens[index : index + 1], self._digests[-1]))
-        return self._digests[position]
-
-
-async def ask(model: Model, text: Text, timeout_seconds: float) -> Answer:
+async def ask(model: Model, text: Text, patience: Patience) -> Answer:
     """The row for the last token of `text`.
 
     Raises:
-        FusionRouteError: what cannot be mended by sending more tokens or by waiting, or what was still wrong after
-            `timeout_seconds`.
+        FusionRouteError: what cannot be mended by sending more tokens or by waiting, or what was still wrong when
+            `patience` had come to its end.
     """
-    deadline = time.monotonic() + timeout_seconds
-    pause = FIRST_PAUSE_SECONDS
-    while True:
-        cache = await model.locate(deadline)
-        call = text.call(cache.name, deadline)
-        try:
-            answer = await cache.step(call, deadline)
-        except FusionRouteError as error:
-            if error.reason in _REPLAY and call.from_position > 0:
-                text.num_replays += 1
-                text.has_cached(cache.name, 0)
-                model.report(cache, error)
+    return await _Asking(model, text, patience).row()
+
+
+class _Asking:
+    """One row being asked for: what has been tried, and until when."""
+
+    __slots__ = (
+        "absent_until",
+        "attempt_seconds",
+        "began",
+        "deadline",
+        "had_fault",
+        "model",
+        "patience",
+        "pause",
+        "text",
+    )
+
+    def __init__(self, model: Model, text: Text, patience: Patience) -> None:
+        self.model, self.text, self.patience = model, text, patience
+        now = self.began = time.monotonic()
+        self.deadline = now + patience.row_seconds
+        self.absent_until = min(self.deadline, now + patience.absent_seconds)
+        self.attempt_seconds = patience.attempt_seconds
+        self.pause = FIRST_PAUSE_SECONDS
+        self.had_fault = False
+
+    async def row(self) -> Answer:
+        while True:
+            cache = await self.model.locate(self.text, self.absent_until)
+            call = self.text.call(cache.name, self.deadline)
+            attempt_deadline = self._attempt_deadline(call)
+            try:
+                if self.patience.hedge_after_seconds is None:
+                    answer = await cache.step(call, attempt_deadline)
+                else:
+                    answer = await self._hedged(cache, call, attempt_deadline)
+            except FusionRouteError as error:
+                await self._mend(cache, call, error)
                 continue
-            if error.reason is Reason.POSITION_AHEAD:
-                text.has_cached(cache.name, error.cached_length or 0)
-                continue
-            if error.reason not in _PASSING and error.reason not in _REPLAY:
-                raise
-            model.report(cache, error)
-            wait = max(pause, min(error.retry_after_seconds or 0.0, LONGEST_PAUSE_SECONDS))
-            wait *= random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
-            if time.monotonic() + wait >= deadline:
-                raise
-            log.info("asking_again", session=text.session_id, cache=cache.name, reason=error.reason.value)
-            await asyncio.sleep(wait)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-            continue
-        text.has_cached(cache.name, len(text.tokens))
-        return answer
+            if self.text.answered(self.model.slot, answer.cache, answer.epoch):
+                metrics.REPLAYS.labels(slot=self.model.slot).inc()
+            return answer
+
+    def _attempt_deadline(self, call: StepCall) -> float:
+        allowed = self.attempt_seconds + SECONDS_PER_TOKEN_SENT * (len(call.token_ids) - 1)
+        self.began = time.monotonic()
+        return min(self.deadline, self.began + allowed)
+
+    async def _hedged(self, cache: Cache, call: StepCall, deadline: float) -> Answer:
+        return await hedged_step(self.model, self.text, cache, call, deadline, self.patience)
+
+    async def _mend(self, cache: Cache, call: StepCall, error: FusionRouteError) -> None:
+        """Returns when the row can be asked for again; raises what cannot be mended."""
+        reason = error.reason
+        if reason in _REPLAY and call.from_position > 0:
+            self.text.lost(cache.name)
+            metrics.REPLAYS.labels(slot=self.model.slot).inc()
+            self.model.report(cache, error, self.began)
+            return
+        if reason is Reason.POSITION_AHEAD:
+            self.text.has_cached(cache.name, error.cached_length or 0)
+            return
+        is_fault = isinstance(error, InternalFault)
+        if not (reason in _PASSING or reason in _REPLAY or (is_fault and not self.had_fault)):
+            raise error
+        # One fault may be of that instance alone; the second one is what the model has to say.
+        self.had_fault = self.had_fault or is_fault
+        self.model.report(cache, error, self.began)
+        if reason is Reason.DEADLINE_PASSED:
+            self.attempt_seconds *= 2  # one that is slow, not silent, must not be broken off for ever
+        await self._pause(cache, error)
+
+    async def _pause(self, cache: Cache, error: FusionRouteError) -> None:
+        """Waits for the next attempt; raises the error when there is no time for one."""
+        wait = max(self.pause, min(error.retry_after_seconds or 0.0, LONGEST_PAUSE_SECONDS))
+        wait *= random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
+        if error.reason not in _FULL:
+            wait = max(wait, self.model.seconds_until_retry())
+        until = self.absent_until if error.reason in ABSENT else self.deadline
+        if time.monotonic() + wait >= until:
+            raise error
+        self.text.num_retries += 1
+        metrics.RETRIES.labels(slot=self.model.slot, reason=error.reason.value).inc()
+        log.info("asking_again", session=self.text.session_id, cache=cache.name, reason=error.reason.value)
+        await asyncio.sleep(wait)
+        self.pause = min(2 * self.pause, LONGEST_PAUSE_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +217,29 @@ class LocalModel:
 
     engine: Engine
     name: str = "router"
+    slot: str = ""
 
-    async def locate(self, deadline: float) -> LocalModel:
+    async def locate(self, text: Text, deadline: float) -> LocalModel:
         """Itself."""
         return self
 
-    def report(self, cache: Cache, error: FusionRouteError) -> None:
-        """Nothing to learn: the engine is always there."""
+    def another(self, text: Text, cache: Cache) -> None:
+        """There is no other."""
+
+    def can_be_asked(self, text: Text) -> bool:
+        """The engine is always there."""
+        return True
+
+    def absent_seconds(self, text: Text) -> float:
+        """Never."""
+        return 0.0
+
+    def report(self, cache: Cache, error: FusionRouteError, began: float) -> None:
+        """Nothing to learn."""
+
+    def seconds_until_retry(self) -> float:
+        """At once: nobody else is stormed."""
+        return 0.0
 
     async def step(self, call: StepCall, deadline: float) -> Answer:
         """One step of the engine."""

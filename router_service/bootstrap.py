@@ -16,7 +16,7 @@ from fusionroute import private_redis, tracing
 from fusionroute.access import ClientAccess, ServerAccess
 from fusionroute.engine import Engine
 from fusionroute.errors import FusionRouteError, ModelRejected, Unavailable
-from fusionroute.fusion import CombineRule
+from fusionroute.fusion import CombineRule, OnExpertUnavailable
 from fusionroute.grpc_runtime import (
     PortTaken,
     Progress,
@@ -33,7 +33,7 @@ from fusionroute.settings import ExitCode
 from fusionroute.v1 import registry_pb2, registry_pb2_grpc, router_pb2, router_pb2_grpc
 from fusionroute.watch_server import Watched, check_watch_port_free, watching
 from router_service.admission import Admission
-from router_service.asking import LocalModel
+from router_service.asking import LocalModel, Patience
 from router_service.experts import Directory, RemoteExpert
 from router_service.generation import Ensemble
 from router_service.kv_budget import kv_budget
@@ -46,8 +46,9 @@ from router_service.session_store import SessionStore
 from router_service.settings import RouterSettings
 from router_service.token_pace import PaceLimit
 from router_service.turn_admission import KvBudget, TurnAdmission
-from router_service.turn_keeper import TurnKeeper, TurnLimits
+from router_service.turn_keeper import TurnKeeper
 from router_service.turn_request import Offer
+from router_service.turn_runner import TurnLimits
 from router_service.watching import RouterGauges, needs_redis
 
 log = structlog.get_logger(__name__)
@@ -161,7 +162,12 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
             redis, ttl_seconds=settings.session_ttl_seconds, lease_seconds=settings.session_lease_seconds
         )
         registry = RegistryStore(redis, lease_seconds=settings.expert_lease_seconds)
-        directory = Directory(registry.entries, settings.max_message_bytes, access=ClientAccess.of(settings))
+        directory = Directory(
+            registry.entries,
+            settings.max_message_bytes,
+            lease_seconds=settings.expert_lease_seconds,
+            access=ClientAccess.of(settings),
+        )
         await stack.enter_async_context(directory.running())
         served = ServedCheckpoints(
             await serve_checkpoint(settings, directory, first.hand_over(), first.checkpoint_id),
@@ -169,7 +175,8 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
         )
         await stack.enter_async_context(served.open())
         admission = turn_admission(settings, served, directory)
-        keeper = TurnKeeper(served, store, admission, TurnLimits(settings.alone_seconds))
+        limits = TurnLimits(settings.alone_seconds, settings.store_patience_seconds)
+        keeper = TurnKeeper(served, store, admission, limits)
         stack.push_async_callback(keeper.drain, 0.0)
         if settings.checkpoints_dir is not None:
             watch = PromotionWatch(
@@ -232,6 +239,7 @@ async def serve_checkpoint(
         logits_width=model.facts.logits_width,
         max_context_tokens=min(model.facts.max_context_tokens, settings.kv_tokens),
         checkpoint=loaded.fingerprint,
+        default_policy=OnExpertUnavailable(settings.on_expert_unavailable),
     )
     ensemble = Ensemble(
         router=LocalModel(engine),
@@ -239,7 +247,13 @@ async def serve_checkpoint(
         layout=checkpoint.heads.layout,
         end_ids=model.end_ids,
         max_context_tokens=offer.max_context_tokens,
-        timeout_seconds=settings.expert_timeout_seconds,
+        router_patience=Patience(settings.expert_timeout_seconds),
+        expert_patience=Patience(
+            settings.expert_timeout_seconds,
+            attempt_seconds=settings.expert_attempt_seconds,
+            hedge_after_seconds=settings.hedge_after_seconds,
+        ),
+        degrade_after_seconds=settings.degrade_after_seconds,
     )
     return Serving(checkpoint_id, checkpoint.manifest, engine, ensemble, offer, model.tokenizer, stop)
 

@@ -1,92 +1,41 @@
-"""The experts as the router sees them: which instance serves a slot now, and asking it over gRPC."""
+"""The experts as the router sees them: which instances serve a slot now, and which of them a session asks."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
-import grpc
 import structlog
 
-from fusionroute import grpc_runtime, wire
+from fusionroute import grpc_runtime
+from fusionroute.access import ClientAccess
 from fusionroute.background import end_task
-from fusionroute.engine import StepCall
 from fusionroute.errors import FusionRouteError, Reason, Unavailable
-from fusionroute.v1 import expert_pb2, expert_pb2_grpc, registry_pb2
-from router_service.asking import Answer, Cache
+from fusionroute.v1 import expert_pb2_grpc, registry_pb2
+from router_service import metrics
+from router_service.asking import Cache
+from router_service.breaker import BreakerState
+from router_service.instance_choice import NEW_SESSION, Wish, can_be_asked, choose
+from router_service.instances import Instance
+from router_service.retry_budget import RetryBudget
+from router_service.session_text import Text
 
 log = structlog.get_logger(__name__)
 
 REFRESH_SECONDS = 0.5
 FASTEST_REFRESH_SECONDS = 0.05
 SUSPECT_SECONDS = 1.0
-"""An instance that could not be reached is passed over for so long where another one serves its slot."""
-CLOSE_SECONDS = 2.0
+"""An instance that failed is passed over for so long where another one serves its slot."""
+KNOCK_LOOK_SECONDS = 0.05
+MAX_HOMES = 16_384
 
 ListEntries = Callable[[], Awaitable[Sequence[registry_pb2.ExpertEntry]]]
-
-
-@dataclass(slots=True, eq=False)
-class Instance:
-    """One running expert process and the connection to it."""
-
-    entry: registry_pb2.ExpertEntry
-    channel: grpc.aio.Channel
-    stub: expert_pb2_grpc.ExpertServiceAsyncStub
-    suspect_until: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """Instance and epoch: a restart has another cache."""
-        return f"{self.entry.instance_id}@{self.entry.model.epoch}"
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it takes new sessions."""
-        return self.entry.state == registry_pb2.EXPERT_STATE_READY
-
-    async def step(self, call: StepCall, deadline: float) -> Answer:
-        """One step over the wire. Raises FusionRouteError."""
-        request = expert_pb2.StepRequest(
-            session_id=call.session_id,
-            from_position=call.from_position,
-            token_ids=call.token_ids,
-            num_rows=call.num_rows,
-            expected_epoch=self.entry.model.epoch,
-            fence=call.fence,
-            prefix_digest=call.prefix_digest,
-        )
-        timeout = max(0.001, deadline - time.monotonic())
-        try:
-            response = await self.stub.Step(request, timeout=timeout)
-        except grpc.aio.AioRpcError as error:
-            raise grpc_runtime.error_from_rpc(error, self.entry.address) from error
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            # Closing a channel cancels its calls; to whoever waits for one, the expert has gone.
-            raise Unavailable(
-                Reason.EXPERT_UNAVAILABLE, f"the connection to {self.entry.address} was closed"
-            ) from None
-        rows = wire.matrix_to_numpy(response.rows, self.entry.model.logits_width)
-        return Answer(
-            row=rows[0],
-            head_scores=None,
-            epoch=response.epoch,
-            cache=self.name,
-            forward_seconds=response.timings.forward_seconds,
-        )
-
-    async def close_session(self, session_id: str, fence: int) -> None:
-        """Asks the expert to forget a session; an expert that does not answer will evict it in time."""
-        request = expert_pb2.CloseSessionRequest(session_id=session_id, fence=fence)
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            await self.stub.CloseSession(request, timeout=CLOSE_SECONDS)
 
 
 @dataclass(slots=True, eq=False)
@@ -96,11 +45,20 @@ class Directory:
     Attributes:
         list_entries: the registry's living entries.
         max_message_bytes: largest gRPC message.
+        lease_seconds: an instance that vanished from the registry without a goodbye is a last resort for so long.
+        access: certificates and key to show to experts.
+        instances: by instance id, vanished ones included.
     """
 
     list_entries: ListEntries
     max_message_bytes: int = grpc_runtime.MAX_MESSAGE_BYTES
+    lease_seconds: float = 10.0
+    access: ClientAccess | None = None
     instances: dict[str, Instance] = field(default_factory=dict)
+    _budgets: dict[str, RetryBudget] = field(default_factory=dict)
+    _down_since: dict[str, float] = field(default_factory=dict)
+    _homes: OrderedDict[tuple[str, str], str] = field(default_factory=OrderedDict)
+    _revivals: dict[Instance, asyncio.Task[None]] = field(default_factory=dict)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -112,33 +70,58 @@ class Directory:
             yield self
         finally:
             await end_task(task)
+            for revival in list(self._revivals.values()):
+                await end_task(revival)
             async with AsyncExitStack() as stack:
                 for instance in self.instances.values():
                     stack.push_async_callback(instance.channel.close)
 
-    def best(self, slot: str) -> Instance | None:
-        """The instance to ask for a slot: ready before draining, unsuspected first, then the newest epoch."""
-        now = time.monotonic()
-        serving = [i for i in self.instances.values() if i.entry.slot == slot]
-        return max(
-            serving, key=lambda i: (i.is_ready, i.suspect_until <= now, i.entry.model.epoch), default=None
-        )
+    # --- who to ask ------------------------------------------------------------------------------------------------
 
-    async def locate(self, slot: str, deadline: float) -> Instance:
+    def best(self, slot: str) -> Instance | None:
+        """The instance that a new session would ask, of those that the registry lists."""
+        listed = [each for each in self._of(slot) if each.gone_since is None]
+        return self._chosen(listed, NEW_SESSION) or max(listed, key=lambda each: each.epoch, default=None)
+
+    def choose(self, slot: str, text: Text) -> Instance | None:
+        """The instance that a session asks now; None while nobody can be asked."""
+        home = text.home(slot)
+        if home is not None:
+            stays_with = self.instances.get(home.rpartition("@")[0])
+            if (
+                stays_with is not None
+                and stays_with.is_undoubted
+                and stays_with.name == home
+                and stays_with.epoch >= text.floor(slot)
+            ):
+                return stays_with
+        place = (text.session_id, slot)
+        wish = Wish(home, self._homes.get(place), text.cached_length, text.floor(slot))
+        chosen = self._chosen(self._of(slot), wish)
+        if chosen is not None:
+            self._homes[place] = chosen.name
+            self._homes.move_to_end(place)
+            if len(self._homes) > MAX_HOMES:
+                self._homes.popitem(last=False)
+        return chosen
+
+    def another(self, slot: str, text: Text, instance: Instance) -> Instance | None:
+        """A ready replica of `instance` to ask at the same time."""
+        others = [each for each in self._of(slot) if each is not instance and each.is_undoubted]
+        wish = Wish(None, None, text.cached_length, max(text.floor(slot), instance.epoch))
+        return self._chosen(others, wish)
+
+    async def locate(self, slot: str, text: Text, deadline: float) -> Instance:
         """The instance to ask for a slot, waiting for one until `deadline`.
 
         Raises:
             Unavailable: EXPERT_UNAVAILABLE, naming the slot.
         """
-        while (instance := self.best(slot)) is None:
+        while (instance := self.choose(slot, text)) is None:
+            self._note_down(slot)
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise Unavailable(
-                    Reason.EXPERT_UNAVAILABLE,
-                    f"no expert serves slot {slot!r}",
-                    metadata={"slot": slot},
-                    retry_after_seconds=REFRESH_SECONDS,
-                )
+                raise no_expert(slot, len(self._of(slot)))
             changed = self._changed
             self._wake.set()
             with contextlib.suppress(TimeoutError):
@@ -146,31 +129,107 @@ class Directory:
                     await changed.wait()
         return instance
 
-    def report(self, instance: Instance, error: FusionRouteError) -> None:
-        """Hears that an instance could not be asked; looks for another one soon."""
-        if isinstance(error, Unavailable):
+    def can_be_asked(self, slot: str, text: Text) -> bool:
+        """Whether somebody of a slot can be asked for a session now."""
+        now, floor = time.monotonic(), text.floor(slot)
+        return any(can_be_asked(each.view(now), floor) for each in self._of(slot))
+
+    def absent_seconds(self, slot: str, text: Text) -> float:
+        """For how long nobody of a slot could be asked; 0 while somebody can."""
+        if self.can_be_asked(slot, text):
+            return 0.0
+        return time.monotonic() - self._note_down(slot)
+
+    # --- what was found out by asking --------------------------------------------------------------------------------
+
+    def report(self, instance: Instance, error: FusionRouteError, began: float) -> None:
+        """Hears that an instance could not be asked by an attempt that began at `began`; looks for another one."""
+        if isinstance(error, Unavailable) or instance.breaker.state is not BreakerState.CLOSED:
             instance.suspect_until = time.monotonic() + SUSPECT_SECONDS
+        slot = instance.entry.slot
+        if not any(each.breaker.state is BreakerState.CLOSED for each in self._of(slot)):
+            self._down_since.setdefault(slot, began)
         self._wake.set()
+
+    def budget(self, slot: str) -> RetryBudget:
+        """How often what failed may be asked again for a slot."""
+        return self._budgets.setdefault(slot, RetryBudget())
+
+    def _note_down(self, slot: str) -> float:
+        return self._down_since.setdefault(slot, time.monotonic())
+
+    def _breaker_changed(self, instance: Instance) -> None:
+        state, slot = instance.breaker.state, instance.entry.slot
+        metrics.BREAKER_TRANSITIONS.labels(slot=slot, state=state.value).inc()
+        log.info("breaker", slot=slot, address=instance.entry.address, state=state.value)
+        if state is BreakerState.CLOSED:
+            instance.suspect_until = 0.0
+            self._down_since.pop(slot, None)
+        if state is BreakerState.OPEN and instance not in self._revivals:
+            task = asyncio.create_task(self._revive(instance), name=f"knock {instance.entry.address}")
+            self._revivals[instance] = task
+            task.add_done_callback(lambda _: self._revivals.pop(instance, None))
+        self._announce()
+
+    async def _revive(self, instance: Instance) -> None:
+        """Knocks at an open instance, with growing pauses, until it answers or is gone."""
+        breaker = instance.breaker
+        while breaker.state is BreakerState.OPEN and self.instances.get(_id(instance)) is instance:
+            if not breaker.should_knock(time.monotonic()):
+                await asyncio.sleep(KNOCK_LOOK_SECONDS)
+                continue
+            breaker.knock()
+            answered_well = False
+            try:
+                answered_well = await instance.knock()
+            finally:
+                breaker.answered(time.monotonic(), well=answered_well)
+        if breaker.state is BreakerState.HALF_OPEN:
+            self._breaker_changed(instance)
+
+    # --- the registry ------------------------------------------------------------------------------------------------
 
     async def refresh(self) -> None:
         """Takes over the registry's entries."""
         entries = {entry.instance_id: entry for entry in await self.list_entries()}
-        for name in self.instances.keys() - entries.keys():
-            gone = self.instances.pop(name)
-            log.info("expert_gone", slot=gone.entry.slot, address=gone.entry.address, instance=name)
-            await gone.channel.close()
+        await self._drop_gone(entries)
         for name, entry in entries.items():
             known = self.instances.get(name)
             if known is not None and known.entry.address == entry.address:
-                known.entry = entry
+                known.entry, known.gone_since = entry, None
                 continue
             if known is not None:
-                await known.channel.close()
-            channel = grpc_runtime.channel(entry.address, max_message_bytes=self.max_message_bytes)
-            self.instances[name] = Instance(entry, channel, expert_pb2_grpc.ExpertServiceStub(channel))
+                await self._drop(name)
+            self.instances[name] = self._connected(entry)
             log.info("expert_found", slot=entry.slot, address=entry.address, epoch=entry.model.epoch)
-        self._changed.set()
-        self._changed = asyncio.Event()
+        for slot in list(self._down_since):
+            if any(each.is_undoubted for each in self._of(slot)):
+                del self._down_since[slot]
+        self._announce()
+
+    async def _drop_gone(self, entries: dict[str, registry_pb2.ExpertEntry]) -> None:
+        """Drops who has left; who vanished without a goodbye is kept for a while, the registry may have forgotten."""
+        now = time.monotonic()
+        addresses = {entry.address for entry in entries.values()}
+        for name in self.instances.keys() - entries.keys():
+            gone = self.instances[name]
+            if gone.gone_since is None:
+                log.info("expert_gone", slot=gone.entry.slot, address=gone.entry.address, instance=name)
+                gone.gone_since = now
+            has_left = gone.entry.state != registry_pb2.EXPERT_STATE_READY
+            is_replaced = gone.entry.address in addresses
+            if has_left or is_replaced or now - gone.gone_since > self.lease_seconds:
+                await self._drop(name)
+
+    async def _drop(self, name: str) -> None:
+        await self.instances.pop(name).channel.close()
+
+    def _connected(self, entry: registry_pb2.ExpertEntry) -> Instance:
+        channel = grpc_runtime.channel(
+            entry.address, max_message_bytes=self.max_message_bytes, access=self.access
+        )
+        stub = expert_pb2_grpc.ExpertServiceStub(channel)
+        return Instance(entry, channel, stub, on_breaker=self._breaker_changed)
 
     async def _keep_fresh(self) -> None:
         while True:
@@ -186,6 +245,20 @@ class Directory:
                 async with asyncio.timeout(REFRESH_SECONDS):
                     await self._wake.wait()
 
+    def _of(self, slot: str) -> list[Instance]:
+        return [each for each in self.instances.values() if each.entry.slot == slot]
+
+    @staticmethod
+    def _chosen(instances: Sequence[Instance], wish: Wish) -> Instance | None:
+        now = time.monotonic()
+        by_view = {each.view(now): each for each in instances}
+        chosen = choose(by_view, wish, random.random)
+        return None if chosen is None else by_view[chosen]
+
+    def _announce(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
 
 @dataclass(frozen=True, slots=True)
 class RemoteExpert:
@@ -194,11 +267,46 @@ class RemoteExpert:
     directory: Directory
     slot: str
 
-    async def locate(self, deadline: float) -> Cache:
-        """The instance that serves the slot now."""
-        return await self.directory.locate(self.slot, deadline)
+    async def locate(self, text: Text, deadline: float) -> Cache:
+        """The instance that serves the slot for this session now."""
+        return await self.directory.locate(self.slot, text, deadline)
 
-    def report(self, cache: Cache, error: FusionRouteError) -> None:
+    def another(self, text: Text, cache: Cache) -> Cache | None:
+        """A replica."""
+        assert isinstance(cache, Instance)
+        return self.directory.another(self.slot, text, cache)
+
+    def can_be_asked(self, text: Text) -> bool:
+        """Whether any instance can be asked now."""
+        return self.directory.can_be_asked(self.slot, text)
+
+    def absent_seconds(self, text: Text) -> float:
+        """For how long none could be asked."""
+        return self.directory.absent_seconds(self.slot, text)
+
+    def report(self, cache: Cache, error: FusionRouteError, began: float) -> None:
         """Hears that an instance could not be asked."""
         assert isinstance(cache, Instance)
-        self.directory.report(cache, error)
+        self.directory.report(cache, error, began)
+
+    def seconds_until_retry(self) -> float:
+        """Takes a retry out of the slot's budget."""
+        wait = self.directory.budget(self.slot).take(time.monotonic())
+        if wait > 0:
+            metrics.RETRY_BUDGET_EXHAUSTED.labels(slot=self.slot).inc()
+        return wait
+
+
+def no_expert(slot: str, num_instances: int) -> Unavailable:
+    """Nobody serves a slot, or none of its instances works."""
+    silent = f"; of {num_instances} known instances none can be asked" if num_instances else ""
+    return Unavailable(
+        Reason.EXPERT_UNAVAILABLE,
+        f"no expert serves slot {slot!r}{silent}",
+        metadata={"slot": slot},
+        retry_after_seconds=REFRESH_SECONDS,
+    )
+
+
+def _id(instance: Instance) -> str:
+    return instance.entry.instance_id

@@ -24,8 +24,10 @@ from fusionroute.fusion import (
     needs_router,
     top_candidates,
 )
-from router_service.asking import Answer, Model, Text, ask
+from router_service.asking import Answer, Model, Patience, ask
+from router_service.degrading import Policy, ask_expert
 from router_service.records import TokenRecord, TokenSource
+from router_service.session_text import Text
 from router_service.stored_session import FinishReason
 from router_service.text import AnswerText
 from router_service.token_log import TokenLog
@@ -42,7 +44,9 @@ class Ensemble:
     Attributes:
         end_ids: ids that end an answer.
         max_context_tokens: longest session.
-        timeout_seconds: for one row, waiting for a restarted expert included.
+        router_patience: for a row of the router.
+        expert_patience: for a row of an expert.
+        degrade_after_seconds: how long an expert may be missed before another way is gone, where the turn allows it.
     """
 
     router: Model
@@ -50,7 +54,9 @@ class Ensemble:
     layout: HeadLayout
     end_ids: frozenset[int]
     max_context_tokens: int
-    timeout_seconds: float
+    router_patience: Patience
+    expert_patience: Patience
+    degrade_after_seconds: float
 
 
 @dataclass(slots=True)
@@ -66,6 +72,8 @@ class Costs:
     expert_forward_seconds: float = 0.0
     fuse_seconds: float = 0.0
     num_replays: int = 0
+    num_retries: int = 0
+    num_degraded_tokens: int = 0
     store_seconds: float = 0.0
     total_seconds: float = 0.0
 
@@ -121,8 +129,14 @@ class TurnWriter:
     is_cancelled: Callable[[], bool]
     costs: Costs = field(default_factory=Costs)
     ending: Ending | None = None
+    _policy: Policy = field(init=False)
     is_asking: bool = False
     """Whether the writer waits for a model, so that cancelling its task interrupts nothing else."""
+
+    def __post_init__(self) -> None:
+        self._policy = Policy(
+            self.turn.rule, self.turn.on_expert_unavailable, self.ensemble.degrade_after_seconds
+        )
 
     async def write(self) -> AsyncGenerator[WrittenToken, None]:
         """Yields the turn's further tokens; afterwards `ending` says how it ended."""
@@ -133,14 +147,16 @@ class TurnWriter:
         while reason is None:
             try:
                 self.is_asking = True
-                router = await self._ask_router()
+                router = await self._ask_router() if self._needs_router else None
                 decision = decide(
                     self.turn.rule,
                     self.ensemble.layout,
                     None if router is None else router.head_scores,
                     self.turn.fixed_expert,
                 )
-                expert = await self._ask_expert(decision)
+                taken, expert = await self._ask_expert(decision)
+                if router is None and expert is None:
+                    router = await self._ask_router()  # it was not needed beside the expert that is not there
             except FusionRouteError as error:
                 if error.reason is Reason.CONTEXT_FULL and self._num_written:
                     reason = FinishReason.CONTEXT
@@ -154,36 +170,50 @@ class TurnWriter:
                 break
             finally:
                 self.is_asking = False
-            token = await self._next_token(router, expert, decision, seen)
+            is_degraded = taken.expert != decision.expert
+            token = await self._next_token(router, expert, taken, seen, is_degraded=is_degraded)
             await self.log.room()
             self.log.append(token.record)
             self.text.tokens.append(token.record.token_id)
             seen.add(token.record.token_id)
             yield token
             reason = self._reason_to_end()
+        self.costs.num_replays, self.costs.num_retries = self.text.num_replays, self.text.num_retries
         self.ending = Ending(reason, self.answer_text.finish(), self.answer_text.stop or "")
 
-    async def _ask_router(self) -> Answer | None:
-        if not needs_router(self.turn.rule, self.turn.fixed_expert):
-            return None
+    @property
+    def _needs_router(self) -> bool:
+        return needs_router(self.turn.rule, self.turn.fixed_expert)
+
+    async def _ask_router(self) -> Answer:
         started = time.monotonic()
-        answer = await ask(self.ensemble.router, self.text, self.ensemble.timeout_seconds)
+        answer = await ask(self.ensemble.router, self.text, self.ensemble.router_patience)
         self.costs.router_seconds += time.monotonic() - started
         self.costs.num_router_forwards += 1
         return answer
 
-    async def _ask_expert(self, decision: Decision) -> Answer | None:
+    async def _ask_expert(self, decision: Decision) -> tuple[Decision, Answer | None]:
+        """The expert's row, and the decision as it was carried out: another one where the picked one is missing."""
         if decision.expert is None:
-            return None
-        started = time.monotonic()
-        answer = await ask(self.ensemble.experts[decision.expert], self.text, self.ensemble.timeout_seconds)
+            return decision, None
+        ensemble, started = self.ensemble, time.monotonic()
+        taken, answer = await ask_expert(
+            ensemble.experts, self.text, decision, self._policy, ensemble.expert_patience
+        )
         self.costs.expert_seconds += time.monotonic() - started
-        self.costs.expert_forward_seconds += answer.forward_seconds
-        self.costs.num_expert_calls += 1
-        return answer
+        if answer is not None:
+            self.costs.expert_forward_seconds += answer.forward_seconds
+            self.costs.num_expert_calls += 1
+        return taken, answer
 
     async def _next_token(
-        self, router: Answer | None, expert: Answer | None, decision: Decision, seen: SeenTokens
+        self,
+        router: Answer | None,
+        expert: Answer | None,
+        decision: Decision,
+        seen: SeenTokens,
+        *,
+        is_degraded: bool,
     ) -> WrittenToken:
         started = time.monotonic()
         router_row = None if router is None else router.row
@@ -194,11 +224,17 @@ class TurnWriter:
         else:
             choice, top = self._choose(fused, expert_row, router_row, seen)
         if expert is None or decision.expert is None:
-            record = TokenRecord(choice.token_id, choice.logprob, TokenSource.ROUTER)
+            record = TokenRecord(choice.token_id, choice.logprob, TokenSource.ROUTER, degraded=is_degraded)
         else:
             record = TokenRecord(
-                choice.token_id, choice.logprob, TokenSource.EXPERT, decision.expert, expert.epoch
+                choice.token_id,
+                choice.logprob,
+                TokenSource.EXPERT,
+                decision.expert,
+                expert.epoch,
+                is_degraded,
             )
+        self.costs.num_degraded_tokens += is_degraded
         token = WrittenToken(
             index=self._num_written,
             record=record,

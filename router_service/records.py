@@ -3,8 +3,9 @@
 bytes   field      type
 0-3     token_id   u32
 4-7     logprob    f32  natural log, fused distribution; 0 for prompt tokens
-8-15    origin     u64  lowest byte: a `TokenSource`; next byte: place of the expert's slot in the checkpoint;
-                        upper six bytes: the expert's epoch; 0 where no expert took part
+8-15    origin     u64  lowest byte: a `TokenSource`, its highest bit (7) set where the token is degraded; next byte:
+                        place of the expert's slot in the checkpoint; upper six bytes: the epoch of that slot;
+                        both 0 where no expert took part
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ RECORD_DTYPE = np.dtype([("token_id", "<u4"), ("logprob", "<f4"), ("origin", "<u
 RECORD_BYTES = RECORD_DTYPE.itemsize
 _ONE_RECORD = Struct("<IfQ")
 _EPOCH_MASK = 2**48 - 1
+_DEGRADED_BIT = 0x80
+_SOURCE_MASK = 0x7F
 
 Records = npt.NDArray[np.void]
 """A vector with RECORD_DTYPE: one row per token, columns by name, for example ``records["token_id"]``."""
@@ -41,13 +44,20 @@ class TokenSource(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """One token as it is stored; `logprob` comes back rounded to f32 and `epoch` cut to 48 bits."""
+    """One token as it is stored; `logprob` comes back rounded to f32 and `epoch` cut to 48 bits.
+
+    Attributes:
+        expert: place of the expert's slot in the checkpoint.
+        epoch: of that slot.
+        degraded: the expert that had been picked was not there.
+    """
 
     token_id: int
     logprob: float = 0.0
     source: TokenSource = TokenSource.PROMPT
     expert: int = 0
     epoch: int = 0
+    degraded: bool = False
 
 
 def pack(records: Sequence[TokenRecord]) -> bytes:
@@ -57,7 +67,8 @@ def pack(records: Sequence[TokenRecord]) -> bytes:
 
 def pack_one(record: TokenRecord) -> bytes:
     """The stored form of one record; a fraction of numpy's time, which counts once per token."""
-    origin = (record.epoch & _EPOCH_MASK) << 16 | record.expert << 8 | record.source
+    source = record.source | _DEGRADED_BIT if record.degraded else record.source
+    origin = (record.epoch & _EPOCH_MASK) << 16 | record.expert << 8 | source
     return _ONE_RECORD.pack(record.token_id, record.logprob, origin)
 
 
@@ -84,6 +95,13 @@ def unpack(data: bytes) -> Records:
 def to_token_records(records: Records) -> list[TokenRecord]:
     """The rows of `records` as objects."""
     return [
-        TokenRecord(token_id, logprob, TokenSource(origin & 0xFF), origin >> 8 & 0xFF, origin >> 16)
+        TokenRecord(
+            token_id,
+            logprob,
+            TokenSource(origin & _SOURCE_MASK),
+            origin >> 8 & 0xFF,
+            origin >> 16,
+            bool(origin & _DEGRADED_BIT),
+        )
         for token_id, logprob, origin in records.tolist()
     ]

@@ -19,7 +19,7 @@ from router_service.serving import ServedCheckpoints, Serving
 from router_service.session_store import SessionStore
 from router_service.stored_session import FinishReason, SessionState
 from router_service.turn_keeper import TurnKeeper
-from router_service.turn_request import RULE_MESSAGES, Turn
+from router_service.turn_request import POLICY_MESSAGES, RULE_MESSAGES, Turn
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -126,6 +126,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             promotion_revision=promotion.revision,
             promotion_error=promotion.error,
             num_retiring_checkpoints=len(self._served.retiring),
+            default_on_expert_unavailable=POLICY_MESSAGES[offer.default_policy],
         )
 
     @staticmethod
@@ -152,6 +153,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 seed=live.turn.sampling.seed,
                 combine=RULE_MESSAGES[live.turn.rule],
                 checkpoint=live.turn.checkpoint,
+                on_expert_unavailable=POLICY_MESSAGES[live.turn.on_expert_unavailable],
             )
         )
         async with contextlib.aclosing(live.follow(from_token)) as tokens:
@@ -181,6 +183,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             expert=turn.slots[record.expert] if by_expert else "",
             expert_epoch=record.epoch if by_expert else 0,
             routing_weights=token.weights,
+            degraded=record.degraded,
         )
         if token.top is not None:
             message.top.CopyFrom(self._top(token.top))
@@ -217,4 +220,6 @@ def _statistics(costs: Costs | None) -> router_pb2.GenerationStatistics | None:
         expert_forward_seconds=costs.expert_forward_seconds,
         fuse_seconds=costs.fuse_seconds,
         store_seconds=costs.store_seconds,
+        num_retries=costs.num_retries,
+        num_degraded_tokens=costs.num_degraded_tokens,
     )

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fusionroute.errors import InvalidRequest, Reason, SessionStateError, invalid
-from fusionroute.fusion import CombineRule, Sampling
+from fusionroute.fusion import CombineRule, OnExpertUnavailable, Sampling
 from fusionroute.v1 import router_pb2
 from router_service.stored_session import TurnParameters
 
@@ -35,6 +35,16 @@ _RULES: dict[int, CombineRule] = {
 }
 RULE_MESSAGES = {rule: router_pb2.CombineRule.ValueType(number) for number, rule in _RULES.items()}
 
+_POLICIES: dict[int, OnExpertUnavailable] = {
+    router_pb2.ON_EXPERT_UNAVAILABLE_WAIT: OnExpertUnavailable.WAIT,
+    router_pb2.ON_EXPERT_UNAVAILABLE_NEXT_BEST: OnExpertUnavailable.NEXT_BEST,
+    router_pb2.ON_EXPERT_UNAVAILABLE_ROUTER_ONLY: OnExpertUnavailable.ROUTER_ONLY,
+    router_pb2.ON_EXPERT_UNAVAILABLE_FAIL: OnExpertUnavailable.FAIL,
+}
+POLICY_MESSAGES = {
+    policy: router_pb2.OnExpertUnavailable.ValueType(number) for number, policy in _POLICIES.items()
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -49,6 +59,7 @@ class Turn:
         fixed_expert: index of the expert to use always; None = the routed one.
         checkpoint: fingerprint of the router checkpoint.
         slots: the experts' slots in that checkpoint's order, so that the answer's tokens keep their experts' names.
+        on_expert_unavailable: what becomes of tokens whose expert is not there.
     """
 
     rule: CombineRule
@@ -59,6 +70,7 @@ class Turn:
     fixed_expert: int | None
     checkpoint: str
     slots: tuple[str, ...]
+    on_expert_unavailable: OnExpertUnavailable = OnExpertUnavailable.WAIT
 
     def to_stored(self) -> TurnParameters:
         """As it stands in the store, so that another writer can go on with it."""
@@ -71,6 +83,7 @@ class Turn:
             "ignore_eos": self.ignore_eos,
             "fixed_expert": self.fixed_expert,
             "slots": list(self.slots),
+            "on_expert_unavailable": self.on_expert_unavailable.value,
         }
         return TurnParameters(self.sampling.seed, self.rule.value, self.checkpoint, rest)
 
@@ -80,6 +93,7 @@ class Turn:
         rest = dict(stored.sampling)
         own = {name: rest.pop(name) for name in ("max_tokens", "ignore_eos", "fixed_expert")}
         stops, slots = tuple(rest.pop("stops")), tuple(rest.pop("slots"))
+        policy = OnExpertUnavailable(rest.pop("on_expert_unavailable", OnExpertUnavailable.WAIT.value))
         rest["logit_bias"] = {int(token): bias for token, bias in rest["logit_bias"].items()}
         sampling = Sampling(seed=stored.seed, **rest)
         return cls(
@@ -88,6 +102,7 @@ class Turn:
             stops=stops,
             slots=slots,
             checkpoint=stored.checkpoint,
+            on_expert_unavailable=policy,
             **own,
         )
 
@@ -111,6 +126,7 @@ class Offer:
         logits_width: ids are below this.
         max_context_tokens: longest session.
         checkpoint: fingerprint of the checkpoint.
+        default_policy: what is done while an expert is not there, when a request does not say.
     """
 
     slots: tuple[str, ...]
@@ -119,6 +135,7 @@ class Offer:
     logits_width: int
     max_context_tokens: int
     checkpoint: str
+    default_policy: OnExpertUnavailable = OnExpertUnavailable.WAIT
 
 
 def read_turn(request: router_pb2.GenerateRequest, offer: Offer) -> Turn:
@@ -148,6 +165,7 @@ def read_turn(request: router_pb2.GenerateRequest, offer: Offer) -> Turn:
         fixed_expert=_read_fixed_expert(request.fixed_expert, offer.slots),
         checkpoint=offer.checkpoint,
         slots=offer.slots,
+        on_expert_unavailable=_read_policy(request, offer.default_policy),
     )
 
 
@@ -266,6 +284,20 @@ def _read_stops(parameters: router_pb2.SamplingParameters) -> tuple[str, ...]:
         if not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
             raise invalid("stop", stop[:40], f"1 to {MAX_STOP_CHARACTERS} characters")
     return tuple(parameters.stop)
+
+
+def _read_policy(request: router_pb2.GenerateRequest, default: OnExpertUnavailable) -> OnExpertUnavailable:
+    """A request that always wants one expert can have no other: it waits where others get the next best."""
+    number = request.on_expert_unavailable
+    if number and number not in _POLICIES:
+        raise invalid("on_expert_unavailable", number, "a value of OnExpertUnavailable")
+    policy = _POLICIES.get(number, default)
+    if policy is OnExpertUnavailable.NEXT_BEST and request.fixed_expert:
+        if number:
+            limit = "not together with fixed_expert: there is no next best of a fixed expert"
+            raise invalid("on_expert_unavailable", policy.value, limit)
+        return OnExpertUnavailable.WAIT
+    return policy
 
 
 def _read_fixed_expert(slot: str, slots: tuple[str, ...]) -> int | None:

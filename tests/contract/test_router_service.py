@@ -65,7 +65,9 @@ async def test_a_turn_streams_started_tokens_finished_with_usage_and_costs(stack
     assert [token.index for token in answer.tokens] == list(range(8))
     for token in answer.tokens:
         assert token.expert in SLOTS
-        assert token.expert_epoch == stack.engines[token.expert].facts.epoch
+        serving = stack.router.directory.best(token.expert)
+        assert serving is not None
+        assert token.expert_epoch == serving.entry.epoch > serving.entry.model.epoch
         assert len(token.routing_weights) == 3
         assert sum(token.routing_weights) == pytest.approx(1.0)
         assert token.routing_weights[SLOTS.index(token.expert)] == max(token.routing_weights)

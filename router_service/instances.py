@@ -1,0 +1,179 @@
+"""One running expert process as the router sees it: its entry in the registry, the connection to it, its breaker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fusionroute import wire
+from fusionroute.engine import StepCall
+from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
+from fusionroute.rpc_errors import error_from_peer
+from fusionroute.v1 import expert_pb2, expert_pb2_grpc, registry_pb2
+from router_service.asking import Answer
+from router_service.breaker import Breaker, BreakerState
+from router_service.instance_choice import Standing, View
+
+CLOSE_SECONDS = 2.0
+KNOCK_SECONDS = 1.0
+SILENCE_SECONDS = 0.25
+"""An attempt that was given less time than this says nothing about the server when it is broken off."""
+
+_STANDINGS = {
+    registry_pb2.EXPERT_STATE_READY: Standing.READY,
+    registry_pb2.EXPERT_STATE_STANDBY: Standing.STANDBY,
+}
+
+
+def _nothing(instance: Instance) -> None:
+    """Nobody wants to know."""
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """One running expert process and the connection to it.
+
+    Attributes:
+        suspect_until: it failed a moment ago; another one is preferred until then (time.monotonic()).
+        gone_since: the registry has not listed it since then; None while it does.
+        num_in_flight: steps of this router that it works on.
+        on_breaker: hears when the breaker has changed its state.
+    """
+
+    entry: registry_pb2.ExpertEntry
+    channel: grpc.aio.Channel
+    stub: expert_pb2_grpc.ExpertServiceAsyncStub
+    breaker: Breaker = field(default_factory=Breaker)
+    suspect_until: float = 0.0
+    gone_since: float | None = None
+    num_in_flight: int = 0
+    on_breaker: Callable[[Instance], None] = _nothing
+
+    @property
+    def name(self) -> str:
+        """Instance and epoch: a restart has another cache."""
+        return f"{self.entry.instance_id}@{self.entry.model.epoch}"
+
+    @property
+    def epoch(self) -> int:
+        """The slot's, under which it serves; the model's in a registry that does not know slots' epochs."""
+        return self.entry.epoch or self.entry.model.epoch
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes new sessions."""
+        return self.entry.state == registry_pb2.EXPERT_STATE_READY and self.gone_since is None
+
+    @property
+    def is_undoubted(self) -> bool:
+        """Whether there is no reason to look for another one."""
+        return (
+            self.breaker.state is BreakerState.CLOSED
+            and self.is_ready
+            and (self.suspect_until == 0.0 or self.suspect_until <= time.monotonic())
+        )
+
+    @property
+    def standing(self) -> Standing:
+        """What the registry thinks of it."""
+        if self.gone_since is not None:
+            return Standing.VANISHED
+        finishes = self.entry.drain_policy == registry_pb2.DRAIN_POLICY_FINISH
+        return _STANDINGS.get(self.entry.state, Standing.FINISHING if finishes else Standing.MIGRATING)
+
+    def view(self, now: float) -> View:
+        """As the choice between instances sees it."""
+        return View(
+            name=self.name,
+            standing=self.standing,
+            epoch=self.epoch,
+            is_let_in=self.breaker.lets_in(),
+            is_suspect=self.suspect_until > now,
+            load=self.num_in_flight + self.entry.load.queue_depth,
+        )
+
+    async def step(self, call: StepCall, deadline: float) -> Answer:
+        """One step over the wire, watched by the breaker. Raises FusionRouteError."""
+        epoch, began = self.epoch, time.monotonic()
+        self.breaker.begin()
+        self.num_in_flight += 1
+        try:
+            response = await self._call(call, deadline, began)
+        except FusionRouteError as error:
+            self._judge(error, time.monotonic() - began)
+            raise
+        except asyncio.CancelledError:
+            self.breaker.leave()
+            raise
+        finally:
+            self.num_in_flight -= 1
+        if self.breaker.succeed():
+            self.on_breaker(self)
+        rows = wire.matrix_to_numpy(response.rows, self.entry.model.logits_width)
+        return Answer(
+            row=rows[0],
+            head_scores=None,
+            epoch=epoch,
+            cache=self.name,
+            forward_seconds=response.timings.forward_seconds,
+        )
+
+    async def _call(self, call: StepCall, deadline: float, now: float) -> expert_pb2.StepResponse:
+        request = expert_pb2.StepRequest(
+            session_id=call.session_id,
+            from_position=call.from_position,
+            token_ids=call.token_ids,
+            num_rows=call.num_rows,
+            expected_epoch=self.entry.model.epoch,
+            fence=call.fence,
+            prefix_digest=call.prefix_digest,
+        )
+        try:
+            return await self.stub.Step(request, timeout=max(0.001, deadline - now))
+        except grpc.aio.AioRpcError as error:
+            raise error_from_peer(error, self.entry.address) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Closing a channel cancels its calls; to whoever waits for one, the expert has gone.
+            raise Unavailable(
+                Reason.EXPERT_UNAVAILABLE, f"the connection to {self.entry.address} was closed"
+            ) from None
+
+    def _judge(self, error: FusionRouteError, seconds: float) -> None:
+        """Tells the breaker of what the server has to answer for; not of what the caller did, nor of draining."""
+        is_silence = error.reason is Reason.DEADLINE_PASSED
+        is_unavailable = isinstance(error, Unavailable) and error.reason is not Reason.DRAINING
+        if (is_unavailable or isinstance(error, InternalFault)) and not (
+            is_silence and seconds < SILENCE_SECONDS
+        ):
+            if self.breaker.fail(time.monotonic(), silent=is_silence):
+                self.on_breaker(self)
+        else:
+            self.breaker.leave()
+
+    async def knock(self) -> bool:
+        """Whether it answers at all, and works as far as it knows."""
+        request = health_pb2.HealthCheckRequest()
+        try:
+            answer = await health_pb2_grpc.HealthStub(self.channel).Check(request, timeout=KNOCK_SECONDS)
+        except grpc.aio.AioRpcError:
+            return False
+        # One that drains says that it does not serve, and still does where nobody else is there.
+        return (
+            answer.status == health_pb2.HealthCheckResponse.SERVING
+            or self.entry.state == registry_pb2.EXPERT_STATE_DRAINING
+        )
+
+    async def close_session(self, session_id: str, fence: int) -> None:
+        """Asks the expert to forget a session; an expert that does not answer will evict it in time."""
+        request = expert_pb2.CloseSessionRequest(session_id=session_id, fence=fence)
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await self.stub.CloseSession(request, timeout=CLOSE_SECONDS)
