@@ -75,9 +75,9 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "Start a new turn.",
     ),
     Reason.TURN_FORKED: (
-        "two routers have written one turn and came to different tokens, as degraded tokens or a change of weights"
-        " in between allow",
-        "resume from token 0: what is stored counts",
+        "Two routers have written one turn and came to different tokens, as degraded tokens or new weights in between"
+        " allow.",
+        "Resume from token 0: what is stored counts.",
     ),
     Reason.KV_MEMORY_FULL: (
         "No room for the session's keys and values, even after eviction.",
