@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,11 +29,16 @@ from redis.exceptions import (
     TimeoutError,
 )
 
+from fusionroute import tracing
 from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
+from fusionroute.metrics import REDIS_ERRORS, REDIS_SECONDS
 from fusionroute.private_redis import address_of
 
 FIRST_PAUSE_SECONDS = 0.02
 LONGEST_PAUSE_SECONDS = 0.5
+
+UNTRACED_SCRIPTS = frozenset({"append", "read", "renew"})
+"""They run again and again while a turn is written: only slow and failed ones have spans."""
 
 _PASSING_REFUSALS = ("OOM ", "READONLY ", "BUSY ", "LOADING ", "MASTERDOWN ", "CLUSTERDOWN ", "TRYAGAIN ")
 
@@ -59,6 +65,18 @@ def load_script(package: str, *names: str) -> Script:
     folder = resources.files(package) / "scripts"
     source = "\n".join((folder / f"{name}.lua").read_text(encoding="utf-8") for name in names)
     return Script(names[-1], source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+def _note_answer(script: Script, started: float) -> None:
+    seconds = time.monotonic() - started
+    REDIS_SECONDS.labels(script.name).observe(seconds)
+    if tracing.is_on() and (seconds > tracing.SLOW_SECONDS or script.name not in UNTRACED_SCRIPTS):
+        tracing.note(f"redis {script.name}", seconds)
+
+
+def _note_failure(script: Script, started: float, reason: str) -> None:
+    REDIS_ERRORS.labels(script.name, reason).inc()
+    tracing.note(f"redis {script.name}", time.monotonic() - started, error=reason)
 
 
 class ScriptRunner:
@@ -93,17 +111,23 @@ class ScriptRunner:
         with contextlib.suppress(asyncio.TimeoutError):
             async with asyncio.timeout(limit):
                 while True:
+                    started = time.monotonic()
                     try:
-                        return await self._once(script, keys, arguments)
+                        answer = await self._once(script, keys, arguments)
                     except (RedisError, OSError) as error:
+                        _note_failure(script, started, type(error).__name__)
                         if isinstance(error, (AuthenticationError, NoPermissionError)):
                             raise self._unavailable(str(error)) from error
                         if not _may_pass(error):
                             message = f"script {script.name} was refused: {error}"
                             raise InternalFault(Reason.INTERNAL, message) from error
                         last = error
+                    else:
+                        _note_answer(script, started)
+                        return answer
                     await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
                     pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        _note_failure(script, time.monotonic() - limit, "deadline")
         raise self._unavailable(f"no answer within {limit:g} s{f': {last}' if last else ''}") from last
 
     async def _once(
