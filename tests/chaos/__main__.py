@@ -29,6 +29,7 @@ from tests.chaos.faults import MATRIX, Cell
 @click.option("--max-tokens", default=64, show_default=True, help="Of each generation.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there.")
 @click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), help="Write the table there.")
+@click.option("--fork", is_flag=True, help="Start daemons by forking: quicker, less like life.")
 @click.option("--logs", is_flag=True, help="Show what the processes warned of in cells that failed.")
 @click.option("--keep", is_flag=True, help="Keep the folder with the logs.")
 @click.pass_context
@@ -42,6 +43,7 @@ def main(
     max_tokens: int,
     json_path: Path | None,
     markdown_path: Path | None,
+    fork: bool,
     logs: bool,
     keep: bool,
 ) -> None:
@@ -53,9 +55,10 @@ def main(
         return
     from tests.chaos.matrix import MatrixOptions, MatrixReport, run_matrix
     from tests.chaos.report import print_report, write_files
+    from tests.chaos.stack import StackSettings
 
     chosen = choose_cells(cells)
-    options = MatrixOptions(chosen, generations, pause_seconds, concurrent, max_tokens, seed)
+    options = MatrixOptions(chosen, generations, pause_seconds, concurrent, max_tokens, seed, StackSettings(forks=fork))
     console = Console(width=None if Console().is_terminal else 200)
     folder = Path(tempfile.mkdtemp(prefix="fr-chaos-"))
 

@@ -76,8 +76,8 @@ class Stream:
 
     @property
     def longest_pause_seconds(self) -> float:
-        """Between two tokens, or before the first."""
-        moments = [self.started_at, *self.arrivals]
+        """Between two tokens, before the first, or between the last and the end."""
+        moments = [self.started_at, *self.arrivals, *([self.ended_at] if self.ended_at else [])]
         return max((after - before for before, after in itertools.pairwise(moments)), default=0.0)
 
     def request(self) -> GenerateRequest:

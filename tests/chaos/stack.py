@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -21,6 +22,8 @@ from fusionroute.grpc_runtime import channel
 from fusionroute.v1 import expert_pb2, expert_pb2_grpc
 from fusionroute.v1.registry_pb2 import EXPERT_STATE_READY
 from tests.chaos.link import Link
+from tests.chaos.nursery import Nursery
+from tests.chaos.spawning import Running, exec_tied
 from tests.chaos.supervisor import Supervised
 from tests.served_stack import Family
 
@@ -35,6 +38,7 @@ class StackSettings:
         replicas: experts by slot.
         base_delay_seconds: on the way between routers and experts, each direction, so that generations last.
         start_seconds: for all processes to be there.
+        forks: whether daemons are forked from one that has imported everything, which saves seconds of each start.
     """
 
     replicas: Mapping[str, int] = field(default_factory=lambda: {"math": 2, "strings": 1, "format": 1})
@@ -42,8 +46,9 @@ class StackSettings:
     session_lease_seconds: float = 5.0
     expert_lease_seconds: float = 5.0
     alone_seconds: float = 3.0
-    base_delay_seconds: float = 0.004
+    base_delay_seconds: float = 0.02
     start_seconds: float = 120.0
+    forks: bool = False
     router_options: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -150,7 +155,8 @@ class ChaosStack:
 async def running_stack(family: Family, folder: Path, settings: StackSettings) -> AsyncIterator[ChaosStack]:
     """The stack, ready, within the context; nothing of it is left afterwards, unless the processes are at fault."""
     async with AsyncExitStack() as stack:
-        builder = _Builder(family, folder, settings, stack)
+        nursery = await stack.enter_async_context(Nursery()) if settings.forks else None
+        builder = _Builder(family, folder, settings, stack, nursery)
         redis = await builder.redis()
         routers = [await builder.router(index, redis) for index in range(settings.num_routers)]
         experts = [
@@ -178,9 +184,15 @@ async def _close_all(stack: ChaosStack) -> None:
 
 class _Builder:
     def __init__(
-        self, family: Family, folder: Path, settings: StackSettings, stack: AsyncExitStack
+        self,
+        family: Family,
+        folder: Path,
+        settings: StackSettings,
+        stack: AsyncExitStack,
+        nursery: Nursery | None,
     ) -> None:
         self._family, self._folder, self._settings, self._stack = family, folder, settings, stack
+        self._nursery = nursery
         self.redis_socket = folder / "redis.sock"
         self.redis_data = folder / "redis"
         self.redis_data.mkdir(parents=True)
@@ -189,10 +201,11 @@ class _Builder:
         command = private_redis.server_command(
             private_redis.find_redis_server(), self.redis_socket, self.redis_data
         )
+        log = self._folder / "redis.log"
         process = Supervised(
             "redis",
-            command,
-            self._folder,
+            partial(_execute, command, {}, log),
+            log,
             ready=lambda: str(self.redis_socket) if self.redis_socket.exists() else None,
             forget_ready=lambda: self.redis_socket.unlink(missing_ok=True),
         )
@@ -218,14 +231,15 @@ class _Builder:
         registries = [await self._link(f"{name}>{r.process.name}", r.process) for r in routers]
         for router, link in zip(routers, registries, strict=True):
             router.others.append(link)
+        front = await self._link(name, base_delay_seconds=self._settings.base_delay_seconds)
         options = {
             "model": str(self._family.experts[slot]),
             "slot": slot,
             "router": _router_option(slot, [link.address for link in registries]),
+            "advertise": front.address,
         }
         process = self._daemon(name, "expert_service", options)
-        front = await self._link(name, process, self._settings.base_delay_seconds)
-        process.command = [*process.command, "--advertise", front.address]
+        front.target = lambda: process.address
         return Node(process, front, registries, slot)
 
     def _daemon(self, name: str, module: str, options: Mapping[str, str], **environment: str) -> Supervised:
@@ -238,9 +252,13 @@ class _Builder:
             "ready-file": str(ready_file),
             **options,
         }
-        command = [sys.executable, "-m", module]
-        for option, value in all_options.items():
-            command += [f"--{option}", value]
+        arguments = [part for option, value in all_options.items() for part in (f"--{option}", value)]
+        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        log = self._folder / f"{name}.log"
+        if self._nursery is None:
+            spawn = partial(_execute, [sys.executable, "-m", module, *arguments], environment, log)
+        else:
+            spawn = partial(self._nursery.spawn, module, arguments, environment, log)
 
         def ready() -> str | None:
             try:
@@ -249,17 +267,19 @@ class _Builder:
                 return None
 
         return Supervised(
-            name,
-            command,
-            self._folder,
-            ready=ready,
-            forget_ready=lambda: ready_file.unlink(missing_ok=True),
-            environment={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **environment},
+            name, spawn, log, ready=ready, forget_ready=lambda: ready_file.unlink(missing_ok=True)
         )
 
-    async def _link(self, name: str, process: Supervised, base_delay_seconds: float = 0.0) -> Link:
-        link = Link(name, lambda: process.address, base_delay_seconds)
+    async def _link(
+        self, name: str, process: Supervised | None = None, base_delay_seconds: float = 0.0
+    ) -> Link:
+        link = Link(name, lambda: None if process is None else process.address, base_delay_seconds)
         return await self._stack.enter_async_context(link)
+
+
+async def _execute(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Running:
+    with log.open("ab") as output:
+        return await exec_tied(command, environment, stdout=output, stderr=output)
 
 
 def _router_option(slot: str, addresses: list[str]) -> str:

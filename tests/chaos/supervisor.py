@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,19 +14,10 @@ from pathlib import Path
 import psutil
 
 from fusionroute.background import end_task
+from tests.chaos.spawning import Running
 
 RESTART_PAUSE_SECONDS = 0.1
 STOP_SECONDS = 6.0
-
-# Becomes the program it is told to start, after asking the kernel for SIGKILL when the parent dies: that one
-# reaches a process that is stopped by SIGSTOP as well.
-_TIED = (
-    "import ctypes, os, sys\n"
-    "ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)\n"
-    "os.getppid() == int(sys.argv[1]) or sys.exit('the parent is gone')\n"
-    "os.execv(sys.argv[2], sys.argv[2:])\n"
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Death:
@@ -43,31 +33,25 @@ class Supervised:
 
     Attributes:
         name: for people.
-        command: program (absolute path) and arguments.
-        folder: its log goes there.
+        spawn: starts a process.
+        log: what all its processes have written.
         ready: returns where it serves, once it does; None before.
         forget_ready: takes that back, when the process has ended.
     """
 
     name: str
-    command: Sequence[str]
-    folder: Path
+    spawn: Callable[[], Awaitable[Running]]
+    log: Path
     ready: Callable[[], str | None]
     forget_ready: Callable[[], None]
-    environment: Mapping[str, str] = field(default_factory=dict)
     deaths: list[Death] = field(default_factory=list)
     pids: list[int] = field(default_factory=list)
     addresses: set[str] = field(default_factory=set)
     """At which it has ever served, as far as anybody asked."""
     before_start: Callable[[], Awaitable[None]] | None = None
     """Awaited between a death and the next start, once."""
-    _process: asyncio.subprocess.Process | None = None
+    _process: Running | None = None
     _task: asyncio.Task[None] | None = None
-
-    @property
-    def log(self) -> Path:
-        """What all its processes have written."""
-        return self.folder / f"{self.name}.log"
 
     @property
     def address(self) -> str | None:
@@ -127,7 +111,7 @@ class Supervised:
 
     async def _keep_running(self) -> None:
         while True:
-            self._process = await self._spawn()
+            self._process = await self.spawn()
             self.pids.append(self._process.pid)
             code = await self._process.wait()
             self.forget_ready()
@@ -136,19 +120,6 @@ class Supervised:
             if self.before_start is not None:
                 action, self.before_start = self.before_start, None
                 await action()
-
-    async def _spawn(self) -> asyncio.subprocess.Process:
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith("FUSIONROUTE_") and name != "REDIS_URL"
-        }
-        with self.log.open("ab") as log:
-            return await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *self.command,
-                env=inherited | dict(self.environment),
-                stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
 
 
 def members(pid: int) -> list[psutil.Process]:
