@@ -8,16 +8,18 @@ async with RouterClient.open("127.0.0.1:50050") as router:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import TypeVar
 
 import grpc
 
 from fusionroute.access import ClientAccess
 from fusionroute.calls import answer_of, answers_of
-from fusionroute.errors import FusionRouteError
+from fusionroute.errors import FusionRouteError, invalid
 from fusionroute.grpc_runtime import channel
+from fusionroute.rpc_errors import was_transport
+from fusionroute.unbroken import Patience, unbroken
 from fusionroute.v1 import registry_pb2, registry_pb2_grpc, router_pb2, router_pb2_grpc
 from fusionroute.v1.registry_pb2 import ExpertEntry, ExpertState
 from fusionroute.v1.router_pb2 import (
@@ -35,30 +37,66 @@ Answer = TypeVar("Answer")
 
 
 class RouterClient:
-    """One connection to a router. All methods raise FusionRouteError as the router meant it."""
+    """Connections to one router or several that share their sessions.
 
-    def __init__(self, connection: grpc.aio.Channel, address: str) -> None:
-        self.address = address
-        self._router = router_pb2_grpc.RouterServiceStub(connection)
-        self._registry = registry_pb2_grpc.RegistryServiceStub(connection)
+    A call goes to the router that was asked last; where the connection breaks, to the next one. All methods raise
+    FusionRouteError as the router meant it.
+    """
+
+    def __init__(self, routers: Sequence[tuple[str, grpc.aio.Channel]]) -> None:
+        assert routers, "at least one router"
+        self._routers = [_Router(address, connection) for address, connection in routers]
+        self._current = 0
 
     @classmethod
     @asynccontextmanager
     async def open(cls, address: str, access: ClientAccess | None = None) -> AsyncIterator[RouterClient]:
-        """A client for the router at host:port, for as long as the block lasts.
+        """A client for as long as the block lasts.
 
         Args:
+            address: host:port; of several routers with commas between them.
             access: certificates and key to show; None = what the environment says (`ClientAccess.from_environment`).
+
+        Raises:
+            InvalidRequest: an address is missing.
         """
+        addresses = [part.strip() for part in address.split(",")]
+        if not all(addresses):
+            raise invalid("address", address, "host:port, or several with commas between them")
         access = access or ClientAccess.from_environment()
-        async with channel(address, access=access) as connection:
-            yield cls(connection, address)
+        async with AsyncExitStack() as stack:
+            yield cls([(a, await stack.enter_async_context(channel(a, access=access))) for a in addresses])
+
+    @property
+    def address(self) -> str:
+        """Of the router that is asked now."""
+        return self._router.address
+
+    @property
+    def _router(self) -> _Router:
+        return self._routers[self._current]
+
+    def turn_to_next(self) -> None:
+        """Another router shall be asked from now on, if there is one."""
+        self._current = (self._current + 1) % len(self._routers)
+
+    def unbroken(
+        self,
+        request: GenerateRequest,
+        patience: Patience | None = None,
+        on_break: Callable[[FusionRouteError], None] = lambda error: None,
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """As `generate`, but a stream that breaks goes on at the next token: see `fusionroute.unbroken`."""
+        return unbroken(self, request, patience, on_break)
 
     async def generate(
         self, request: GenerateRequest, timeout_seconds: float = STREAM_TIMEOUT_SECONDS
     ) -> AsyncGenerator[GenerationEvent, None]:
-        """The events of a turn: Started, Tokens, Finished. Leaving early ends the call, not the turn."""
-        call = self._router.Generate(request, timeout=timeout_seconds)
+        """The events of a turn: Started, Tokens, Finished. Leaving early ends the call, not the turn.
+
+        One stream of one router: when it breaks, it breaks.
+        """
+        call = self._router.sessions.Generate(request, timeout=timeout_seconds)
         async with aclosing(answers_of(call, self.address)) as responses:
             async for response in responses:
                 yield response.event
@@ -68,7 +106,7 @@ class RouterClient:
     ) -> AsyncGenerator[GenerationEvent, None]:
         """The events of a session's latest turn from its generated token `from_token` on."""
         request = ResumeRequest(session_id=session_id, from_token=from_token)
-        call = self._router.Resume(request, timeout=timeout_seconds)
+        call = self._router.sessions.Resume(request, timeout=timeout_seconds)
         async with aclosing(answers_of(call, self.address)) as responses:
             async for response in responses:
                 yield response.event
@@ -76,30 +114,59 @@ class RouterClient:
     async def cancel(self, session_id: str) -> bool:
         """Stops the running turn of a session; False when none was running."""
         request = router_pb2.CancelRequest(session_id=session_id)
-        return (await self._ask(self._router.Cancel(request, timeout=CALL_TIMEOUT_SECONDS))).was_running
+        return (
+            await self._ask(lambda router: router.sessions.Cancel(request, timeout=CALL_TIMEOUT_SECONDS))
+        ).was_running
 
     async def get_session(self, session_id: str) -> GetSessionResponse:
         """What is stored of a session."""
         request = router_pb2.GetSessionRequest(session_id=session_id)
-        return await self._ask(self._router.GetSession(request, timeout=CALL_TIMEOUT_SECONDS))
+        return await self._ask(
+            lambda router: router.sessions.GetSession(request, timeout=CALL_TIMEOUT_SECONDS)
+        )
 
     async def delete_session(self, session_id: str) -> bool:
         """Forgets a session; False when there was none."""
         request = router_pb2.DeleteSessionRequest(session_id=session_id)
-        return (await self._ask(self._router.DeleteSession(request, timeout=CALL_TIMEOUT_SECONDS))).existed
+        return (
+            await self._ask(
+                lambda router: router.sessions.DeleteSession(request, timeout=CALL_TIMEOUT_SECONDS)
+            )
+        ).existed
 
     async def info(self, timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> GetRouterInfoResponse:
         """The checkpoint that routes, its slots and their state."""
         request = router_pb2.GetRouterInfoRequest()
-        return await self._ask(self._router.GetRouterInfo(request, timeout=timeout_seconds))
+        return await self._ask(lambda router: router.sessions.GetRouterInfo(request, timeout=timeout_seconds))
 
     async def list_experts(self, timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> list[ExpertEntry]:
         """The experts in the registry."""
         request = registry_pb2.ListExpertsRequest()
-        return list((await self._ask(self._registry.ListExperts(request, timeout=timeout_seconds))).experts)
+        return list(
+            (
+                await self._ask(lambda router: router.registry.ListExperts(request, timeout=timeout_seconds))
+            ).experts
+        )
 
-    async def _ask(self, call: Awaitable[Answer]) -> Answer:
-        return await answer_of(call, self.address)
+    async def _ask(self, call: Callable[[_Router], Awaitable[Answer]]) -> Answer:
+        """One call, of the next router where the connection breaks. All calls in here may be repeated."""
+        for _ in self._routers[1:]:
+            try:
+                return await answer_of(call(self._router), self.address)
+            except FusionRouteError as error:
+                if not was_transport(error):
+                    raise
+                self.turn_to_next()
+        return await answer_of(call(self._router), self.address)
+
+
+class _Router:
+    """One router's address and services."""
+
+    def __init__(self, address: str, connection: grpc.aio.Channel) -> None:
+        self.address = address
+        self.sessions = router_pb2_grpc.RouterServiceStub(connection)
+        self.registry = registry_pb2_grpc.RegistryServiceStub(connection)
 
 
 def expert_state_name(state: ExpertState.ValueType) -> str:

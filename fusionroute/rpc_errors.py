@@ -28,6 +28,9 @@ from fusionroute.errors import (
 
 ERROR_DOMAIN = "fusionroute"
 DETAILS_KEY = "grpc-status-details-bin"
+TRANSPORT = "transport"
+"""Metadata of errors that gRPC itself made: its status code."""
+_BROKEN = frozenset({"UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UNKNOWN"})
 # Trailing metadata is limited to 8 KiB by default and carries the message twice.
 MAX_MESSAGE_CHARACTERS = 1500
 
@@ -90,9 +93,8 @@ def _error_without_reason(
 def error_to_status(error: FusionRouteError) -> status_pb2.Status:
     """The google.rpc.Status of an error: ErrorInfo always, RetryInfo and BadRequest where they apply."""
     status = status_pb2.Status(code=int(error.code), message=error.message[:MAX_MESSAGE_CHARACTERS])
-    info = error_details_pb2.ErrorInfo(
-        reason=error.reason.value, domain=ERROR_DOMAIN, metadata=error.metadata
-    )
+    metadata = {name: value for name, value in error.metadata.items() if name != TRANSPORT}  # it was our call's
+    info = error_details_pb2.ErrorInfo(reason=error.reason.value, domain=ERROR_DOMAIN, metadata=metadata)
     status.details.add().Pack(info)
     if error.retry_after_seconds is not None:
         delay = duration_pb2.Duration()
@@ -128,7 +130,13 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str = "") -> FusionRouteEr
             "or raise max_message_bytes on both ends",
             metadata={"field": "max_message_bytes", "limit": message},
         )
-    return make_error(code, "", f"{peer}: {message}" if peer else message)
+    metadata = {TRANSPORT: error.code().name}
+    return make_error(code, "", f"{peer}: {message}" if peer else message, metadata)
+
+
+def was_transport(error: FusionRouteError) -> bool:
+    """Whether a call ended with its connection or its deadline, and not by a word of the service."""
+    return error.metadata.get(TRANSPORT) in _BROKEN
 
 
 def error_from_peer(error: grpc.aio.AioRpcError, peer: str) -> FusionRouteError:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from fusionroute.cli.render import Palette
     from fusionroute.client import RouterClient
+    from fusionroute.errors import FusionRouteError
     from fusionroute.v1.router_pb2 import GenerateRequest, GenerationEvent, Started
 
 RULES = ("sum", "gated_sum", "mixture", "select", "route", "router")
@@ -133,8 +134,9 @@ def parse_logit_bias(texts: tuple[str, ...]) -> dict[int, float]:
 
 async def _run(address: str, request: GenerateRequest, output: Output) -> None:
     from fusionroute.client import RouterClient
+    from fusionroute.unbroken import identified
 
-    session_id = request.session_id
+    request = identified(request)
     task = asyncio.current_task()
     assert task is not None
     for number in (signal.SIGTERM, signal.SIGHUP):  # SIGINT is asyncio's own
@@ -142,18 +144,20 @@ async def _run(address: str, request: GenerateRequest, output: Output) -> None:
     async with RouterClient.open(address) as router:
         printer = JsonPrinter() if output.as_json else await _terminal_printer(router, output)
         try:
-            async with aclosing(router.generate(request)) as events:
+            async with aclosing(router.unbroken(request, on_break=_say_break)) as events:
                 async for event in events:
-                    if event.WhichOneof("event") == "started":
-                        session_id = event.started.session_id
                     printer.show(event)
         except asyncio.CancelledError:
-            if session_id:
-                with suppress(Exception):
-                    await asyncio.wait_for(router.cancel(session_id), 3.0)
+            with suppress(Exception):
+                async with asyncio.timeout(3.0):
+                    await router.cancel(request.session_id)
             raise
         finally:
             printer.close()
+
+
+def _say_break(error: FusionRouteError) -> None:
+    click.echo(f"reconnecting: {error.message}", err=True)
 
 
 async def _terminal_printer(router: RouterClient, output: Output) -> TerminalPrinter:

@@ -26,8 +26,8 @@ def address_options(command: Command) -> Command:
     """--address and --name: which router."""
     option = click.option(
         "--address",
-        metavar="HOST:PORT",
-        help="Router to talk to; else $FUSIONROUTE_ADDRESS, else the local stack's.",
+        metavar="HOST:PORT[,...]",
+        help="Router to talk to, or several that share sessions; else $FUSIONROUTE_ADDRESS, else the local stack's.",
     )
     return name_option(option(command))
 
@@ -62,7 +62,7 @@ def folder_of(name: str) -> Path:
 
 
 def router_address(address: str | None, name: str) -> str:
-    """The address given, the environment's, or that of the local stack of this name.
+    """The address given, the environment's, or that of the local stack of this name; commas between several.
 
     Raises:
         Failure: no address given and no such stack is up.

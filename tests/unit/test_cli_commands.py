@@ -207,7 +207,7 @@ def test_ctrl_c_cancels_the_answer_and_keeps_what_was_written(router: FakeRouter
     assert process.returncode == 130
     assert output == "[8\n"
     assert "Traceback" not in remarks
-    assert router.cancelled == ["drawn"]
+    assert router.cancelled == [router.requests[0].session_id]
 
 
 def test_experts_are_listed_those_missing_too(router: FakeRouter, address: str) -> None:
