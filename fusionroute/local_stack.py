@@ -290,7 +290,7 @@ class _Launch:
 
     def _wait_for_address(self, name: str) -> str:
         ready_file = self.folder / "ready" / name
-        while not (address := _first_line(ready_file)):
+        while not (address := first_line(ready_file)):
             self._pause(f"{name} does not serve")
         self._remember(addresses={**self.state.addresses, name: address})
         self.on_progress(name, f"serving on {address}")
@@ -319,7 +319,8 @@ def expert_process(slot: str) -> str:
     return f"expert-{slot}"
 
 
-def _first_line(path: Path) -> str:
+def first_line(path: Path) -> str:
+    """The first line of a file; empty while there is no file."""
     try:
         return path.read_text().partition("\n")[0].strip()
     except FileNotFoundError:

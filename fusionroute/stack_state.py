@@ -56,6 +56,8 @@ class StackState:
     processes: tuple[ProcessRecord, ...]
     # where each process serves, by process name
     addresses: Mapping[str, str] = field(default_factory=dict)
+    # names of processes that are being stopped while the others go on
+    leaving: tuple[str, ...] = ()
 
     @property
     def alive(self) -> list[ProcessRecord]:
@@ -87,7 +89,8 @@ class StackState:
                 ProcessRecord(**{**record, "log": Path(record["log"]), "command": tuple(record["command"])})
                 for record in fields.pop("processes")
             )
-            return cls(processes=records, **fields)
+            leaving = tuple(fields.pop("leaving", ()))
+            return cls(processes=records, leaving=leaving, **fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a stack state: {error}") from error
 

@@ -16,9 +16,11 @@ from fusionroute.cli.target import folder_of, name_option
 
 if TYPE_CHECKING:
     from fusionroute.local_stack import OnProgress, StackPlan
+    from fusionroute.processes import ProcessRecord
     from fusionroute.stack_state import StackState
 
 TEMPORARY_STOP_SECONDS = 10.0
+WATCH_SECONDS = 0.5
 
 
 @click.command()
@@ -281,14 +283,28 @@ def _progress_display() -> Iterator[OnProgress]:
         yield show
 
 
+def _wait_for_end(state: StackState, folder: Path) -> ProcessRecord:
+    """Blocks until a process has ended that nobody took out of the stack, and says which."""
+    from fusionroute.stack_state import load_state
+
+    while True:
+        state = load_state(folder) or state
+        ended = [record for record in state.processes if record not in state.alive]
+        state = load_state(folder) or state  # it may have been taken out while we looked
+        for record in ended:
+            if record in state.processes and record.name not in state.leaving:
+                return record
+        time.sleep(WATCH_SECONDS)
+
+
 def _stay_attached(plan: StackPlan, folder: Path) -> None:
-    from fusionroute import local_stack, processes
+    from fusionroute import local_stack
     from fusionroute.stack_state import StackError
 
     state = start_stack(plan, folder, die_with_parent=True)
     click.echo(f"up: router on {state.router_address}; Ctrl-C stops it")
     try:
-        ended = processes.wait_for_end(state.processes)
+        ended = _wait_for_end(state, folder)
     except KeyboardInterrupt:
         local_stack.stop(folder)
         raise

@@ -6,13 +6,15 @@
 --
 -- A fact    slot, weights, loaded (its load epoch), state, epoch, policy (how it drains), leaving (about to stop)
 -- A slot    what was decided last, and outlives leases: epoch, weights, newest (latest load that the decision knew),
---           chosen (who serves), retired (instance -> epoch under which it served); the latest swap or its undoing
+--           chosen (who serves), places (their addresses), retired (instance -> epoch under which it served, weights,
+--           address, when); the latest swap or its undoing
 local revision, entries, leases, facts, loads, addresses, slots = unpack(KEYS)
 local ttl_ms = ARGV[1]
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local MIGRATE = 1
 local MAX_RETIRED = 100
+local RESTART_MS = 600000  -- a process that is started again within so long is still what it was
 
 local function current()
   return tonumber(redis.call('GET', revision) or 0)
@@ -67,9 +69,10 @@ local function living(name)
 end
 
 -- Remembers who was told to drain, so that it cannot serve again by registering again.
-local function retire(slot, instance, epoch)
+local function retire(slot, instance, fact)
   slot.retired = slot.retired or {}
-  slot.retired[instance] = epoch
+  slot.retired[instance] = {epoch = fact.epoch, weights = fact.weights, at = now_ms,
+    address = redis.call('HGET', addresses, instance)}
   local num_retired = 0
   for _ in pairs(slot.retired) do num_retired = num_retired + 1 end
   for each in pairs(slot.retired) do
@@ -84,7 +87,7 @@ end
 -- Writes the facts and returns who was retired; the caller writes the slot.
 local function decide(name, slot, chosen, policy)
   slot.epoch = math.max((slot.epoch or 0) + 1, now_ms)
-  slot.chosen, slot.swap, slot.undone = chosen, nil, nil
+  slot.chosen, slot.places, slot.swap, slot.undone = chosen, {}, nil, nil
   local is_chosen, retired = {}, {}
   for _, instance in ipairs(chosen) do is_chosen[instance] = true end
   local names, by_name = living(name)
@@ -93,10 +96,11 @@ local function decide(name, slot, chosen, policy)
     if is_chosen[instance] then
       fact.state, fact.epoch, fact.policy = 'ready', slot.epoch, 0
       slot.weights = fact.weights
+      slot.places[#slot.places + 1] = redis.call('HGET', addresses, instance)
       if slot.retired then slot.retired[instance] = nil end
     elseif fact.state == 'ready' then
       fact.state, fact.policy = 'draining', policy
-      retire(slot, instance, fact.epoch)
+      retire(slot, instance, fact)
       retired[#retired + 1] = instance
     end
     if tonumber(fact.loaded) > tonumber(slot.newest or 0) then slot.newest = fact.loaded end

@@ -10,7 +10,7 @@ if tonumber(ARGV[3]) ~= current() then return {'conflict', current()} end
 fact.state, fact.policy = 'draining', tonumber(ARGV[4])
 write(facts, instance, fact)
 local slot = read(slots, fact.slot) or {}
-retire(slot, instance, fact.epoch)
+retire(slot, instance, fact)
 write(slots, fact.slot, slot)
 keep_alive()
 return {'done', raise_revision()}

@@ -15,11 +15,21 @@ redis.call('HSET', entries, instance, entry)
 redis.call('HSET', addresses, instance, address)
 renew(instance, ARGV[5])
 
-local function is_among(list)
+local function is_among(list, wanted)
   for _, each in ipairs(list or {}) do
-    if each == instance then return true end
+    if each == wanted then return true end
   end
   return false
+end
+
+-- What is known of this instance, or of its process before it was started again, if it was told to drain.
+local function retirement(slot)
+  local retired = slot.retired or {}
+  if retired[instance] then return retired[instance] end
+  for _, each in pairs(retired) do
+    if each.address == address and each.weights == weights and each.weights ~= slot.weights
+      and now_ms - each.at < RESTART_MS then return each end
+  end
 end
 
 local function place()
@@ -28,16 +38,18 @@ local function place()
   local was = fact and fact.slot == name and fact or {}
   fact = {slot = name, weights = weights, loaded = loaded, leaving = was.leaving,
     state = was.state, epoch = was.epoch, policy = was.policy or 0}
-  local retired_epoch = slot.retired and slot.retired[instance]
+  local retired = retirement(slot)
   local is_current = slot.weights == weights
+  -- Also when the process that was swapped in is started again as it was then, on standby.
+  local is_chosen = is_current and (is_among(slot.chosen, instance) or is_among(slot.places, address))
   -- Lower than what serves now, and not that of anybody else.
   local outdated_epoch = slot.epoch and math.min(tonumber(loaded), slot.epoch - 1)
   if was.state == 'draining' or was.state == 'standby' then
     -- Only a person's decision changes that.
     if was.state == 'draining' and was.weights ~= weights then fact.epoch = outdated_epoch end
-  elseif not was.state and retired_epoch then
-    fact.state, fact.epoch, fact.policy = 'draining', retired_epoch, MIGRATE
-  elseif not was.state and ARGV[9] == '1' and not (is_current and is_among(slot.chosen)) then
+  elseif not was.state and retired then
+    fact.state, fact.epoch, fact.policy = 'draining', retired.epoch, MIGRATE
+  elseif not was.state and ARGV[9] == '1' and not is_chosen then
     fact.state, fact.epoch = 'standby', 0
   elseif is_current then
     fact.state, fact.epoch = 'ready', slot.epoch
