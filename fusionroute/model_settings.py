@@ -24,6 +24,9 @@ class ModelSettings(DaemonSettings):
     kv_tokens: Positive = Field(65536, description="Tokens for which there is key-value memory.")
     max_batch_tokens: Positive = Field(2048, description="Most tokens in one forward.")
     prefill_chunk_tokens: Positive = Field(512, description="Most tokens of one session in one forward.")
+    mixed_forward_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        0.05, description="How long a forward may take, roughly, that prefills share with decoding sessions."
+    )
     max_queue: Positive = Field(256, description="Most steps waiting or running.")
     max_sessions: Positive = Field(4096, description="Most sessions cached at a time.")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="Threads of torch; 0 = its own choice.")
@@ -36,6 +39,7 @@ class ModelSettings(DaemonSettings):
             kv_tokens=self.kv_tokens,
             max_batch_tokens=self.max_batch_tokens,
             prefill_chunk_tokens=self.prefill_chunk_tokens,
+            mixed_forward_seconds=self.mixed_forward_seconds,
             max_queue=self.max_queue,
             max_sessions=self.max_sessions,
         )

@@ -24,6 +24,7 @@ from torch import Tensor
 from fusionroute.engine.attention import RaggedBatch, Segment
 from fusionroute.engine.kv_cache import KVCache
 from fusionroute.engine.model import ForwardOutput, LoadedModel, ModelFacts
+from fusionroute.engine.schedule import Schedule
 from fusionroute.engine.sessions import NoRoomYet, SessionTable, SessionView, StepCall, room_taken
 from fusionroute.engine.steps import Chunk, EngineLimits, EngineLoad, Job, StepOutcome
 from fusionroute.errors import FusionRouteError, InternalFault, OutOfRoom, Reason, Unavailable
@@ -53,6 +54,7 @@ class Engine:
         self._inbox: deque[Job | Callable[[], None]] = deque()
         self._waiting: deque[Job] = deque()  # for room
         self._running: deque[Job] = deque()  # admitted, not all fed
+        self._schedule = Schedule(self.limits)
         self._num_unfinished = 0
         self._num_forwards = 0
         self._draining = False
@@ -210,11 +212,18 @@ class Engine:
         return not self._stopping
 
     def _admit_waiting(self) -> None:
-        """Readies the sessions of waiting steps; those without room go on waiting for a while."""
+        """Readies the sessions of waiting steps; those without room go on waiting for a while.
+
+        Nobody takes room before somebody who has waited longer for it; steps that need none pass.
+        """
+        is_room_awaited = False
         for _ in range(len(self._waiting)):
             job = self._waiting.popleft()
             now = time.monotonic()
             if not self._is_wanted(job, now):
+                continue
+            if is_room_awaited and self._table.needs_room(job.call):
+                self._waiting.append(job)
                 continue
             try:
                 job.session, job.num_cached = self._table.begin(job.call, now)
@@ -223,18 +232,18 @@ class Engine:
                     self._fail(job, room_taken(self.limits.kv_tokens))
                 else:
                     self._waiting.append(job)
+                    is_room_awaited = True
                 continue
             except FusionRouteError as error:
                 self._fail(job, error)
                 continue
             self._cache.room(job.call.session_id, job.session.reserved_tokens, job.session.cached_length)
             job.num_fed = job.num_cached
+            self._schedule.arrived(job, now)
             self._running.append(job)
 
     def _compose(self) -> list[Chunk]:
-        """The next forward: every session's next tokens, oldest first, within the token budget."""
-        room = self.limits.max_batch_tokens
-        chunks: list[Chunk] = []
+        """The next forward, of the steps that are still wanted."""
         now = time.monotonic()
         for job in list(self._running):
             if not self._is_wanted(job, now):
@@ -243,13 +252,7 @@ class Engine:
             if job.num_left == 0:  # all cached, no rows wanted
                 self._running.remove(job)
                 self._succeed(job)
-                continue
-            count = min(job.num_left, self.limits.prefill_chunk_tokens, room)
-            if count == 0:
-                break
-            room -= count
-            chunks.append(Chunk(job, job.num_fed, job.num_fed + count))
-        return chunks
+        return self._schedule.compose(self._running, now)
 
     def _execute(self, chunks: list[Chunk]) -> None:
         started = time.monotonic()
@@ -264,6 +267,7 @@ class Engine:
         finally:
             self._num_forwards += 1
         seconds = time.monotonic() - started
+        self._schedule.took(sum(chunk.num_tokens for chunk in chunks), seconds)
         row = 0
         for chunk in chunks:
             count = len(chunk.wanted)

@@ -14,6 +14,8 @@ from fusionroute.engine import digest
 from fusionroute.errors import InvalidRequest, OutOfRoom, Reason, SessionStateError
 
 ROOM_GRANULE_TOKENS = 64
+ABANDONED_SECONDS = 5.0
+"""A session that nobody has used for so long is not in the middle of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ class SessionTable:
         self._check_state(call, session)
         reserved = session.reserved_tokens if session else 0
         wanted = self._room_for(call.end_position, reserved)
-        wanted = self._make_room(call.session_id, wanted, call.end_position, reserved, is_new=session is None)
+        wanted = self._make_room(call, wanted, reserved, now, is_new=session is None)
         if session is None:
             session = self._sessions[call.session_id] = Session(call.session_id, now)
         num_cached = min(
@@ -163,6 +165,11 @@ class SessionTable:
         session.busy = True
         self._touch(session, now)
         return session, num_cached
+
+    def needs_room(self, call: StepCall) -> bool:
+        """Whether a step would take key-value memory or a session's place beyond what is reserved for it."""
+        session = self._sessions.get(call.session_id)
+        return session is None or call.end_position > session.reserved_tokens
 
     def end(self, session: Session, now: float) -> None:
         """The step of a session is over, well or badly."""
@@ -279,16 +286,23 @@ class SessionTable:
         generous = max(_round_up(length), min(2 * reserved, self.max_session_tokens))
         return min(generous, max(self.max_session_tokens, length))
 
-    def _make_room(self, session_id: str, wanted: int, length: int, reserved: int, *, is_new: bool) -> int:
-        """Evicts idle sessions until `wanted` (or, if that cannot be, `length`) tokens fit; returns what to reserve."""
+    def _make_room(self, call: StepCall, wanted: int, reserved: int, now: float, *, is_new: bool) -> int:
+        """Evicts idle sessions until `wanted` tokens fit, or as many as the step needs; returns what to reserve.
+
+        Room beyond the step's need is worth the eviction of abandoned sessions, not of those that will be back soon.
+        """
+        length = call.end_position
         free = self.kv_tokens - self.kv_tokens_used
         need_slot = is_new and len(self._sessions) >= self.max_sessions
         if wanted - reserved <= free and not need_slot:
             return wanted
-        idle = [s for s in self._sessions.values() if not s.busy and s.session_id != session_id]
+        idle = [s for s in self._sessions.values() if not s.busy and s.session_id != call.session_id]
         evictable = sum(s.reserved_tokens for s in idle)
+        abandoned = sum(s.reserved_tokens for s in idle if now - s.last_used > ABANDONED_SECONDS)
+        if wanted - reserved > free + abandoned:
+            wanted = max(reserved, min(wanted, _round_up(length)))
         if wanted - reserved > free + evictable:
-            wanted = length
+            wanted = max(reserved, length)
         if wanted - reserved > free + evictable:
             raise NoRoomYet
         if need_slot and not idle:

@@ -21,6 +21,7 @@ class EngineLimits:
         max_queue: steps waiting or running.
         max_sessions: sessions cached at a time.
         room_wait_seconds: how long a step waits for running sessions to give room.
+        mixed_forward_seconds: how long a forward may take, roughly, that prefills share with decoding sessions.
     """
 
     kv_tokens: int = 65536
@@ -29,6 +30,7 @@ class EngineLimits:
     max_queue: int = 256
     max_sessions: int = 4096
     room_wait_seconds: float = 2.0
+    mixed_forward_seconds: float = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,11 @@ class Chunk:
     job: Job
     start: int
     stop: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to feed."""
+        return self.stop - self.start
 
     @property
     def wanted(self) -> range:
