@@ -19,6 +19,7 @@ import structlog
 
 from fusionroute import tracing
 from fusionroute.metrics import RPC_SECONDS
+from fusionroute.telemetry import is_debugging
 
 REQUEST_ID_KEY = "x-request-id"
 
@@ -35,7 +36,7 @@ _CODE_NAMES: dict[Any, str] = {code.value[0]: code.name for code in grpc.StatusC
 
 def bind_request(request_id: str) -> None:
     """From now on log lines and outgoing calls of this task carry this request id."""
-    _current_request.set(request_id)
+    _current_request.set(request_id if _REQUEST_ID.fullmatch(request_id) else "")
     structlog.contextvars.bind_contextvars(request=request_id)
 
 
@@ -136,7 +137,8 @@ class _Call:
         seconds = time.monotonic() - self._started
         RPC_SECONDS.labels(self._rpc, code).observe(seconds)
         tracing.end_call(self._span, code)
-        log.debug("rpc", rpc=self._rpc, code=code, seconds=round(seconds, 5))
+        if is_debugging():
+            log.debug("rpc", rpc=self._rpc, code=code, seconds=round(seconds, 5))
 
 
 def _value_of(metadata: Iterable[tuple[str, str | bytes]], key: str) -> str:

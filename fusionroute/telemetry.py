@@ -13,6 +13,14 @@ LogFormat = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
+_debugging = False
+
+
+def is_debugging() -> bool:
+    """Whether debug lines are written; asked where even a line that is dropped would cost too much."""
+    return _debugging
+
+
 def quiet_native_logs() -> None:
     """Keeps the chatter of native libraries off stderr; call before grpc or tokenizers are imported."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -57,5 +65,7 @@ def configure_logs(service: str, *, log_format: LogFormat = "auto", log_level: L
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[remove, *last])
     )
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
+    global _debugging
+    _debugging = level <= logging.DEBUG
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(service=service)

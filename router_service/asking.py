@@ -16,6 +16,7 @@ from typing import Protocol
 
 import structlog
 
+from fusionroute import tracing
 from fusionroute.engine import Engine, StepCall
 from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
 from fusionroute.fusion import Row
@@ -177,6 +178,7 @@ class _Asking:
     async def _mend(self, cache: Cache, call: StepCall, error: FusionRouteError) -> None:
         """Returns when the row can be asked for again; raises what cannot be mended."""
         reason = error.reason
+        self._trace(cache, call, error)
         if reason in _REPLAY and call.from_position > 0:
             self.text.lost(cache.name)
             metrics.REPLAYS.labels(slot=self.model.slot).inc()
@@ -195,6 +197,16 @@ class _Asking:
             self.attempt_seconds *= 2  # one that is slow, not silent, must not be broken off for ever
         await self._pause(cache, error)
 
+    def _trace(self, cache: Cache, call: StepCall, error: FusionRouteError) -> None:
+        """What failed is worth a span."""
+        if tracing.is_on():
+            facts: tracing.Attributes = {
+                "slot": self.model.slot,
+                "cache": cache.name,
+                "num_tokens": len(call.token_ids),
+            }
+            tracing.note("attempt", time.monotonic() - self.began, facts, error=error.reason.value)
+
     async def _pause(self, cache: Cache, error: FusionRouteError) -> None:
         """Waits for the next attempt; raises the error when there is no time for one."""
         wait = max(self.pause, min(error.retry_after_seconds or 0.0, LONGEST_PAUSE_SECONDS))
@@ -206,7 +218,7 @@ class _Asking:
             raise error
         self.text.num_retries += 1
         metrics.RETRIES.labels(slot=self.model.slot, reason=error.reason.value).inc()
-        log.info("asking_again", session=self.text.session_id, cache=cache.name, reason=error.reason.value)
+        log.info("asking_again", slot=self.model.slot, cache=cache.name, reason=error.reason.value)
         await asyncio.sleep(wait)
         self.pause = min(2 * self.pause, LONGEST_PAUSE_SECONDS)
 

@@ -11,6 +11,9 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
+import structlog
+
+from fusionroute import tracing
 from fusionroute.errors import FusionRouteError, Reason
 from fusionroute.fusion import (
     Choice,
@@ -24,6 +27,8 @@ from fusionroute.fusion import (
     needs_router,
     top_candidates,
 )
+from fusionroute.telemetry import is_debugging
+from router_service import metrics
 from router_service.asking import Answer, Model, Patience, ask
 from router_service.degrading import Policy, ask_expert
 from router_service.records import TokenRecord, TokenSource
@@ -32,6 +37,8 @@ from router_service.stored_session import FinishReason
 from router_service.text import AnswerText
 from router_service.token_log import TokenLog
 from router_service.turn_request import Showing, Turn
+
+log = structlog.get_logger(__name__)
 
 LARGE_ROW = 16384
 """Sampling from rows longer than this takes milliseconds, which the event loop is spared."""
@@ -130,6 +137,7 @@ class TurnWriter:
     costs: Costs = field(default_factory=Costs)
     ending: Ending | None = None
     _policy: Policy = field(init=False)
+    _traced: set[str] = field(default_factory=set)
     is_asking: bool = False
     """Whether the writer waits for a model, so that cancelling its task interrupts nothing else."""
 
@@ -172,7 +180,7 @@ class TurnWriter:
                 self.is_asking = False
             is_degraded = taken.expert != decision.expert
             token = await self._next_token(router, expert, taken, seen, is_degraded=is_degraded)
-            await self.log.room()
+            await self._until_there_is_room()
             self.log.append(token.record)
             self.text.tokens.append(token.record.token_id)
             seen.add(token.record.token_id)
@@ -188,7 +196,10 @@ class TurnWriter:
     async def _ask_router(self) -> Answer:
         started = time.monotonic()
         answer = await ask(self.ensemble.router, self.text, self.ensemble.router_patience)
-        self.costs.router_seconds += time.monotonic() - started
+        seconds = time.monotonic() - started
+        metrics.ROUTER_FORWARD_SECONDS.observe(seconds)
+        self._trace("router", seconds, answer)
+        self.costs.router_seconds += seconds
         self.costs.num_router_forwards += 1
         return answer
 
@@ -200,8 +211,12 @@ class TurnWriter:
         taken, answer = await ask_expert(
             ensemble.experts, self.text, decision, self._policy, ensemble.expert_patience
         )
-        self.costs.expert_seconds += time.monotonic() - started
+        seconds = time.monotonic() - started
+        self.costs.expert_seconds += seconds
+        metrics.EXPERT_WAIT_SECONDS.observe(seconds - (0.0 if answer is None else answer.forward_seconds))
         if answer is not None:
+            metrics.EXPERT_FORWARD_SECONDS.observe(answer.forward_seconds)
+            self._trace("expert", seconds, answer)
             self.costs.expert_forward_seconds += answer.forward_seconds
             self.costs.num_expert_calls += 1
         return taken, answer
@@ -242,10 +257,37 @@ class TurnWriter:
             weights=tuple(decision.weights.tolist()) if self.showing.routing_weights else (),
             top=top,
         )
-        self.costs.fuse_seconds += time.monotonic() - started
+        seconds = time.monotonic() - started
+        metrics.FUSE_SECONDS.observe(seconds)
+        self.costs.fuse_seconds += seconds
         if not self.costs.first_token_seconds:
             self.costs.first_token_seconds = time.monotonic() - self.costs.started
+            metrics.FIRST_TOKEN_SECONDS.observe(self.costs.first_token_seconds)
+        self._count(record)
         return token
+
+    def _count(self, record: TokenRecord) -> None:
+        by_expert = record.source is TokenSource.EXPERT
+        slot = self.turn.slots[record.expert] if by_expert else metrics.ROUTER_ITSELF
+        metrics.TOKENS.labels("expert" if by_expert else "router", slot).inc()
+        if is_debugging():
+            log.debug("token", index=self._num_written, slot=slot, degraded=record.degraded)
+
+    async def _until_there_is_room(self) -> None:
+        started = time.monotonic()
+        await self.log.room()
+        metrics.STORE_WAIT_SECONDS.observe(time.monotonic() - started)
+
+    def _trace(self, who: str, seconds: float, answer: Answer) -> None:
+        """The first row of each cache, which is its prefill, and slow ones."""
+        if tracing.is_on() and (answer.cache not in self._traced or seconds > tracing.SLOW_SECONDS):
+            facts: tracing.Attributes = {
+                "cache": answer.cache,
+                "position": len(self.text.tokens),
+                "forward_seconds": answer.forward_seconds,
+            }
+            tracing.note(f"row of {who}", seconds, facts)
+            self._traced.add(answer.cache)
 
     def _choose(
         self, fused: Row, expert_row: Row | None, router_row: Row | None, seen: SeenTokens

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from fusionroute import wire
+from fusionroute import tracing, wire
 from fusionroute.engine import StepCall
 from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
+from fusionroute.rpc_context import outgoing_metadata
 from fusionroute.rpc_errors import error_from_peer
 from fusionroute.v1 import expert_pb2, expert_pb2_grpc, registry_pb2
 from router_service.asking import Answer
@@ -135,7 +136,8 @@ class Instance:
             prefix_digest=call.prefix_digest,
         )
         try:
-            return await self.stub.Step(request, timeout=max(0.001, deadline - now))
+            metadata = outgoing_metadata(tracing.traceparent())
+            return await self.stub.Step(request, timeout=max(0.001, deadline - now), metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise error_from_peer(error, self.entry.address) from error
         except asyncio.CancelledError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from fusionroute.metrics import LATENCY_BUCKETS
 
@@ -50,7 +50,7 @@ DEGRADED_TOKENS = Counter(
 
 TURNS = Counter(
     f"{PREFIX}_turns",
-    "Turns that ended here, by outcome (finished, broke_off) and why: the finish reason or the error's reason.",
+    "Turns written here that ended here, by outcome (finished, broke_off) and why: finish reason or error's reason.",
     ["outcome", "reason", "rule"],
     registry=REGISTRY,
 )
@@ -104,9 +104,6 @@ BREAKER_TRANSITIONS = Counter(
 
 # --- store and checkpoints ---------------------------------------------------------------------------------------
 
-STORE_PENDING_TOKENS = Gauge(
-    f"{PREFIX}_store_pending_tokens", "Tokens written that Redis has not confirmed yet.", registry=REGISTRY
-)
 STORE_RESTORES = Counter(
     f"{PREFIX}_store_restores",
     "Sessions put back into a Redis that had lost them, by outcome.",
@@ -115,7 +112,7 @@ STORE_RESTORES = Counter(
 )
 PROMOTIONS = Counter(
     f"{PREFIX}_promotions",
-    "Promoted checkpoints taken up, by outcome (served, refused).",
+    "Promoted checkpoints taken up, by outcome (served, refused, failed).",
     ["outcome"],
     registry=REGISTRY,
 )

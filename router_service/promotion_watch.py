@@ -21,6 +21,7 @@ from fusionroute.errors import FusionRouteError, ModelRejected, Reason, Unavaila
 from fusionroute.promotions import PromotedCheckpoint, Promotion, PromotionStore
 from fusionroute.router_loading import LoadedRouter, load_router
 from fusionroute.router_model import Manifest, load_checkpoint
+from router_service import metrics
 from router_service.serving import PromotionReport, ServedCheckpoints, Serving
 from router_service.settings import RouterSettings
 
@@ -150,12 +151,15 @@ class PromotionWatch:
             loaded = await asyncio.to_thread(self.source.load, wanted)
             new = await self.serve(loaded, wanted.checkpoint_id)
         except FusionRouteError as error:
+            metrics.PROMOTIONS.labels(outcome="refused").inc()
             log.error("promotion_refused", checkpoint_id=wanted.checkpoint_id, message=error.message)
             return error.message
         except Exception as error:  # out of memory, a disk that fails: what is served goes on
+            metrics.PROMOTIONS.labels(outcome="failed").inc()
             log.exception("promotion_failed", checkpoint_id=wanted.checkpoint_id)
             return f"loading {str(folder)!r} failed: {type(error).__name__}: {error}"
         self.served.replace(new)
+        metrics.PROMOTIONS.labels(outcome="served").inc()
         log.info(
             "promotion_taken_up",
             checkpoint_id=wanted.checkpoint_id,

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from fusionroute.errors import FusionRouteError
 from fusionroute.fusion import Choice, CombineRule
+from fusionroute.rpc_context import bind_request
 from fusionroute.v1 import router_pb2, router_pb2_grpc
 from fusionroute.wire import identity_to_message, load_to_message
+from router_service import metrics
 from router_service.experts import Directory
 from router_service.generation import Candidates, Costs, WrittenToken
 from router_service.live_turn import LiveTurn
@@ -59,7 +62,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Generate(  # noqa: N802
         self, request: router_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
-        live = await self._keeper.generate(request)
+        try:
+            live = await self._keeper.generate(request)
+        except FusionRouteError as error:
+            metrics.REJECTIONS.labels(reason=error.reason.value).inc()
+            raise
+        bind_request(live.request_id)
         async with contextlib.aclosing(self._events(live, 0)) as events:
             async for event in events:
                 yield router_pb2.GenerateResponse(event=event)
@@ -68,6 +76,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self, request: router_pb2.ResumeRequest, context: Context
     ) -> AsyncIterator[router_pb2.ResumeResponse]:
         live = await self._keeper.resume(request.session_id, request.from_token)
+        bind_request(live.request_id)
         async with contextlib.aclosing(self._events(live, request.from_token)) as events:
             async for event in events:
                 yield router_pb2.ResumeResponse(event=event)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
+from weakref import WeakSet
 
 import structlog
 
@@ -20,6 +21,7 @@ from fusionroute.errors import (
     SessionStateError,
     Unavailable,
 )
+from router_service import metrics
 from router_service.records import RECORD_BYTES, TokenRecord, pack_one
 from router_service.session_store import SessionStore, as_lease_lost, was_deleted
 from router_service.stored_session import FinishReason, Lease, OpenTurn, WriteOutcome, WriteVerdict
@@ -28,6 +30,9 @@ QUIET_CLOSE_SECONDS = 2.0
 """How long storing the rest may take when the writer is stopped by an error or a cancellation."""
 MOST_RESTORATIONS = 10
 """Of one call: a Redis that forgets faster than it is told cannot be helped."""
+
+OPEN_LOGS: WeakSet[TokenLog] = WeakSet()
+"""Of all turns that are written in this process."""
 
 log = structlog.get_logger(__name__)
 
@@ -163,6 +168,7 @@ class TokenLog:
 
     async def __aenter__(self) -> Self:
         assert self._sender is None, "already open"
+        OPEN_LOGS.add(self)
         self._sender = asyncio.create_task(self._send_until_stopped(), name=f"log {self._lease.session_id}")
         return self
 
@@ -173,6 +179,7 @@ class TokenLog:
             if self._sender is not None:
                 await self._close(quietly=error is not None)
         finally:
+            OPEN_LOGS.discard(self)
             await self._stop_sender()
 
     async def _close(self, *, quietly: bool) -> None:
@@ -269,7 +276,14 @@ class TokenLog:
     async def _restore(self, deadline_seconds: float) -> None:
         """Puts the whole session back."""
         held = bytes(self._held)
-        outcome = await self._store.restore(self._lease, held, self._turn, deadline_seconds=deadline_seconds)
+        try:
+            outcome = await self._store.restore(
+                self._lease, held, self._turn, deadline_seconds=deadline_seconds
+            )
+        except FusionRouteError as error:
+            metrics.STORE_RESTORES.labels(outcome=error.reason.value).inc()
+            raise
+        metrics.STORE_RESTORES.labels(outcome="restored").inc()
         self._stored_length = 0
         self._take_over(outcome)
         self.num_restorations += 1

@@ -28,6 +28,7 @@ from router_service.token_log import TokenLog
 from router_service.turn_admission import Reservation, TurnAdmission
 from router_service.turn_follower import TurnFollower, draining
 from router_service.turn_reader import answer_text_of, latest_turn
+from router_service.turn_story import TurnStory
 
 log = structlog.get_logger(__name__)
 
@@ -95,32 +96,27 @@ class TurnRunner:
     draft: Draft | None = None
     _follower: TurnFollower | None = None
     _num_fruitless: int = 0
+    _has_written: bool = False
 
     async def run(self) -> None:
         """Until the turn has ended, broken off, or is put aside; the live turn tells which. Never raises but for being
         cancelled, which puts the turn aside."""
-        live, started = self.live, time.monotonic()
+        live, story = self.live, TurnStory(self.live)
         try:
             ending = await self._until_ended()
         except asyncio.CancelledError:
+            story.broke_off(Reason.DRAINING, "the router stops", was_written_here=self._has_written)
             live.fail(draining())
             raise
         except FusionRouteError as error:
-            log.warning(
-                "turn_broke_off", session=live.session_id, reason=error.reason.value, message=error.message
-            )
+            story.broke_off(error.reason, error.message, was_written_here=self._has_written)
             live.fail(error)
         except Exception as error:
-            log.exception("turn_failed", session=live.session_id)
+            log.exception("turn_failed")
+            story.broke_off(Reason.INTERNAL, repr(error), was_written_here=self._has_written)
             live.fail(InternalFault(Reason.INTERNAL, f"writing the turn failed: {type(error).__name__}"))
         else:
-            log.info(
-                "turn_finished",
-                session=live.session_id,
-                reason=ending.reason.value,
-                num_tokens=len(live.tokens),
-                seconds=round(time.monotonic() - started, 4),
-            )
+            story.ended(ending, was_written_here=self._has_written)
             live.end(ending)
 
     def close(self) -> None:
@@ -194,13 +190,13 @@ class TurnRunner:
             taken = self.draft is not None
             metrics.TAKEOVERS.labels(outcome="taken" if taken else "forestalled").inc()
             if taken:
-                log.info("turn_taken_over", session=self.live.session_id, num_tokens=len(self.live.tokens))
+                log.info("turn_taken_over", num_tokens=len(self.live.tokens))
 
     def _was_overtaken(self, error: SessionStateError, has_written: bool) -> None:
         self._num_fruitless = 0 if has_written else self._num_fruitless + 1
         if self._num_fruitless >= MOST_FRUITLESS_TURNS:
             raise error
-        log.warning("turn_overtaken", session=self.live.session_id, message=error.message)
+        log.warning("turn_overtaken", message=error.message)
 
     async def _following(self) -> TurnFollower:
         """What was published is checked against the store from the beginning, once after each time of writing."""
@@ -248,6 +244,7 @@ class TurnRunner:
     def hold(self, draft: Draft) -> None:
         """Makes this router the writer, before or between runs."""
         draft.hold()
+        self._has_written = True
         self.draft = draft
         self.live.is_written_here = True
         self._follower = None
@@ -260,6 +257,7 @@ class TurnRunner:
 
     async def _write(self, draft: Draft) -> Ending:
         live, text = self.live, draft.text
+        structlog.contextvars.bind_contextvars(fence=draft.lease.fence)
         answer_text = draft.serving.answer_text(live.turn.stops, live.context)
         if live.tokens:
             answer_text = await asyncio.to_thread(answer_text_of, draft.serving, live)

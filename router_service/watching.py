@@ -13,12 +13,15 @@ from fusionroute.client import expert_state_name
 from fusionroute.health import WhyNotReady
 from fusionroute.metrics import EngineCollector, Exposition, GaugeCollector
 from router_service import metrics
+from router_service.breaker import BreakerState
 from router_service.experts import Directory
+from router_service.instances import Instance
 from router_service.serving import ServedCheckpoints
+from router_service.token_log import OPEN_LOGS
 from router_service.turn_admission import TurnAdmission
 
 ENGINE_PREFIX = f"{metrics.PREFIX}_engine"
-SHOWN_STATES = ("ready", "standby", "draining")
+SHOWN_STATES = ("ready", "standby", "draining", "vanished")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,18 @@ class RouterGauges:
                 self._instances,
             ),
             GaugeCollector(
+                f"{prefix}_breakers",
+                "Circuit breakers of expert processes, by slot and state (closed, half_open, open).",
+                ("slot", "state"),
+                self._breakers,
+            ),
+            GaugeCollector(
+                f"{prefix}_store_pending_tokens",
+                "Tokens written that Redis has not confirmed yet.",
+                (),
+                lambda: {(): sum(log.num_pending_tokens for log in OPEN_LOGS)},
+            ),
+            GaugeCollector(
                 f"{prefix}_checkpoints", "Checkpoints in memory.", (), lambda: {(): len(self.served.all())}
             ),
             GaugeCollector(
@@ -77,13 +92,25 @@ class RouterGauges:
 
     def _instances(self) -> dict[tuple[str, ...], float]:
         slots = set(self.served.current.offer.slots)
-        entries = [instance.entry for instance in self.directory.instances.values()]
-        slots.update(entry.slot for entry in entries)
-        found = Counter((entry.slot, expert_state_name(entry.state)) for entry in entries)
+        slots.update(each.entry.slot for each in self.directory.instances.values())
+        found = Counter((each.entry.slot, _state_of(each)) for each in self.directory.instances.values())
         listed: dict[tuple[str, ...], float] = {
             (slot, state): 0.0 for slot in sorted(slots) for state in SHOWN_STATES
         }
         return listed | {key: float(count) for key, count in found.items()}
+
+    def _breakers(self) -> dict[tuple[str, ...], float]:
+        instances = list(self.directory.instances.values())
+        found = Counter((each.entry.slot, each.breaker.state.value) for each in instances)
+        return {
+            (slot, state.value): float(found[slot, state.value])
+            for slot in sorted({each.entry.slot for each in instances})
+            for state in BreakerState
+        }
+
+
+def _state_of(instance: Instance) -> str:
+    return "vanished" if instance.gone_since is not None else expert_state_name(instance.entry.state)
 
 
 def needs_redis(redis: Redis) -> WhyNotReady:
