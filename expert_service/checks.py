@@ -15,6 +15,9 @@ MAX_DRAFT_TOKENS = 64
 MAX_BATCH_STEPS = 256
 MAX_SEQUENCES = 256
 DEFAULT_LIST_LIMIT = 1000
+MOST_LISTED = 10_000
+MAX_BATCH_TOKENS = 1_048_576
+"""In one StepBatch or Score message, over all steps or sequences."""
 # Room in a message for everything that is not rows.
 MESSAGE_MARGIN_BYTES = 16384
 
@@ -42,6 +45,12 @@ def check_step(request: expert_pb2.StepRequest, facts: ModelFacts) -> None:
     wire_dtype(request.dtype, facts)
     if request.draft_tokens > MAX_DRAFT_TOKENS:
         raise invalid("draft_tokens", request.draft_tokens, f"at most {MAX_DRAFT_TOKENS}")
+    if len(request.token_ids) > facts.max_context_tokens:
+        raise InvalidRequest(
+            Reason.CONTEXT_FULL,
+            f"{len(request.token_ids)} token_ids are more than the model's {facts.max_context_tokens} tokens",
+            metadata={"field": "token_ids", "limit": str(facts.max_context_tokens)},
+        )
     end = request.from_position + len(request.token_ids) + request.draft_tokens
     if request.draft_tokens and end > facts.max_context_tokens:
         raise InvalidRequest(
@@ -74,9 +83,15 @@ def check_batch(request: expert_pb2.StepBatchRequest) -> None:
     """Raises InvalidRequest unless there are 1 to 256 steps of different sessions."""
     if not 1 <= len(request.steps) <= MAX_BATCH_STEPS:
         raise invalid("steps", f"{len(request.steps)} steps", f"1 to {MAX_BATCH_STEPS} steps")
+    _check_num_tokens("steps", sum(len(step.token_ids) for step in request.steps))
     session_id, count = Counter(step.session_id for step in request.steps).most_common(1)[0]
     if count > 1:
-        raise invalid("steps", f"{count} steps of session {session_id!r}", "one step for each session")
+        raise invalid("steps", f"{count} steps of session {session_id[:140]!r}", "one step for each session")
+
+
+def _check_num_tokens(field: str, num_tokens: int) -> None:
+    if num_tokens > MAX_BATCH_TOKENS:
+        raise invalid(field, f"{num_tokens} tokens", f"at most {MAX_BATCH_TOKENS} tokens in one message")
 
 
 def check_score(request: expert_pb2.ScoreRequest, facts: ModelFacts) -> None:
@@ -86,6 +101,7 @@ def check_score(request: expert_pb2.ScoreRequest, facts: ModelFacts) -> None:
     if request.output not in expert_pb2.ScoreOutput.values():
         raise invalid("output", request.output, "LOG_PROBS or ROWS")
     wire_dtype(request.dtype, facts)
+    _check_num_tokens("sequences", sum(len(sequence.token_ids) for sequence in request.sequences))
     for index, sequence in enumerate(request.sequences):
         name = f"sequences[{index}].token_ids"
         num_tokens = len(sequence.token_ids)

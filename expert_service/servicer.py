@@ -74,7 +74,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     async def ListSessions(
         self, request: expert_pb2.ListSessionsRequest, context: Context
     ) -> expert_pb2.ListSessionsResponse:
-        limit = request.limit or checks.DEFAULT_LIST_LIMIT
+        limit = min(request.limit or checks.DEFAULT_LIST_LIMIT, checks.MOST_LISTED)
         views, num_sessions = await asyncio.shield(self._served.engine.list_sessions(limit))
         return expert_pb2.ListSessionsResponse(
             sessions=[_session_info(view) for view in views], num_sessions=num_sessions

@@ -192,10 +192,21 @@ CLASS_BY_CODE: dict[StatusCode, type[FusionRouteError]] = {
 }
 
 
+MAX_SHOWN_CHARACTERS = 200
+
+
+def _shown(value: object) -> str:
+    """A value for a message; a caller who sends megabytes does not get them back."""
+    if isinstance(value, str) and len(value) > MAX_SHOWN_CHARACTERS:
+        return f"{value[:MAX_SHOWN_CHARACTERS]!r}... ({len(value)} characters)"
+    text = repr(value)
+    return text if len(text) <= 2 * MAX_SHOWN_CHARACTERS else f"{text[: 2 * MAX_SHOWN_CHARACTERS]}..."
+
+
 def invalid(field: str, value: object, limit: str) -> InvalidRequest:
     """An INVALID_FIELD error that names the field, its value and what is allowed."""
     return InvalidRequest(
         Reason.INVALID_FIELD,
-        f"{field} = {value!r} is not allowed: {limit}",
+        f"{field} = {_shown(value)} is not allowed: {limit}",
         metadata={"field": field, "limit": limit},
     )

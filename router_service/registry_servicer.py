@@ -18,6 +18,13 @@ Admit: TypeAlias = Callable[[str, common_pb2.ModelIdentity], None]
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 MAX_SWAPPED = 64
+MAX_ADDRESS_CHARACTERS = 300
+_MODEL_CHARACTERS = {
+    "name": 1024,
+    "weights_fingerprint": 128,
+    "tokenizer_fingerprint": 128,
+    "family": 64,
+}
 
 _INSTANCE_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,128}")
 _SLOT = re.compile(r"[a-z0-9_-]{1,32}")
@@ -47,6 +54,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         _check_address(request.address)
         if not request.HasField("model"):
             raise invalid("model", None, "the identity of the model must be given")
+        _check_model(request.model)
         self._admit(request.slot, request.model)
         entry = registry_pb2.ExpertEntry(
             instance_id=request.instance_id, slot=request.slot, address=request.address, model=request.model
@@ -105,7 +113,9 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         """Lets other instances serve a slot."""
         _check_slot(request.slot)
         if not 1 <= len(request.instance_ids) <= MAX_SWAPPED:
-            raise invalid("instance_ids", list(request.instance_ids), f"1 to {MAX_SWAPPED} instances")
+            raise invalid(
+                "instance_ids", f"{len(request.instance_ids)} instances", f"1 to {MAX_SWAPPED} instances"
+            )
         for instance_id in request.instance_ids:
             _check_instance_id(instance_id)
         done = await self._store.swap(
@@ -142,7 +152,14 @@ def _check_slot(slot: str) -> None:
         raise invalid("slot", slot, "1 to 32 of a-z, 0-9, _ and -")
 
 
+def _check_model(model: common_pb2.ModelIdentity) -> None:
+    for field, most in _MODEL_CHARACTERS.items():
+        value: str = getattr(model, field)
+        if len(value) > most:
+            raise invalid(f"model.{field}", value, f"at most {most} characters")
+
+
 def _check_address(address: str) -> None:
     found = _ADDRESS.fullmatch(address)
-    if found is None or not 1 <= int(found[2]) <= 65_535:
+    if found is None or len(address) > MAX_ADDRESS_CHARACTERS or not 1 <= int(found[2]) <= 65_535:
         raise invalid("address", address, "host:port with a port from 1 to 65535, IPv6 hosts in brackets")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fusionroute.errors import InvalidRequest, Reason, SessionStateError, invalid
 from fusionroute.fusion import CombineRule, OnExpertUnavailable, Sampling
 from fusionroute.v1 import router_pb2
+from router_service.request_limits import check_limits
 from router_service.stored_session import TurnParameters
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ def read_turn(request: router_pb2.GenerateRequest, offer: Offer) -> Turn:
         InvalidRequest: naming field, value and limit; UNKNOWN_SLOT for an unknown expert.
         SessionStateError: RULE_NOT_AVAILABLE.
     """
+    check_limits(request, offer.max_context_tokens)
     rule = _RULES.get(request.combine, offer.default_rule) if request.combine else offer.default_rule
     if request.combine and request.combine not in _RULES:
         raise invalid("combine", request.combine, "a value of CombineRule")
@@ -218,9 +220,6 @@ def _render_messages(messages: router_pb2.ChatMessages, tokenizer: PreTrainedTok
         raise invalid(
             "messages", "chat messages", "the checkpoint's tokenizer has no chat template; send text instead"
         )
-    for message in messages.messages:
-        if message.role not in ("system", "user", "assistant"):
-            raise invalid("messages.role", message.role, "system, user or assistant")
     conversation = [{"role": message.role, "content": message.content} for message in messages.messages]
     try:
         text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
 DEFAULT_LIMIT = 100
+MOST_CHECKPOINTS = 1000
 
 
 class CheckpointRpcs:
@@ -37,7 +38,9 @@ class CheckpointRpcs:
     ) -> trainer_pb2.ListCheckpointsResponse:
         """The newest ones first."""
         promotion = await self._promotions.read()
-        found = await asyncio.to_thread(self._checkpoints.list, request.limit or DEFAULT_LIMIT)
+        found = await asyncio.to_thread(
+            self._checkpoints.list, min(request.limit or DEFAULT_LIMIT, MOST_CHECKPOINTS)
+        )
         current = promotion.current.checkpoint_id
         return trainer_pb2.ListCheckpointsResponse(
             checkpoints=[_message(each, current) for each in found], revision=promotion.revision

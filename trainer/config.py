@@ -228,7 +228,7 @@ class JobConfig(_Table):
         """The configuration that `to_json` wrote. Raises InvalidRequest as `from_toml`."""
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter for brackets nested by the thousand
             raise InvalidRequest(Reason.INVALID_FIELD, f"config is not valid JSON: {error}") from None
         return cls._validated(content, "config")
 

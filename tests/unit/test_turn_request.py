@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fusionroute.errors import FusionRouteError, Reason
-from fusionroute.fusion import CombineRule, Sampling
+from fusionroute.fusion import CombineRule, OnExpertUnavailable, Sampling
 from fusionroute.v1.router_pb2 import ChatMessage, ChatMessages, GenerateRequest
 from router_service.stored_session import TurnParameters
 from router_service.turn_request import LONG_TEXT_CHARACTERS, Offer, Turn, read_prompt, read_turn
@@ -35,6 +36,7 @@ TURNS = st.builds(
     fixed_expert=st.none() | st.integers(0, 7),
     checkpoint=st.just("checkpoint"),
     slots=st.lists(st.text(min_size=1, max_size=9)).map(tuple),
+    on_expert_unavailable=st.sampled_from(OnExpertUnavailable),
 )
 
 
@@ -52,6 +54,40 @@ def test_an_empty_request_is_greedy_by_the_checkpoints_rule() -> None:
     assert (turn.sampling.temperature, turn.sampling.top_p) == (0.0, 1.0)
 
 
+def test_a_turn_stored_before_there_was_a_choice_waits() -> None:
+    stored = read_turn(GenerateRequest(text="w5"), OFFER).to_stored()
+    old = {name: value for name, value in stored.sampling.items() if name != "on_expert_unavailable"}
+    turn = Turn.from_stored(TurnParameters(stored.seed, stored.combine, stored.checkpoint, old))
+    assert turn.on_expert_unavailable is OnExpertUnavailable.WAIT
+
+
+def test_what_to_do_without_an_expert_is_the_requests_choice_else_the_routers() -> None:
+    offer = replace(OFFER, default_policy=OnExpertUnavailable.NEXT_BEST)
+    assert read_turn(GenerateRequest(text="w5"), offer).on_expert_unavailable is OnExpertUnavailable.NEXT_BEST
+    asked = read_turn(GenerateRequest(text="w5", on_expert_unavailable="ON_EXPERT_UNAVAILABLE_FAIL"), offer)
+    assert asked.on_expert_unavailable is OnExpertUnavailable.FAIL
+
+
+def test_there_is_no_next_best_of_a_fixed_expert() -> None:
+    request = GenerateRequest(
+        text="w5", fixed_expert="math", on_expert_unavailable="ON_EXPERT_UNAVAILABLE_NEXT_BEST"
+    )
+    with pytest.raises(FusionRouteError, match="next_best.*fixed_expert") as caught:
+        read_turn(request, OFFER)
+    assert caught.value.reason is Reason.INVALID_FIELD
+    assert caught.value.metadata["field"] == "on_expert_unavailable"
+    offer = replace(OFFER, default_policy=OnExpertUnavailable.NEXT_BEST)
+    by_default = read_turn(GenerateRequest(text="w5", fixed_expert="math"), offer)
+    assert by_default.on_expert_unavailable is OnExpertUnavailable.WAIT
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    request = GenerateRequest(text="w5")
+    request.on_expert_unavailable = 77  # type: ignore[assignment]
+    with pytest.raises(FusionRouteError, match="77"):
+        read_turn(request, OFFER)
+
+
 def messages(*pairs: tuple[str, str]) -> GenerateRequest:
     told = [ChatMessage(role=role, content=content) for role, content in pairs]
     return GenerateRequest(messages=ChatMessages(messages=told))
@@ -67,17 +103,18 @@ async def test_chat_messages_are_rendered_by_the_template_with_the_answers_prefi
     assert await read_prompt(request, tokenizer, OFFER, first_turn=True) == [2, 10, 11, 3, 12, 2, 13, 4]
 
 
-async def test_roles_and_templates_that_refuse_are_named() -> None:
+async def test_templates_that_refuse_are_named() -> None:
     tokenizer = word_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('only one user message') }}"
-    for request, named in (
-        (messages(("user", "x")), "only one user message"),
-        (messages(("boss", "x")), "boss"),
-    ):
-        with pytest.raises(FusionRouteError) as caught:
-            await read_prompt(request, tokenizer, OFFER, first_turn=True)
-        assert caught.value.reason is Reason.INVALID_FIELD
-        assert named in caught.value.message
+    with pytest.raises(FusionRouteError, match="only one user message") as caught:
+        await read_prompt(messages(("user", "x")), tokenizer, OFFER, first_turn=True)
+    assert caught.value.reason is Reason.INVALID_FIELD
+
+
+def test_unknown_roles_are_named() -> None:
+    with pytest.raises(FusionRouteError, match=r"messages.role = 'boss'") as caught:
+        read_turn(messages(("boss", "x")), OFFER)
+    assert caught.value.reason is Reason.INVALID_FIELD
 
 
 async def test_a_long_text_is_encoded_like_a_short_one() -> None:

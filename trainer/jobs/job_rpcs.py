@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_LIMIT = 100
 MOST_JOBS = 1000
 LOG_PIECE_BYTES = 256 * 1024
+MOST_CONFIG_CHARACTERS = 1_000_000
 MOST_LOG_BYTES = 2**60
 
 _KINDS = {trainer_pb2.JobKind.Value(f"JOB_KIND_{kind.name}"): kind for kind in JobKind}
@@ -54,6 +55,9 @@ class JobRpcs:
         kind = _KINDS.get(request.kind)
         if kind is None:
             raise invalid("kind", request.kind, f"one of {', '.join(each.value for each in JobKind)}")
+        if len(request.config) > MOST_CONFIG_CHARACTERS:
+            found, limit = f"{len(request.config)} characters", f"at most {MOST_CONFIG_CHARACTERS} characters"
+            raise invalid("config", found, limit)
         config = JOBS[kind].from_json(request.config)
         config = await asyncio.to_thread(config.with_published, self._published)
         submission = await self._jobs.submit(kind, config.to_json(), request.idempotency_key)

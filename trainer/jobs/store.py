@@ -269,7 +269,7 @@ def job_id_of(idempotency_key: str) -> str:
 
 def _unknown(job_id: str) -> SessionStateError:
     return SessionStateError(
-        Reason.JOB_UNKNOWN, f"job_id = {job_id!r} is not known: see `fusionroute jobs list`"
+        Reason.JOB_UNKNOWN, f"job_id = {job_id[:100]!r} is not known: see `fusionroute jobs list`"
     )
 
 
