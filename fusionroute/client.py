@@ -180,6 +180,8 @@ def ask_registry(address: str, timeout_seconds: float = 3.0) -> dict[str, str]:
     async def ask() -> dict[str, str]:
         async with RouterClient.open(address) as router:
             entries = await router.list_experts(timeout_seconds)
+        # One that serves counts, whoever else drains or stands by.
+        entries.sort(key=lambda entry: entry.state == ExpertState.EXPERT_STATE_READY)
         return {entry.slot: expert_state_name(entry.state) for entry in entries}
 
     try:

@@ -17,12 +17,21 @@ if TYPE_CHECKING:
 
 experts = CommandGroup(
     name="experts",
-    commands_at={"list": "fusionroute.cli.experts:list_experts"},
-    help="""The experts that a router can call.
+    commands_at={
+        "list": "fusionroute.cli.experts:list_experts",
+        "add": "fusionroute.cli.expert_changes:add",
+        "swap": "fusionroute.cli.expert_changes:swap",
+        "rollback": "fusionroute.cli.expert_upkeep:rollback",
+        "drain": "fusionroute.cli.expert_upkeep:drain",
+        "remove": "fusionroute.cli.expert_upkeep:remove",
+        "reload": "fusionroute.cli.expert_upkeep:reload",
+    },
+    help="""The experts that a router can call, and changing them while answers are being written.
 
     \b
     Example:
       fusionroute experts list
+      fusionroute experts swap math --model models/math-v2
     """,
 )
 
@@ -59,15 +68,18 @@ def _print_table(info: GetRouterInfoResponse, entries: list[ExpertEntry]) -> Non
     from fusionroute.cli.console import console, table
     from fusionroute.client import expert_state_name
 
-    shown = table("slot", "state", "address", "family", "dtype", "kv tokens", "lease s", "model")
+    headings = ("slot", "state", "instance", "epoch", "address", "family", "dtype", "kv tokens", "lease s")
+    shown = table(*headings, "model")
     for slot in info.slots:
         serving = [entry for entry in entries if entry.slot == slot.slot]
         if not serving:
-            shown.add_row(slot.slot, "nobody", "-", "-", "-", "-", "-", "-")
+            shown.add_row(slot.slot, "nobody", *["-"] * len(headings[1:]))
         for entry in serving:
             shown.add_row(
                 entry.slot,
                 expert_state_name(entry.state),
+                entry.instance_id,
+                str(entry.epoch or "-"),
                 entry.address,
                 entry.model.family,
                 _dtype_name(entry.model.dtype),

@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 from fusionroute.launching import Launcher
 from fusionroute.swapping.canary import Scorer
 from fusionroute.v1 import registry_pb2
-from fusionroute.v1.expert_pb2 import GetInfoResponse, SessionInfo
+from fusionroute.v1.expert_pb2 import GetInfoResponse, ReloadResponse, SessionInfo
 from fusionroute.v1.registry_pb2 import EXPERT_STATE_READY, DrainPolicy, ExpertEntry, ListExpertsResponse
 
 Policy: TypeAlias = DrainPolicy.ValueType
@@ -87,6 +87,9 @@ class Expert(Scorer, Protocol):
 
     async def sessions(self) -> list[SessionInfo]:
         """The sessions it has cached."""
+
+    async def reload(self, timeout_seconds: float) -> ReloadResponse:
+        """Loads the weights anew."""
 
 
 OpenExpert: TypeAlias = Callable[[str], AbstractAsyncContextManager[Expert]]
