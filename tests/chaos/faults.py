@@ -117,7 +117,7 @@ async def _depending(
     match cell.component:
         case Component.ROUTER:
             node = stack.routers[router]
-            return node, [s for s in flying if s.attempts[-1].address == node.front.address]
+            return node, [s for s in flying if s.router == node.front.address]
         case Component.EXPERT:
             counts = Counter(slot for s in flying for slot in s.slots)
             sole = [node for node in stack.experts if stack.settings.replicas[node.slot] == 1]

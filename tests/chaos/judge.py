@@ -32,7 +32,7 @@ class Judgement:
         num_degraded: tokens that another than the routed expert wrote.
         num_stored_different: sessions whose stored tokens are not the stream's.
         longest_pause_seconds: that any client saw between two tokens.
-        num_reconnects: calls of clients beyond the first.
+        num_reconnects: streams that clients have taken up again.
         left_behind: keys, leases or sessions that should be gone.
         problems: why the cell fails, for people.
     """
@@ -112,7 +112,7 @@ def judge_streams(
 
 def _judge_stream(judgement: Judgement, stream: Stream) -> None:
     name = stream.session_id
-    judgement.num_reconnects += len(stream.attempts) - 1
+    judgement.num_reconnects += len(stream.breaks) + stream.has_left
     judgement.num_degraded += sum(token.degraded for token in stream.tokens)
     if stream.finished is None:
         judgement.fail(f"{name} is not complete ({len(stream.tokens)} tokens): {stream.failure}")

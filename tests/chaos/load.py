@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import random
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from uuid import uuid4
 
 from fusionroute.client import RouterClient
-from fusionroute.errors import FusionRouteError, Reason
+from fusionroute.errors import FusionRouteError
+from fusionroute.unbroken import Patience
 from fusionroute.v1.router_pb2 import Finished, GenerateRequest, GenerationEvent, Started, Token
 from tests.equivalence import Case
 from tests.served_stack import Answer
 
-SILENCE_SECONDS = 4.0
-"""A stream that says nothing for so long is tried elsewhere."""
-FATAL = frozenset({Reason.INVALID_FIELD, Reason.CONTEXT_FULL, Reason.INTERNAL, Reason.CHECKPOINT_CHANGED})
-
-
-@dataclass(slots=True)
-class Attempt:
-    """One call of a client: to whom, from which token, and how it ended."""
-
-    address: str
-    from_token: int
-    started_at: float
-    error: str = ""
+IMPATIENT_SECONDS = 3.0
+"""Every other client leaves a stream that says nothing for so long; the others have the product's own patience."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +28,9 @@ class Stream:
     Attributes:
         tokens: every token event, in order of arrival, once.
         arrivals: the moment of each, time.monotonic().
-        faults: what no client should ever see: a gap, a repetition that differs, an end without all tokens.
+        breaks: of the connection, that the client has mended.
+        client: that reads it now.
+        faults: what no application should ever see: a gap, a repetition, an end without all tokens.
     """
 
     case: Case
@@ -51,7 +42,8 @@ class Stream:
     finished: Finished | None = None
     started_at: float = 0.0
     ended_at: float = 0.0
-    attempts: list[Attempt] = field(default_factory=list)
+    breaks: list[str] = field(default_factory=list)
+    client: RouterClient | None = None
     faults: list[str] = field(default_factory=list)
     failure: str = ""
     leaves_after: int | None = None
@@ -79,6 +71,15 @@ class Stream:
         """Between two tokens, before the first, or between the last and the end."""
         moments = [self.started_at, *self.arrivals, *([self.ended_at] if self.ended_at else [])]
         return max((after - before for before, after in itertools.pairwise(moments)), default=0.0)
+
+    @property
+    def router(self) -> str:
+        """Address of the router that is asked now."""
+        return "" if self.client is None else self.client.address
+
+    def broke(self, error: FusionRouteError) -> None:
+        """The client mends a break."""
+        self.breaks.append(f"{error.reason.value}: {error.message}")
 
     def request(self) -> GenerateRequest:
         """The case's request under this stream's ids."""
@@ -108,95 +109,57 @@ class Stream:
                 self.finished = event.finished
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Clients:
-    """Connections to all routers; a stream that breaks is resumed at the next one. Use as a context manager."""
+    """Applications: each has a client of its own, which knows all routers.
+
+    Attributes:
+        addresses: of the routers.
+        timeout_seconds: how long a client has patience.
+    """
 
     addresses: Sequence[str]
     timeout_seconds: float
-    _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
-    _clients: list[RouterClient] = field(default_factory=list)
 
-    async def __aenter__(self) -> Clients:
-        for address in self.addresses:
-            self._clients.append(await self._stack.enter_async_context(RouterClient.open(address)))
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        await self._stack.aclose()
-
-    async def read(self, stream: Stream, first: int) -> None:
+    async def read(self, stream: Stream, number: int, first: int) -> None:
         """Reads a generation to its end, whatever it takes; a failure is written down.
 
         Args:
+            number: of the client.
             first: number of the router that is asked first.
         """
+        order = [*self.addresses[first:], *self.addresses[:first]]
+        silent_seconds = IMPATIENT_SECONDS if number % 2 else Patience().silent_seconds
+        patience = Patience(total_seconds=self.timeout_seconds, silent_seconds=silent_seconds)
         stream.started_at = time.monotonic()
         try:
-            async with asyncio.timeout(self.timeout_seconds):
-                async with aclosing(self._surviving(stream, first)) as events:
+            async with RouterClient.open(",".join(order)) as client:
+                stream.client = client
+                events = client.unbroken(stream.request(), patience, on_break=stream.broke)
+                async with aclosing(events):
                     async for event in events:
                         stream.take(event)
-        except TimeoutError:
-            last = next((attempt.error for attempt in reversed(stream.attempts) if attempt.error), "")
-            stream.failure = f"not complete after {self.timeout_seconds:g} s; last: {last or 'silence'}"
-        except FusionRouteError as error:
-            stream.failure = f"{error.reason.value}: {error.message}"
-        stream.ended_at = time.monotonic()
-
-    async def _surviving(self, stream: Stream, first: int) -> AsyncGenerator[GenerationEvent, None]:
-        """Events with every token once: what a call repeats is compared with what is there already."""
-        number, is_begun = first, False
-        while stream.finished is None:
-            client = self._clients[number % len(self._clients)]
-            attempt = Attempt(client.address, len(stream.tokens) if is_begun else 0, time.monotonic())
-            stream.attempts.append(attempt)
-            events = (
-                client.resume(stream.session_id, attempt.from_token)
-                if is_begun
-                else client.generate(stream.request())
-            )
-            try:
-                async with aclosing(events):
-                    async for event in _unless_silent(events):
-                        is_begun = True
-                        if _is_repetition(stream, event):
-                            continue
-                        yield event
                         if stream.wants_to_leave:
                             break
-            except TimeoutError:
-                attempt.error = f"silent for {SILENCE_SECONDS:g} s"
-            except FusionRouteError as error:
-                attempt.error = f"{error.reason.value}: {error.message}"
-                if error.reason in FATAL:
-                    raise
-                if error.reason is Reason.SESSION_UNKNOWN:
-                    is_begun = False
-            number += 1
             if stream.wants_to_leave:
-                stream.has_left = True
-                await asyncio.sleep(stream.away_seconds)
-            await asyncio.sleep(random.uniform(0.05, 0.25))
+                await self._come_back(stream, order[-1])
+            if stream.finished is None:
+                stream.failure = "the stream ended without Finished"
+        except FusionRouteError as error:
+            last = f" after {stream.breaks[-1]}" if stream.breaks else ""
+            stream.failure = f"{error.reason.value}: {error.message}{last}"
+        stream.ended_at = time.monotonic()
 
-
-async def _unless_silent(events: AsyncGenerator[GenerationEvent, None]) -> AsyncGenerator[GenerationEvent, None]:
-    while True:
-        async with asyncio.timeout(SILENCE_SECONDS):
-            try:
-                event = await anext(events)
-            except StopAsyncIteration:
-                return
-        yield event
-
-
-def _is_repetition(stream: Stream, event: GenerationEvent) -> bool:
-    if event.WhichOneof("event") != "token" or event.token.index >= len(stream.tokens):
-        return False
-    known = stream.tokens[event.token.index]
-    if known.id != event.token.id:
-        stream.faults.append(f"token {known.index} was {known.id} and is {event.token.id} now")
-    return True
+    async def _come_back(self, stream: Stream, address: str) -> None:
+        """A client that hung up asks another router for the rest, later."""
+        stream.has_left = True
+        await asyncio.sleep(stream.away_seconds)
+        async with RouterClient.open(address) as client:
+            stream.client = client
+            events = client.resume(stream.session_id, len(stream.tokens), self.timeout_seconds)
+            async with aclosing(events):
+                async for event in events:
+                    stream.take(event)
 
 
 async def read_all(
@@ -205,10 +168,10 @@ async def read_all(
     """Reads all streams, `num_concurrent` at a time; `firsts` says whom each asks first."""
     gate = asyncio.Semaphore(num_concurrent)
 
-    async def one(stream: Stream, first: int) -> None:
+    async def one(number: int, stream: Stream, first: int) -> None:
         async with gate:
-            await clients.read(stream, first)
+            await clients.read(stream, number, first)
 
     async with asyncio.TaskGroup() as group:
-        for stream, first in zip(streams, firsts, strict=True):
-            group.create_task(one(stream, first))
+        for number, (stream, first) in enumerate(zip(streams, firsts, strict=True)):
+            group.create_task(one(number, stream, first))

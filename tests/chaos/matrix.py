@@ -136,8 +136,7 @@ class _Run:
         """Nobody is hurt: the answers are the reference's, and from now on what all others must be."""
         streams = [Stream(case) for case in self.cases]
         started_at = time.monotonic()
-        async with self._clients() as clients:
-            await self._read(clients, streams, first=None)
+        await self._read(streams, first=None)
         judgement = judge_streams(UNDISTURBED, None, streams, self.cases)
         await self._judge_rest(judgement, streams, started_at)
         self.cases = undisturbed_cases(self.cases, streams)
@@ -152,11 +151,10 @@ class _Run:
         deaths = {node.process.name: len(node.process.deaths) for node in self.stack.nodes}
         hit: Hit | None = None
         problem = ""
-        async with self._clients() as clients:
-            try:
-                hit = await self._hurt(clients, cell, streams)
-            except TimeoutError:
-                problem = "no moment was found at which the fault would have hit a generation"
+        try:
+            hit = await self._hurt(cell, streams)
+        except TimeoutError:
+            problem = "no moment was found at which the fault would have hit a generation"
         judgement = judge_streams(cell, hit, streams, self.cases)
         if problem or not judgement.num_hit:
             judgement.fail(problem or "the fault hit no generation")
@@ -170,13 +168,13 @@ class _Run:
             judgement.log_excerpt = excerpt(self._logs_since(log_sizes))
         return judgement
 
-    async def _hurt(self, clients: Clients, cell: Cell, streams: list[Stream]) -> Hit:
+    async def _hurt(self, cell: Cell, streams: list[Stream]) -> Hit:
         """Strikes while generations are in flight, and reads all of them to their end."""
         router = self.num_cells % len(self.stack.routers)
         if cell.component is Component.CLIENT:
-            return await self._leave_and_return(clients, streams)
+            return await self._leave_and_return(streams)
         first = router if cell.component is Component.ROUTER else None
-        reading = asyncio.create_task(self._read(clients, streams, first))
+        reading = asyncio.create_task(self._read(streams, first))
         try:
             victim, touched = await choose_victim(self.stack, cell, streams, router, FLIGHT_SECONDS)
             hit = Hit(victim.process.name, touched)
@@ -184,21 +182,20 @@ class _Run:
         finally:
             await reading
 
-    async def _leave_and_return(self, clients: Clients, streams: list[Stream]) -> Hit:
+    async def _leave_and_return(self, streams: list[Stream]) -> Hit:
         """Every client hangs up in the middle; half of them come back at once, half after a long time."""
         for number, stream in enumerate(streams):
             stream.leaves_after = 5 + number
             stream.away_seconds = self.options.pause_seconds if number % 2 else 0.2
-        await self._read(clients, streams, first=None)
+        await self._read(streams, first=None)
         return Hit("clients", tuple(stream for stream in streams if stream.has_left))
 
-    async def _read(self, clients: Clients, streams: list[Stream], first: int | None) -> None:
+    async def _read(self, streams: list[Stream], first: int | None) -> None:
         """Reads all; clients ask router `first`, or all routers in turn."""
-        firsts = [number if first is None else first for number in range(len(streams))]
+        clients = Clients([node.front.address for node in self.stack.routers], self.options.stream_seconds)
+        count = len(self.stack.routers)
+        firsts = [number % count if first is None else first for number in range(len(streams))]
         await read_all(clients, streams, firsts, self.options.num_concurrent)
-
-    def _clients(self) -> Clients:
-        return Clients([node.front.address for node in self.stack.routers], self.options.stream_seconds)
 
     async def _judge_rest(self, judgement: Judgement, streams: list[Stream], started_at: float) -> None:
         router = self.stack.routers[self.num_cells % len(self.stack.routers)]
