@@ -138,7 +138,8 @@ class Directory:
         """For how long nobody of a slot could be asked; 0 while somebody can."""
         if self.can_be_asked(slot, text):
             return 0.0
-        return time.monotonic() - self._note_down(slot)
+        since = self._note_down(slot)
+        return time.monotonic() - since
 
     # --- what was found out by asking --------------------------------------------------------------------------------
 

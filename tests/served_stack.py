@@ -21,6 +21,7 @@ from fusionroute.router_model import ExpertRecord, Heads, Manifest, load_checkpo
 from fusionroute.v1.router_pb2 import Finished, GenerateRequest, GenerationEvent, Started, Token
 from router_service.bootstrap import RunningRouter, load_first, running_router
 from router_service.settings import RouterSettings
+from tests.chaos.link import Link
 from tests.reference import Reference
 from tests.tiny_models import WIDTH, save_tiny_model, tiny_model, word_tokenizer
 
@@ -139,34 +140,47 @@ class Stack:
     client: RouterClient
     family: Family
     engines: dict[str, Engine] = field(default_factory=dict)
+    links: dict[str, Link] = field(default_factory=dict)
     _stops: dict[str, AsyncExitStack] = field(default_factory=dict)
 
-    async def start_expert(self, slot: str, **changes: Any) -> None:
-        """Starts a slot's expert on a free port and waits until the router knows it."""
-        settings = ExpertSettings(
-            model=str(self.family.experts[slot]),
-            slot=slot,
-            port=0,
-            router=self.router.server.address,
-            **changes,
-        )
-        model = await asyncio.to_thread(load_model, settings.model)
+    async def start_expert(
+        self, slot: str, name: str | None = None, *, linked: bool = False, **changes: Any
+    ) -> None:
+        """Starts an expert on a free port and waits until the router knows it.
+
+        Args:
+            slot: that it fills.
+            name: tells several instances of a slot apart; the slot where there is one.
+            linked: whether the router reaches it over `links[name]`, which can be slowed and cut.
+            changes: of its settings.
+        """
+        name, serving = name or slot, list[str]()
         stop = AsyncExitStack()
+        if linked:
+            link = Link(name, lambda: serving[0] if serving else None)
+            self.links[name] = await stop.enter_async_context(link)
+            changes["advertise"] = link.address
+        settings = ExpertSettings(
+            model=str(self.family.experts[slot]), slot=slot, port=0, router=self.router.server.address
+        ).model_copy(update=changes)
+        model = await asyncio.to_thread(load_model, settings.model)
         running = await stop.enter_async_context(running_expert(settings, model))
-        self._stops[slot] = stop
-        self.engines[slot] = running.engine
+        serving.append(running.server.address)
+        self._stops[name] = stop
+        self.engines[name] = running.engine
         async with asyncio.timeout(20):
-            while not self._knows(slot, model.facts.epoch):
+            while not self._knows(settings.advertise or running.server.address):
                 await asyncio.sleep(0.02)
 
-    async def stop_expert(self, slot: str) -> None:
-        """Stops a slot's expert with its cache."""
-        del self.engines[slot]
-        await self._stops.pop(slot).aclose()
+    async def stop_expert(self, name: str) -> None:
+        """Stops an expert with its cache."""
+        del self.engines[name]
+        self.links.pop(name, None)
+        await self._stops.pop(name).aclose()
 
     async def close(self) -> None:
-        for slot in list(self._stops):
-            await self.stop_expert(slot)
+        for name in list(self._stops):
+            await self.stop_expert(name)
 
     async def answer(self, request: GenerateRequest) -> Answer:
         """The whole answer to a request."""
@@ -178,9 +192,9 @@ class Stack:
         async with aclosing(self.client.resume(session_id, from_token, 120)) as events:
             return await Answer.read(events)
 
-    def _knows(self, slot: str, epoch: int) -> bool:
-        best = self.router.directory.best(slot)
-        return best is not None and best.entry.model.epoch == epoch
+    def _knows(self, address: str) -> bool:
+        instances = self.router.directory.instances.values()
+        return any(each.entry.address == address and each.gone_since is None for each in instances)
 
 
 @asynccontextmanager

@@ -21,9 +21,11 @@ from fusionroute.fusion import (
     fuse,
     gumbel_noise,
     needs_router,
+    next_best,
     softmax,
     softplus,
     top_candidates,
+    without_expert,
 )
 
 FULL = HeadLayout(num_experts=3, has_gate=True, has_sum_gate=True)
@@ -114,6 +116,43 @@ def test_a_fixed_expert_replaces_the_routed_one_and_alone_needs_no_router() -> N
     assert needs_router(CombineRule.ROUTE, None)
     assert needs_router(CombineRule.SUM, 2)
     assert decide(CombineRule.ROUTE, FULL, None, fixed_expert=2).expert == 2
+
+
+@pytest.mark.parametrize("rule", [CombineRule.SUM, CombineRule.ROUTE, CombineRule.GATED_SUM])
+def test_the_next_best_expert_has_the_next_routing_weight(rule: CombineRule) -> None:
+    """Routing scores are 0.1, 2 and -1."""
+    decision = decide(rule, FULL, SCORES)
+    assert decision.expert == 1
+    there = [next_best(rule, decision, lambda index, up=up: index in up) for up in ({0, 2}, {2}, {1, 2})]
+    assert [d.expert for d in there if d is not None] == [0, 2, 1]
+    for other in there:
+        assert other is not None
+        assert (other.weights is decision.weights, other.complement) == (True, decision.complement)
+    assert next_best(rule, decision, lambda index: False) is None
+
+
+@pytest.mark.parametrize("rule", [CombineRule.MIXTURE, CombineRule.SELECT])
+def test_under_a_gate_the_router_competes_with_its_weight(rule: CombineRule) -> None:
+    """Gate scores are 0, 1 and 3, the router's 2: the third expert is picked, then the router, then the second."""
+    decision = decide(rule, FULL, SCORES)
+    assert decision.expert == 2
+    router = next_best(rule, decision, lambda index: index in (0, 1))
+    assert router is not None and router.expert is None
+    weak_router = SCORES.copy()
+    weak_router[6] = 0.5
+    decision = decide(rule, FULL, weak_router)
+    second = next_best(rule, decision, lambda index: index in (0, 1))
+    assert second is not None and second.expert == 1
+    first = next_best(rule, decision, lambda index: index == 0)
+    assert first is not None and first.expert is None
+    nobody = next_best(rule, decision, lambda index: False)
+    assert nobody is not None and nobody.expert is None
+
+
+@pytest.mark.parametrize("rule", list(CombineRule))
+def test_without_its_expert_a_token_is_the_routers(rule: CombineRule) -> None:
+    decision, router = decide(rule, FULL, SCORES), row(2)
+    assert fuse(rule, without_expert(decision), None, router) is router
 
 
 def test_rules_without_their_gate_are_not_available() -> None:

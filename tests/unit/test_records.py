@@ -24,6 +24,7 @@ RECORDS = st.builds(
     source=st.sampled_from(TokenSource),
     expert=st.integers(0, 255),
     epoch=st.integers(0, 2**48 - 1),
+    degraded=st.booleans(),
 )
 
 
@@ -34,7 +35,10 @@ def test_unpacked_records_equal_the_packed(records):
 
 @given(records=st.lists(RECORDS, min_size=1))
 def test_packing_agrees_with_the_declared_layout(records):
-    rows = [(r.token_id, r.logprob, r.source + 256 * r.expert + 65_536 * r.epoch) for r in records]
+    rows = [
+        (r.token_id, r.logprob, r.source + 128 * r.degraded + 256 * r.expert + 65_536 * r.epoch)
+        for r in records
+    ]
     assert pack(records) == np.array(rows, dtype=RECORD_DTYPE).tobytes()
 
 
@@ -42,6 +46,12 @@ def test_the_layout_is_sixteen_little_endian_bytes():
     record = TokenRecord(0x01020304, 1.0, TokenSource.EXPERT, expert=5, epoch=0x060708090A0B)
     assert pack([record]) == bytes.fromhex("04030201 0000803f 01 05 0b0a09080706")
     assert RECORD_BYTES == 16
+
+
+def test_the_highest_bit_of_the_source_marks_a_degraded_token():
+    record = TokenRecord(1, 0.0, TokenSource.ROUTER, degraded=True)
+    assert pack([record]) == bytes.fromhex("01000000 00000000 82 00 000000000000")
+    assert to_token_records(unpack(pack([record]))) == [record]
 
 
 def test_an_epoch_is_cut_to_forty_eight_bits():
