@@ -6,6 +6,7 @@ trainer share a Redis: the one that REDIS_URL names, else one that is a process 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -32,6 +33,8 @@ START_DEADLINE_SECONDS = 300.0
 STOP_DEADLINE_SECONDS = 25.0
 POLL_SECONDS = 0.1
 REDIS_STOP_SECONDS = 5.0
+TARGETS_FILE = "prometheus.json"
+"""In a stack's folder: its watch ports, as Prometheus's file_sd_configs reads them."""
 ROUTER, TRAINER, REDIS = "router", "trainer", "redis"
 # folders of a stack's trainer
 JOBS, CHECKPOINTS = "jobs", "checkpoints"
@@ -88,6 +91,8 @@ class StackPlan:
     isolated: bool = False
     # also start a trainer, whose checkpoints the router takes up when they are promoted
     trainer: bool = False
+    # give each daemon a watch port, any free one
+    watch: bool = False
 
     def device_of(self, process: str) -> str:
         """Where a process runs its model."""
@@ -192,7 +197,7 @@ class _Launch:
         named = os.environ.get("FUSIONROUTE_ROUTER_REDIS_URL") or os.environ.get("REDIS_URL", "")
         self.redis_url = "" if plan.isolated else named
         self.state = StackState(folder.name, time.time(), "", ())
-        for old in (*folder.glob("logs/*.log"), *folder.glob("ready/*")):
+        for old in (*folder.glob("logs/*.log"), *folder.glob("ready/*"), *folder.glob(TARGETS_FILE)):
             old.unlink()
         (folder / "ready").mkdir(parents=True, exist_ok=True)
 
@@ -262,6 +267,8 @@ class _Launch:
 
     def _spawn(self, name: str, program: Sequence[str], options: Mapping[str, str]) -> None:
         common = {"host": self.plan.host, "ready-file": str(self.folder / "ready" / name)}
+        if self.plan.watch:
+            common |= {"watch-port": "0", "watch-host": "127.0.0.1"}
         arguments = [text for key, value in {**options, **common}.items() for text in (f"--{key}", value)]
         self._run(name, [*program, *arguments])
 
@@ -293,8 +300,21 @@ class _Launch:
         while not (address := first_line(ready_file)):
             self._pause(f"{name} does not serve")
         self._remember(addresses={**self.state.addresses, name: address})
+        if self.plan.watch:
+            self._remember_watch_address(name, ready_file.read_text().splitlines()[1])
         self.on_progress(name, f"serving on {address}")
         return address
+
+    def _remember_watch_address(self, name: str, address: str) -> None:
+        found = {**self.state.watch_addresses, name: address}
+        self._remember(watch_addresses=found)
+        targets = [
+            {"targets": [each], "labels": {"process": process, "job": process.split("-")[0]}}
+            for process, each in found.items()
+        ]
+        draft = self.folder / f"{TARGETS_FILE}.draft"
+        draft.write_text(json.dumps(targets, indent=2))
+        draft.replace(self.folder / TARGETS_FILE)
 
     def _pause(self, waiting_for: str) -> None:
         for record in self.state.processes:

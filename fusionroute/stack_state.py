@@ -4,6 +4,7 @@
                     lock          held by whoever starts or stops the stack
                     logs/*.log    what the daemons say
                     ready/*       where each daemon serves, written by itself
+                    prometheus.json   the watch ports, as Prometheus's file_sd_configs reads them
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class StackState:
     processes: tuple[ProcessRecord, ...]
     # where each process serves, by process name
     addresses: Mapping[str, str] = field(default_factory=dict)
+    # HOST:PORT of the watch ports, by process name; empty without them
+    watch_addresses: Mapping[str, str] = field(default_factory=dict)
     # names of processes that are being stopped while the others go on
     leaving: tuple[str, ...] = ()
 

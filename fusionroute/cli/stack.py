@@ -78,6 +78,11 @@ WATCH_SECONDS = 0.5
 @click.option(
     "--trainer", is_flag=True, help="Also start a trainer, whose promoted checkpoints the router takes up."
 )
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="Give each process a port for /readyz, /metrics and so on; `status` shows them.",
+)
 @click.option("--foreground", is_flag=True, help="Stay attached; Ctrl-C stops the stack.")
 @name_option
 def up(
@@ -91,6 +96,7 @@ def up(
     dtype: str,
     threads: int,
     trainer: bool,
+    watch: bool,
     foreground: bool,
     name: str,
 ) -> None:
@@ -105,6 +111,7 @@ def up(
       fusionroute up --lab --routers 2
       fusionroute up --router ckpt --experts math=models/math --experts code=models/code
     """
+    from fusionroute import local_stack
     from fusionroute.cli.models import models_to_serve
     from fusionroute.local_stack import StackPlan, threads_for
 
@@ -119,6 +126,7 @@ def up(
         dtype=dtype,
         threads=threads or threads_for(routers + len(models)),
         trainer=trainer,
+        watch=watch,
     )
     if foreground:
         _stay_attached(plan, folder)
@@ -128,6 +136,8 @@ def up(
     click.echo(f"up: {len(models)} experts behind {behind} on {state.router_address}")
     if trainer:
         click.echo(f"    and a trainer on {state.addresses['trainer']}")
+    if watch:
+        click.echo(f"    watch ports for Prometheus in {folder / local_stack.TARGETS_FILE}")
     click.echo("try: fusionroute generate 'PROMPT'   stop: fusionroute down", err=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,8 @@ class Row:
     kv_tokens_limit: int = 0
     num_sessions: int = 0
     queue_depth: int = 0
+    # HOST:PORT for probes and metrics; empty without one
+    watch: str = ""
 
 
 @click.command()
@@ -123,7 +125,7 @@ def describe(
         else:
             what = "ready" if record.name in answering else "running"
             rows.append(Row(record.name, record.pid, what, address))
-    return rows
+    return [replace(row, watch=state.watch_addresses.get(row.process, "")) for row in rows]
 
 
 def _busy(row: Row, model: ModelIdentity, load: Load) -> Row:
@@ -137,11 +139,13 @@ def _print_table(rows: list[Row]) -> None:
     from fusionroute.cli.console import console, table
 
     numbers = ("pid", "kv tokens", "sessions", "queue")
-    shown = table("process", "pid", "state", "address", "epoch", *numbers[1:], right=numbers)
+    watch = ("watch",) if any(row.watch for row in rows) else ()
+    shown = table("process", "pid", "state", "address", "epoch", *numbers[1:], *watch, right=numbers)
     for row in rows:
         known = row.kv_tokens_limit > 0
         kv = f"{row.kv_tokens_used} / {row.kv_tokens_limit}" if known else "-"
         sessions, queue = (str(row.num_sessions), str(row.queue_depth)) if known else ("-", "-")
         epoch = f"{row.epoch:x}" if row.epoch else "-"
-        shown.add_row(row.process, str(row.pid), row.state, row.address or "-", epoch, kv, sessions, queue)
+        cells = [row.process, str(row.pid), row.state, row.address or "-", epoch, kv, sessions, queue]
+        shown.add_row(*cells, *([row.watch or "-"] if watch else []))
     console().print(shown)
