@@ -89,6 +89,10 @@ wheel-test: $(READY) ## Build the wheel, use it from outside the checkout
 constraints: ## Resolve the dependencies anew and write constraints.txt
 	scripts/make_constraints.sh "$(PYTHON)" $(PIP_FLAGS)
 
+.PHONY: chaos
+chaos: $(READY) ## The kill matrix: every part hurt in every way while it writes (ten minutes)
+	$(BIN)/python -m tests.chaos $(CHAOS_FLAGS)
+
 export COMPOSE ?= docker compose
 
 .PHONY: compose-up
