@@ -33,9 +33,7 @@ def main() -> None:
             latencies.setdefault((name, "alone"), []).extend(alone)
             latencies.setdefault((name, "beside the prompt"), []).extend(beside)
             prefills.setdefault(name, []).append(prefill)
-    print(
-        f"{arguments.decoding} decoding sessions, a prompt of {arguments.prompt_tokens} tokens, {arguments.rounds} rounds"
-    )
+    print(f"{arguments.decoding} sessions decode; the prompt has {arguments.prompt_tokens} tokens")
     print(f"{'prefills':12}{'decoding':20}{'p50 ms':>9}{'p99 ms':>9}{'max ms':>9}{'prefill s':>11}")
     for (name, when), values in latencies.items():
         ordered = sorted(values)
