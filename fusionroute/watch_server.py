@@ -177,6 +177,7 @@ def _bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host.strip("[]"), port))
+        listener.listen(64)  # whoever comes before the server runs waits for it
     except OSError as error:
         listener.close()
         raise PortTaken(f"cannot listen on {host}:{port} (watch_port): {error.strerror or error}") from error
