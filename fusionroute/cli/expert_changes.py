@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fusionroute.swapping.canary import Canary
     from fusionroute.swapping.swap import SwapReport
 
-DEFAULT_MARGIN_NATS = 1.0
+DEFAULT_MARGIN_NATS = 0.5
 """As `fusionroute.swapping.canary`, which takes too long to import for `--help`."""
 
 
