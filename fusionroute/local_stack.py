@@ -308,13 +308,7 @@ class _Launch:
     def _remember_watch_address(self, name: str, address: str) -> None:
         found = {**self.state.watch_addresses, name: address}
         self._remember(watch_addresses=found)
-        targets = [
-            {"targets": [each], "labels": {"process": process, "job": process.split("-")[0]}}
-            for process, each in found.items()
-        ]
-        draft = self.folder / f"{TARGETS_FILE}.draft"
-        draft.write_text(json.dumps(targets, indent=2))
-        draft.replace(self.folder / TARGETS_FILE)
+        write_watch_targets(self.folder, found)
 
     def _pause(self, waiting_for: str) -> None:
         for record in self.state.processes:
@@ -327,6 +321,17 @@ class _Launch:
     def _remember(self, **changes: object) -> None:
         self.state = replace(self.state, **changes)  # type: ignore[arg-type]  # replace checks the names
         self.state.save(self.folder)
+
+
+def write_watch_targets(folder: Path, found: Mapping[str, str]) -> None:
+    """Writes the watch ports, by process name, as Prometheus's file_sd_configs reads them."""
+    targets = [
+        {"targets": [each], "labels": {"process": process, "job": process.split("-")[0]}}
+        for process, each in found.items()
+    ]
+    draft = folder / f"{TARGETS_FILE}.draft"
+    draft.write_text(json.dumps(targets, indent=2))
+    draft.replace(folder / TARGETS_FILE)
 
 
 def router_process(index: int) -> str:

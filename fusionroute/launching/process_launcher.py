@@ -13,13 +13,13 @@ import psutil
 
 from fusionroute import processes
 from fusionroute.launching.launcher import NUM_LOG_LINES, Launch, Launched, LaunchFailed
-from fusionroute.local_stack import expert_process, first_line
+from fusionroute.local_stack import expert_process, first_line, write_watch_targets
 from fusionroute.processes import ProcessRecord
 from fusionroute.stack_state import StackError, StackState, load_state, locked, tail
 
 LOCK_PATIENCE_SECONDS = 10.0
 # of the expert whose command is taken as a pattern: what only it may have
-OWN_OPTIONS = ("model", "slot", "port", "ready-file", "advertise", "standby", "standby-seconds", "watch-port")
+OWN_OPTIONS = ("model", "slot", "port", "ready-file", "advertise", "standby", "standby-seconds")
 
 
 class ProcessLauncher:
@@ -44,7 +44,7 @@ class ProcessLauncher:
             ready_file = self._folder / "ready" / name
             ready_file.parent.mkdir(parents=True, exist_ok=True)
             ready_file.unlink(missing_ok=True)
-            options = {**(_options(pattern) if pattern else {"router": launch.router})}
+            options = _options(pattern) if pattern else {"router": launch.router}
             options |= {
                 "model": launch.model,
                 "slot": launch.slot,
@@ -74,7 +74,8 @@ class ProcessLauncher:
             with self._locked():
                 state = self._state()
                 if state.addresses.get(launched.name) != address:
-                    replace(state, addresses={**state.addresses, launched.name: address}).save(self._folder)
+                    state = replace(state, addresses={**state.addresses, launched.name: address})
+                    self._save(state, _watched(state, launched.name, self._folder))
         return address
 
     def check(self, launched: Launched) -> None:
@@ -122,13 +123,19 @@ class ProcessLauncher:
             state = load_state(self._folder)
             if state is None:
                 return
-            replace(
+            state = replace(
                 state,
                 processes=tuple(each for each in state.processes if each != record),
-                addresses={name: at for name, at in state.addresses.items() if name != launched.name},
+                addresses=_without(state.addresses, launched.name),
                 leaving=tuple(name for name in state.leaving if name != launched.name),
-            ).save(self._folder)
+            )
+            self._save(state, _without(state.watch_addresses, launched.name))
             (self._folder / "ready" / launched.name).unlink(missing_ok=True)
+
+    def _save(self, state: StackState, watched: Mapping[str, str]) -> None:
+        replace(state, watch_addresses=watched).save(self._folder)
+        if watched != state.watch_addresses:
+            write_watch_targets(self._folder, watched)
 
     def _state(self) -> StackState:
         state = load_state(self._folder)
@@ -178,6 +185,16 @@ class _Lock:
         self._held.__exit__(None, None, None)
 
 
+def _watched(state: StackState, name: str, folder: Path) -> Mapping[str, str]:
+    """The watch ports with that of a process, which it writes below its address if it has one."""
+    lines = (folder / "ready" / name).read_text().splitlines()
+    return {**state.watch_addresses, name: lines[1]} if len(lines) > 1 else state.watch_addresses
+
+
+def _without(addresses: Mapping[str, str], name: str) -> dict[str, str]:
+    return {each: address for each, address in addresses.items() if each != name}
+
+
 def _record(state: StackState, name: str) -> ProcessRecord | None:
     return next((record for record in state.processes if record.name == name), None)
 
@@ -202,7 +219,10 @@ def _pairs(command: Sequence[str]) -> dict[str, str]:
 
 
 def _options(pattern: ProcessRecord) -> dict[str, str]:
-    return {name: value for name, value in _pairs(pattern.command).items() if name not in OWN_OPTIONS}
+    found = {name: value for name, value in _pairs(pattern.command).items() if name not in OWN_OPTIONS}
+    if "watch-port" in found:
+        found["watch-port"] = "0"  # the pattern has its own
+    return found
 
 
 def _environment(pattern: ProcessRecord | None) -> Mapping[str, str | None]:

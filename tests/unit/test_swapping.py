@@ -159,7 +159,12 @@ async def test_what_the_registry_refuses_at_the_flip_leaves_the_old_one(stage: S
 async def test_an_interruption_before_the_flip_stops_the_new_one(stage: Stage, step: Step) -> None:
     stage.start_seconds = 0.05  # interrupted at START while the thread is at it
     swapping = asyncio.create_task(a_swap(stage).run())
-    stage.on_tell = lambda told: (told is step and swapping.cancel()) and None
+
+    def interrupt(told: Step) -> None:
+        if told is step:
+            swapping.cancel()
+
+    stage.on_tell = interrupt
     with pytest.raises(asyncio.CancelledError):
         await swapping
     assert stage.stopped == ["new"]
