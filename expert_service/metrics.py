@@ -44,6 +44,8 @@ TOKENS = Counter(
 COMPUTED_TOKENS = TOKENS.labels(kind="computed")
 CACHED_TOKENS = TOKENS.labels(kind="cached")
 SCORED_TOKENS = Counter(f"{PREFIX}_scored_tokens", "Tokens of sequences scored.", registry=REGISTRY)
+for _outcome in ("QUEUE_FULL", "KV_MEMORY_FULL"):
+    STEPS.labels(_outcome)  # seldom; begun at zero so that a rate is seen from the first time on
 RELOADS = Counter(
     f"{PREFIX}_reloads", "Reloads of the model, by outcome: done, or why not.", ["outcome"], registry=REGISTRY
 )

@@ -83,6 +83,8 @@ class ServerHealth:
         self.servicer = health.aio.HealthServicer()
         self.is_draining = False
         self.is_progressing = True
+        self.is_ready = False
+        """At the last look."""
         self._names = ("", *names)
         self._progress = progress
         self._service_lacks = why_not_ready or always_ready
@@ -122,18 +124,17 @@ class ServerHealth:
 
     async def begin_drain(self) -> None:
         """Every name says NOT_SERVING from now on."""
-        self.is_draining = True
+        self.is_draining, self.is_ready = True, False
         await self.servicer.enter_graceful_shutdown()
 
     async def _look_again_and_again(self) -> None:
-        was_ready = False
         while True:
             await self._look_at_progress()
             reasons = await self.why_not_ready()
-            if bool(reasons) is was_ready:
-                was_ready = not reasons
-                log.info("readiness_changed", ready=was_ready, reasons=reasons)
-                await self._set([READINESS], was_ready)
+            if bool(reasons) is self.is_ready:
+                self.is_ready = not reasons
+                log.info("readiness_changed", ready=self.is_ready, reasons=reasons)
+                await self._set([READINESS], self.is_ready)
             await asyncio.sleep(min(LOOK_EVERY_SECONDS, self._frozen_after_seconds / 4))
 
     async def _look_at_progress(self) -> None:

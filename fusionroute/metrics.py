@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from fusionroute.engine.steps import EngineLoad
+    from fusionroute.health import ServerHealth
 
 LATENCY_BUCKETS = (
     0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
@@ -128,6 +129,25 @@ class GaugeCollector(Collector):
         yield family
 
 
+class HealthCollector(Collector):
+    """What a daemon answers to probes, as gauges: what it was at the last look, about a second ago."""
+
+    def __init__(self, health: ServerHealth) -> None:
+        self._health = health
+
+    def collect(self) -> Iterable[Metric]:
+        """1 or 0."""
+        health = self._health
+        yield GaugeMetricFamily(
+            "fusionroute_ready", "1 while work should be sent here.", value=float(health.is_ready)
+        )
+        yield GaugeMetricFamily(
+            "fusionroute_progressing",
+            "0 while pending work does not move.",
+            value=float(health.is_progressing),
+        )
+
+
 class Exposition:
     """Everything that one daemon tells Prometheus.
 
@@ -141,6 +161,10 @@ class Exposition:
         self._registry = CollectorRegistry(auto_describe=False)
         for collector in (own, SHARED, ProcessCollector(registry=None), *collectors):
             self._registry.register(collector)  # a registry collects too
+
+    def add(self, collector: Collector) -> None:
+        """One more source."""
+        self._registry.register(collector)
 
     def text(self) -> bytes:
         """In Prometheus's text format."""

@@ -23,7 +23,7 @@ import structlog
 from fusionroute.background import end_task
 from fusionroute.grpc_runtime import PortTaken, check_port_free
 from fusionroute.health import ServerHealth
-from fusionroute.metrics import CONTENT_TYPE, Exposition
+from fusionroute.metrics import CONTENT_TYPE, Exposition, HealthCollector
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -136,6 +136,8 @@ async def watching(settings: DaemonSettings, watched: Watched) -> AsyncIterator[
         yield None
         return
     import uvicorn
+
+    watched.exposition.add(HealthCollector(watched.health))
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager

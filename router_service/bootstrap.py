@@ -32,6 +32,7 @@ from fusionroute.router_loading import LoadedRouter
 from fusionroute.settings import ExitCode
 from fusionroute.v1 import registry_pb2, registry_pb2_grpc, router_pb2, router_pb2_grpc
 from fusionroute.watch_server import Watched, check_watch_port_free, watching
+from router_service import metrics
 from router_service.admission import Admission
 from router_service.asking import LocalModel, Patience
 from router_service.experts import Directory, RemoteExpert
@@ -241,6 +242,7 @@ async def serve_checkpoint(
         checkpoint=loaded.fingerprint,
         default_policy=OnExpertUnavailable(settings.on_expert_unavailable),
     )
+    metrics.know(offer.slots)
     ensemble = Ensemble(
         router=LocalModel(engine),
         experts=[RemoteExpert(directory, slot) for slot in offer.slots],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from fusionroute.metrics import LATENCY_BUCKETS
@@ -116,3 +118,31 @@ PROMOTIONS = Counter(
     ["outcome"],
     registry=REGISTRY,
 )
+
+
+def know(slots: Iterable[str]) -> None:
+    """Begins at zero what may happen seldom, so that a rate is seen from the first time on.
+
+    Args:
+        slots: of a checkpoint that is served.
+    """
+    for outcome in ("taken", "forestalled", "failed"):
+        TAKEOVERS.labels(outcome)
+    for outcome in ("served", "refused", "failed"):
+        PROMOTIONS.labels(outcome)
+    for reason in ("QUEUE_FULL", "KV_MEMORY_FULL", "DRAINING"):
+        REJECTIONS.labels(reason)
+    STORE_RESTORES.labels("restored")
+    TOKENS.labels("router", ROUTER_ITSELF)
+    REPLAYS.labels(ROUTER_ITSELF)
+    for slot in slots:
+        TOKENS.labels("expert", slot)
+        REPLAYS.labels(slot)
+        RETRY_BUDGET_EXHAUSTED.labels(slot)
+        RETRIES.labels(slot, "EXPERT_UNAVAILABLE")
+        for which in ("first", "second"):
+            HEDGES.labels(slot, which)
+        for policy in ("next_best", "router_only"):
+            DEGRADED_TOKENS.labels(slot, policy)
+        for state in ("open", "half_open", "closed"):
+            BREAKER_TRANSITIONS.labels(slot, state)
