@@ -23,9 +23,14 @@ class Daemon:
         self.process = process
         self.ready_file = ready_file
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether it serves, or has ended instead."""
+        return self.ready_file.exists() or self.process.returncode is not None
+
     async def address(self) -> str:
         """host:port, once it serves."""
-        await until(lambda: self.ready_file.exists() or self.process.returncode is not None, START_SECONDS)
+        await until(lambda: self.has_begun, START_SECONDS)
         assert self.process.returncode is None, await self.output()
         return self.ready_file.read_text().strip()
 
