@@ -16,7 +16,7 @@ import grpc
 
 from fusionroute.access import ClientAccess
 from fusionroute.calls import answer_of, answers_of
-from fusionroute.errors import FusionRouteError, invalid
+from fusionroute.errors import AccessDenied, FusionRouteError, invalid
 from fusionroute.grpc_runtime import channel
 from fusionroute.rpc_errors import was_transport
 from fusionroute.unbroken import Patience, unbroken
@@ -175,7 +175,11 @@ def expert_state_name(state: ExpertState.ValueType) -> str:
 
 
 def ask_registry(address: str, timeout_seconds: float = 3.0) -> dict[str, str]:
-    """State of each slot in the registry of the router at `address`; empty when it does not answer."""
+    """State of each slot in the registry of the router at `address`; empty when it does not answer.
+
+    Raises:
+        AccessDenied: it answers, but not to us.
+    """
 
     async def ask() -> dict[str, str]:
         async with RouterClient.open(address) as router:
@@ -186,5 +190,7 @@ def ask_registry(address: str, timeout_seconds: float = 3.0) -> dict[str, str]:
 
     try:
         return asyncio.run(ask())
+    except AccessDenied:
+        raise
     except FusionRouteError:
         return {}

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -281,7 +281,9 @@ def connect(url: str, *, timeout_seconds: float = 2.0) -> Redis:
             protocol=2,
         )
     except (ValueError, TypeError) as error:
-        raise invalid("redis_url", masked_url(url), str(error)) from None
+        # The reason may quote a part of a password that was not escaped.
+        why = "what stands before @ must be percent-encoded" if "@" in url else str(error)
+        raise invalid("redis_url", masked_url(url), why) from None
     assert isinstance(client, Redis)
     return client
 
@@ -303,8 +305,9 @@ async def check(client: Redis, *, timeout_seconds: float = 5.0) -> None:
 
 def masked_url(url: str) -> str:
     """`url` with its password, if it has one, as ``***``."""
-    without = re.sub(r"^(\w+://[^/@:]*):[^/]*@", r"\1:***@", url)
-    return re.sub(r"(?<=[?&]password=)[^&]*", "***", without)
+    # Up to the last @, whatever stands before it: a password may hold anything if nobody has escaped it.
+    without = re.sub(r"^(\w+://[^/@:]*):.*@", r"\1:***@", url, flags=re.DOTALL)
+    return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", without)
 
 
 def address_of(client: Redis) -> str:
@@ -315,4 +318,5 @@ def address_of(client: Redis) -> str:
     user, password = options.get("username") or "", "***" if options.get("password") else ""
     credentials = f"{user}:{password}@" if password else f"{user}@" if user else ""
     place = f"{options.get('host', 'localhost')}:{options.get('port', 6379)}/{options.get('db') or 0}"
-    return f"redis://{credentials}{place}"
+    scheme = "rediss" if issubclass(client.connection_pool.connection_class, SSLConnection) else "redis"
+    return f"{scheme}://{credentials}{place}"

@@ -11,12 +11,13 @@ from typing import Any, NoReturn
 
 import click
 
-from fusionroute.errors import FusionRouteError, InternalFault, OutOfRoom, Unavailable
+from fusionroute.errors import AccessDenied, FusionRouteError, InternalFault, OutOfRoom, Unavailable
 
 EXIT_FAILED = 1
 EXIT_NOBODY_THERE = 3
 EXIT_REFUSED = 4
 EXIT_INTERRUPTED = 130
+KEY_HINT = "put a key into a file and its path into FUSIONROUTE_API_KEY_FILE (docs/security.md)"
 # as `telemetry.quiet_native_logs`, which takes too long to import for `--help`
 QUIET = {"GRPC_VERBOSITY": "ERROR", "GLOG_minloglevel": "2", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -94,7 +95,8 @@ def as_failure(error: FusionRouteError) -> Failure:
         code = EXIT_FAILED
     else:
         code = EXIT_REFUSED
-    return Failure(f"{error.message} ({error.reason.value})", code)
+    hint = f"; {KEY_HINT}" if isinstance(error, AccessDenied) else ""
+    return Failure(f"{error.message} ({error.reason.value}){hint}", code)
 
 
 def _first(several: ExceptionGroup[FusionRouteError]) -> FusionRouteError:

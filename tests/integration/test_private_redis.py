@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError
 
 from fusionroute.errors import InvalidRequest, Reason, Unavailable
-from fusionroute.private_redis import PrivateRedis, check, connect, find_redis_server, masked_url
+from fusionroute.private_redis import PrivateRedis, address_of, check, connect, find_redis_server, masked_url
 
 
 def is_alive(pid: int) -> bool:
@@ -179,3 +179,15 @@ def test_masking_hides_every_place_a_password_can_have():
     assert masked_url("redis://u:a@c@b:6379") == "redis://u:***@b:6379"
     assert masked_url("unix:///s?db=1&password=x") == "unix:///s?db=1&password=***"
     assert masked_url("redis://b:6379/1") == "redis://b:6379/1"
+    assert masked_url("redis://:a/b@c:1") == "redis://:***@c:1"  # not escaped as it should be
+    assert masked_url("rediss://u:a@b:1/0?ssl_password=x&db=1") == "rediss://u:***@b:1/0?ssl_password=***&db=1"
+
+
+def test_a_password_that_was_not_escaped_is_not_told_in_pieces():
+    with pytest.raises(InvalidRequest, match="percent-encoded") as caught:
+        connect("redis://:geheim/nis@host:6379")
+    assert "geheim" not in caught.value.message and "nis" not in caught.value.message
+
+
+def test_an_encrypted_connection_is_called_one():
+    assert address_of(connect("rediss://u:geheim@host:1/2")) == "rediss://u:***@host:1/2"
