@@ -6,11 +6,13 @@ import inspect
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
 import structlog
 from google.protobuf import duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from fusionroute.errors import (
@@ -93,7 +95,9 @@ def _error_without_reason(
 def error_to_status(error: FusionRouteError) -> status_pb2.Status:
     """The google.rpc.Status of an error: ErrorInfo always, RetryInfo and BadRequest where they apply."""
     status = status_pb2.Status(code=int(error.code), message=error.message[:MAX_MESSAGE_CHARACTERS])
-    metadata = {name: value for name, value in error.metadata.items() if name != TRANSPORT}  # it was our call's
+    metadata = {
+        name: value for name, value in error.metadata.items() if name != TRANSPORT
+    }  # it was our call's
     info = error_details_pb2.ErrorInfo(reason=error.reason.value, domain=ERROR_DOMAIN, metadata=metadata)
     status.details.add().Pack(info)
     if error.retry_after_seconds is not None:
@@ -182,20 +186,51 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
                 _guard_unary(handler.unary_unary, method),
-                request_deserializer=handler.request_deserializer,
+                request_deserializer=_lenient(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
                 _guard_stream(handler.unary_stream, method),
-                request_deserializer=handler.request_deserializer,
+                request_deserializer=_lenient(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
         return handler
 
 
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    """Stands for a request whose bytes are no message of its type."""
+
+    size_bytes: int
+
+    def error(self, method: str) -> InvalidRequest:
+        return InvalidRequest(
+            Reason.INVALID_FIELD,
+            f"the {self.size_bytes} bytes sent to {method} are not a message of its request type",
+            metadata={"field": "request", "limit": "a message as the contract defines it"},
+        )
+
+
+def _lenient(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """A deserializer that does not raise: gRPC would answer UNKNOWN, as if the fault were ours, and log a traceback."""
+    if deserialize is None:
+        return None
+    strict = deserialize
+
+    def read(data: bytes) -> Any:
+        try:
+            return strict(data)
+        except DecodeError:
+            return _Unreadable(len(data))
+
+    return read
+
+
 def _guard_unary(behaviour: Callable[[Any, Any], Awaitable[Any]], method: str) -> Callable[[Any, Any], Any]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        if isinstance(request, _Unreadable):
+            await abort_with(context, request.error(method))
         try:
             return await behaviour(request, context)
         except Exception as error:
@@ -210,6 +245,8 @@ def _guard_stream(
     assert inspect.isasyncgenfunction(behaviour), f"{method} must be an async generator"
 
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        if isinstance(request, _Unreadable):
+            await abort_with(context, request.error(method))
         stream = behaviour(request, context)
         try:
             async for response in stream:
