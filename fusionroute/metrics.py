@@ -166,6 +166,10 @@ class Exposition:
         """One more source."""
         self._registry.register(collector)
 
+    def collect(self) -> Iterable[Metric]:
+        """The metrics themselves."""
+        return self._registry.collect()
+
     def text(self) -> bytes:
         """In Prometheus's text format."""
         return generate_latest(self._registry)
