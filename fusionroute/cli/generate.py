@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fusionroute.v1.router_pb2 import GenerateRequest, GenerationEvent, Started
 
 RULES = ("sum", "gated_sum", "mixture", "select", "route", "router")
+POLICIES = ("wait", "next_best", "router_only", "fail")
 TRACE_CANDIDATES = 3
 
 
@@ -54,6 +55,12 @@ class Output:
     "--combine", type=click.Choice(RULES), help="How scores are fused; else as the checkpoint says."
 )
 @click.option("--expert", metavar="SLOT", help="Always use this expert instead of the routed one.")
+@click.option(
+    "--on-expert-unavailable",
+    "policy",
+    type=click.Choice(POLICIES),
+    help="What to do while an expert is not there; else as the router's settings say.",
+)
 @click.option("--session", metavar="ID", help="Continue a session (or begin one of this name): multi-turn.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the chat template, as the user's message.")
 @click.option("--trace", is_flag=True, help="Per token: expert, logprob, routing weights, top candidates.")
@@ -84,6 +91,7 @@ def build_request(
     trace: bool = False,
     combine: str | None = None,
     expert: str | None = None,
+    policy: str | None = None,
     session: str | None = None,
     chat: bool = False,
     **sampling: Any,
@@ -93,7 +101,13 @@ def build_request(
     Raises:
         click.BadParameter: a logit bias that is not ID=VALUE.
     """
-    from fusionroute.v1.router_pb2 import ChatMessage, ChatMessages, CombineRule, GenerateRequest
+    from fusionroute.v1.router_pb2 import (
+        ChatMessage,
+        ChatMessages,
+        CombineRule,
+        GenerateRequest,
+        OnExpertUnavailable,
+    )
 
     request = GenerateRequest(session_id=session or "", fixed_expert=expert or "")
     if chat:
@@ -102,6 +116,8 @@ def build_request(
         request.text = prompt
     if combine:
         request.combine = CombineRule.Value(f"COMBINE_RULE_{combine.upper()}")
+    if policy:
+        request.on_expert_unavailable = OnExpertUnavailable.Value(f"ON_EXPERT_UNAVAILABLE_{policy.upper()}")
     if trace:
         request.return_routing_weights = True
         request.num_top_candidates = TRACE_CANDIDATES

@@ -19,6 +19,8 @@ from fusionroute.v1.router_pb2 import Candidate, Finished, GenerationEvent, Star
 
 ROUTER_MARK = "+"
 ROUTER_STYLE = "bold red"
+DEGRADED_STYLE = "reverse"
+"""Added where the expert that the router had picked was not there."""
 # each with an attribute of its own, so that they differ on a terminal without colours too
 STYLES = (
     "cyan",
@@ -66,7 +68,13 @@ class Palette:
 
 def token_text(token: Token, palette: Palette) -> Text:
     """What a token adds to the answer, in the style of the expert that took part."""
-    return Text(visible(token.text), style=palette.look(token.expert).style)
+    return Text(visible(token.text), style=_style(token, palette))
+
+
+def _style(token: Token, palette: Palette) -> str:
+    """Of who took part; reversed where another one should have."""
+    style = palette.look(token.expert).style
+    return f"{style} {DEGRADED_STYLE}" if token.degraded else style
 
 
 def event_text(event: GenerationEvent, palette: Palette) -> Text:
@@ -88,7 +96,7 @@ def ruler_text(events: Iterable[GenerationEvent], palette: Palette) -> Text:
     for event in events:
         if event.WhichOneof("event") == "token":
             look = palette.look(event.token.expert)
-            ruler.append(look.mark * cell_len(event.token.text), style=look.style)
+            ruler.append(look.mark * cell_len(event.token.text), style=_style(event.token, palette))
     return ruler
 
 
@@ -107,10 +115,12 @@ def trace_text(token: Token, slots: Sequence[str], palette: Palette) -> Text:
     """One line about a token: number, text, expert, logprob, routing weights, and below it the candidates."""
     look = palette.look(token.expert)
     line = Text(f"{token.index:4d}  ")
-    line.append(f"{quoted(token.text):<12}", style=look.style)
+    line.append(f"{quoted(token.text):<12}", style=_style(token, palette))
     line.append(
         f" id {token.id:<7d} {look.mark} {token.expert or 'router alone':<14} logprob {token.logprob:z8.3f}"
     )
+    if token.degraded:
+        line.append("  degraded", style="bold")
     if token.routing_weights:
         names = [*slots, "router"]
         weights = (f"{name} {weight:.2f}" for name, weight in zip(names, token.routing_weights, strict=False))
@@ -132,6 +142,8 @@ def summary_text(started: Started, finished: Finished) -> Text:
         milliseconds = 1000 * spent.total_seconds / finished.num_generated_tokens
         speed = f", {milliseconds:.1f} ms per token"
     calls = f", {spent.num_expert_calls} expert calls" if spent.num_expert_calls else ""
+    if spent.num_degraded_tokens:
+        calls += f", {spent.num_degraded_tokens} tokens degraded: their expert was not there"
     return Text(
         f"{finished.num_generated_tokens} tokens after {finished.num_prompt_tokens}, {reason}{speed}{calls}; "
         f"{rule_name(started.combine)}, seed {started.seed}, session {started.session_id}",

@@ -23,7 +23,7 @@ from fusionroute.cli.stack import read_on
 from fusionroute.cli.status import describe
 from fusionroute.local_stack import Programs, StackPlan, start, stop
 from fusionroute.stack_state import load_state
-from fusionroute.v1.router_pb2 import CombineRule
+from fusionroute.v1.router_pb2 import CombineRule, OnExpertUnavailable
 from tests.unit.fake_router import ANSWER, SLOTS, FakeRouter, serving
 
 TEXT = "".join(text for text, _ in ANSWER)
@@ -111,7 +111,7 @@ def test_every_sampling_option_arrives_in_the_request(router: FakeRouter, addres
     flags = (
         "--max-tokens 9 --temperature 0.5 --top-k 4 --top-p 0.75 --min-p 0.25 --repetition-penalty 1.5 "
         "--presence-penalty 1 --frequency-penalty -1 --logit-bias 7=-2.5 --stop END --stop ; --seed 11 "
-        "--ignore-eos --combine gated_sum --expert math --session mine"
+        "--ignore-eos --combine gated_sum --expert math --session mine --on-expert-unavailable router_only"
     )
     assert run("generate", "hello", *flags.split(), "--address", address).exit_code == 0
     request = router.requests[0]
@@ -124,6 +124,7 @@ def test_every_sampling_option_arrives_in_the_request(router: FakeRouter, addres
     assert (sampling.seed, sampling.ignore_eos) == (11, True)
     assert request.combine == CombineRule.COMBINE_RULE_GATED_SUM
     assert (request.fixed_expert, request.session_id) == ("math", "mine")
+    assert request.on_expert_unavailable == OnExpertUnavailable.ON_EXPERT_UNAVAILABLE_ROUTER_ONLY
 
 
 def test_a_seed_of_zero_is_a_seed() -> None:

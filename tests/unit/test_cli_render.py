@@ -48,6 +48,20 @@ def test_the_answer_is_the_pieces_put_together_held_back_text_included() -> None
     assert answer_text(EVENTS, Palette()).plain == "[8; febj]"
 
 
+def test_a_degraded_token_looks_different_and_says_so() -> None:
+    palette = Palette(["math"])
+    plain = event("8", "math").token
+    degraded = Token(id=5, text="8", expert="math", degraded=True)
+    assert str(token_text(degraded, palette).style) != str(token_text(plain, palette).style)
+    assert token_text(degraded, palette).plain == "8"
+    assert "degraded" in trace_text(degraded, ["math"], palette).plain
+    assert "degraded" not in trace_text(plain, ["math"], palette).plain
+    finished = Finished(num_generated_tokens=9)
+    assert "degraded" not in summary_text(Started(), finished).plain
+    finished.statistics.num_degraded_tokens = 3
+    assert "3 tokens degraded" in summary_text(Started(), finished).plain
+
+
 def test_each_piece_has_the_style_of_its_expert() -> None:
     palette = Palette(["math", "strings", "format"])
     text = answer_text(EVENTS, palette)
