@@ -210,9 +210,9 @@ class _Asking:
     async def _pause(self, cache: Cache, error: FusionRouteError) -> None:
         """Waits for the next attempt; raises the error when there is no time for one."""
         wait = max(self.pause, min(error.retry_after_seconds or 0.0, LONGEST_PAUSE_SECONDS))
-        wait *= random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
         if error.reason not in _FULL:
             wait = max(wait, self.model.seconds_until_retry())
+        wait *= random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
         until = self.absent_until if error.reason in ABSENT else self.deadline
         if time.monotonic() + wait >= until:
             raise error

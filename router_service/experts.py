@@ -21,7 +21,7 @@ from fusionroute.v1 import expert_pb2_grpc, registry_pb2
 from router_service import metrics
 from router_service.asking import Cache
 from router_service.breaker import BreakerState
-from router_service.instance_choice import NEW_SESSION, Wish, can_be_asked, choose
+from router_service.instance_choice import NEW_SESSION, Standing, Wish, can_be_asked, choose
 from router_service.instances import Instance
 from router_service.retry_budget import RetryBudget
 from router_service.session_text import Text
@@ -34,6 +34,8 @@ SUSPECT_SECONDS = 1.0
 """An instance that failed is passed over for so long where another one serves its slot."""
 KNOCK_LOOK_SECONDS = 0.05
 MAX_HOMES = 16_384
+
+_ASKED_BY_NOBODY_NEW = (Standing.VANISHED, Standing.STANDBY)
 
 ListEntries = Callable[[], Awaitable[Sequence[registry_pb2.ExpertEntry]]]
 
@@ -80,7 +82,7 @@ class Directory:
 
     def best(self, slot: str) -> Instance | None:
         """The instance that a new session would ask, of those that the registry lists."""
-        listed = [each for each in self._of(slot) if each.gone_since is None]
+        listed = [each for each in self._of(slot) if each.standing not in _ASKED_BY_NOBODY_NEW]
         return self._chosen(listed, NEW_SESSION) or max(listed, key=lambda each: each.epoch, default=None)
 
     def choose(self, slot: str, text: Text) -> Instance | None:
@@ -152,9 +154,14 @@ class Directory:
             self._down_since.setdefault(slot, began)
         self._wake.set()
 
-    def budget(self, slot: str) -> RetryBudget:
-        """How often what failed may be asked again for a slot."""
-        return self._budgets.setdefault(slot, RetryBudget())
+    def seconds_until_retry(self, slot: str) -> float:
+        """Takes a retry out of a slot's budget; how long to wait for it. Going to a replica that works takes none."""
+        if any(each.is_undoubted for each in self._of(slot)):
+            return 0.0
+        wait = self._budgets.setdefault(slot, RetryBudget()).take(time.monotonic())
+        if wait > 0:
+            metrics.RETRY_BUDGET_EXHAUSTED.labels(slot=slot).inc()
+        return wait
 
     def _note_down(self, slot: str) -> float:
         return self._down_since.setdefault(slot, time.monotonic())
@@ -292,10 +299,7 @@ class RemoteExpert:
 
     def seconds_until_retry(self) -> float:
         """Takes a retry out of the slot's budget."""
-        wait = self.directory.budget(self.slot).take(time.monotonic())
-        if wait > 0:
-            metrics.RETRY_BUDGET_EXHAUSTED.labels(slot=self.slot).inc()
-        return wait
+        return self.directory.seconds_until_retry(self.slot)
 
 
 def no_expert(slot: str, num_instances: int) -> Unavailable:

@@ -101,7 +101,7 @@ class Instance:
 
     async def step(self, call: StepCall, deadline: float) -> Answer:
         """One step over the wire, watched by the breaker. Raises FusionRouteError."""
-        epoch, began = self.epoch, time.monotonic()
+        name, epoch, began = self.name, self.epoch, time.monotonic()  # the entry may change meanwhile
         self.breaker.begin()
         self.num_in_flight += 1
         try:
@@ -121,7 +121,7 @@ class Instance:
             row=rows[0],
             head_scores=None,
             epoch=epoch,
-            cache=self.name,
+            cache=name,
             forward_seconds=response.timings.forward_seconds,
         )
 

@@ -160,9 +160,13 @@ class Stack:
             link = Link(name, lambda: serving[0] if serving else None)
             self.links[name] = await stop.enter_async_context(link)
             changes["advertise"] = link.address
-        settings = ExpertSettings(
-            model=str(self.family.experts[slot]), slot=slot, port=0, router=self.router.server.address
-        ).model_copy(update=changes)
+        facts: dict[str, Any] = {
+            "model": str(self.family.experts[slot]),
+            "slot": slot,
+            "port": 0,
+            "router": self.router.server.address,
+        }
+        settings = ExpertSettings(**(facts | changes))
         model = await asyncio.to_thread(load_model, settings.model)
         running = await stop.enter_async_context(running_expert(settings, model))
         serving.append(running.server.address)

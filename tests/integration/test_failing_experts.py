@@ -204,7 +204,7 @@ async def test_experts_that_the_registry_forgets_serve_on_for_a_lease(family: Fa
         listed.extend(entries)
         await directory.refresh()
         assert directory.choose("math", text) is instance
-        assert instance.standing is Standing.READY
+        assert instance.is_ready
         listed.clear()
         await directory.refresh()
         await asyncio.sleep(0.6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router_service.retry_budget import RetryBudget
+from router_service.retry_budget import MOST_OWED, RetryBudget
 
 
 def test_savings_are_spent_at_once_and_what_follows_stands_in_line() -> None:
@@ -21,10 +21,11 @@ def test_it_earns_with_time_and_never_more_than_it_may_save() -> None:
     assert waits == pytest.approx([0.0, 0.0, 0.0, 0.1])
 
 
-def test_a_storm_is_let_through_at_its_rate() -> None:
+def test_nobody_in_a_storm_waits_longer_than_it_takes_to_earn_what_may_be_owed() -> None:
     budget = RetryBudget(per_second=10.0, burst=30.0)
-    last = max(budget.take(0.0) for _ in range(230))
-    assert last == pytest.approx(20.0)
+    waits = [budget.take(0.0) for _ in range(230)]
+    assert waits[30:50] == pytest.approx([number / 10 for number in range(1, 21)])
+    assert max(waits) == pytest.approx(MOST_OWED / 10)
 
 
 def test_a_clock_that_stands_still_earns_nothing() -> None:
