@@ -36,37 +36,45 @@ class Reference:
     def write(
         self, prompt: list[int], rule: str, sampling: Sampling, max_tokens: int
     ) -> list[ReferenceToken]:
-        tokens, answer, seen = list(prompt), [], SeenTokens(prompt)
+        """The whole answer to a prompt."""
+        tokens, answer, seen = list(prompt), list[ReferenceToken](), SeenTokens(prompt)
         for _ in range(max_tokens):
-            output = self.router(input_ids=torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
-            h, r = output.hidden_states[-1][0, -1], output.logits[0, -1].double()
-            routed = int(torch.argmax(self.heads.routing_weight @ h + self.heads.routing_bias))
-            if rule in ("mixture", "select"):
-                w = torch.softmax((self.heads.gate_weight @ h + self.heads.gate_bias).double(), -1)
-                routed = int(torch.argmax(w[:-1]))
-            e = self.experts[routed](input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].double()
-            expert: int | None = routed
-            if rule == "sum":
-                fused = e + r
-            elif rule == "gated_sum":
-                u = self.heads.sum_gate_weight @ h + self.heads.sum_gate_bias
-                fused = e + torch.nn.functional.softplus(u.double() + math.log(math.e - 1)) * r
-            elif rule == "mixture":
-                p = (1 - w[-1]) * torch.softmax(e, -1) + w[-1] * torch.softmax(r, -1)
-                fused = torch.log(p)
-            elif rule == "select":
-                fused, expert = (r, None) if w[-1] > w[routed] else (e, routed)
-            else:
-                fused = e
-            scores = fused.float().numpy()
-            choice = choose(scores, sampling, len(tokens), seen)
-            margin = self._margin(scores, sampling, len(tokens), seen, choice.token_id)
-            answer.append(ReferenceToken(choice.token_id, expert, choice.logprob, margin))
-            tokens.append(choice.token_id)
-            seen.add(choice.token_id)
-            if choice.token_id in self.end_ids:
+            answer.append(self.next_token(tokens, rule, sampling, seen))
+            tokens.append(answer[-1].id)
+            seen.add(answer[-1].id)
+            if answer[-1].id in self.end_ids:
                 break
         return answer
+
+    @torch.no_grad()
+    def next_token(
+        self, tokens: list[int], rule: str, sampling: Sampling, seen: SeenTokens
+    ) -> ReferenceToken:
+        """The token after `tokens`, of which `seen` knows prompt and answer."""
+        output = self.router(input_ids=torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
+        h, r = output.hidden_states[-1][0, -1], output.logits[0, -1].double()
+        routed = int(torch.argmax(self.heads.routing_weight @ h + self.heads.routing_bias))
+        if rule in ("mixture", "select"):
+            w = torch.softmax((self.heads.gate_weight @ h + self.heads.gate_bias).double(), -1)
+            routed = int(torch.argmax(w[:-1]))
+        e = self.experts[routed](input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].double()
+        expert: int | None = routed
+        if rule == "sum":
+            fused = e + r
+        elif rule == "gated_sum":
+            u = self.heads.sum_gate_weight @ h + self.heads.sum_gate_bias
+            fused = e + torch.nn.functional.softplus(u.double() + math.log(math.e - 1)) * r
+        elif rule == "mixture":
+            p = (1 - w[-1]) * torch.softmax(e, -1) + w[-1] * torch.softmax(r, -1)
+            fused = torch.log(p)
+        elif rule == "select":
+            fused, expert = (r, None) if w[-1] > w[routed] else (e, routed)
+        else:
+            fused = e
+        scores = fused.float().numpy()
+        choice = choose(scores, sampling, len(tokens), seen)
+        margin = self._margin(scores, sampling, len(tokens), seen, choice.token_id)
+        return ReferenceToken(choice.token_id, expert, choice.logprob, margin)
 
     @staticmethod
     def _margin(

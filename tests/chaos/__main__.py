@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -78,6 +80,46 @@ def main(
     write_files(report, json_path, markdown_path)
     _dispose(folder, keep, console)
     raise SystemExit(0 if report.passed else 1)
+
+
+@main.command("swaps")
+@click.option("--swaps", "num_swaps", default=20, show_default=True)
+@click.option("--generations", default=200, show_default=True, help="At least.")
+@click.option("--weights", type=click.Choice(["equal", "new", "both"]), default="both", show_default=True)
+@click.option("--concurrent", default=8, show_default=True, help="Generations at a time.")
+@click.option("--seed", default=7, show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there.")
+def swaps(
+    num_swaps: int, generations: int, weights: str, concurrent: int, seed: int, json_path: Path | None
+) -> None:
+    """Swap an expert again and again while generations run.
+
+    Exit code 1 when any of them suffers.
+    """
+    import json
+
+    from tests.chaos.swap_report import summary
+    from tests.chaos.swaps import SwapOptions, run_swaps
+
+    console, reports = Console(), []
+    for new_weights in {"equal": [False], "new": [True], "both": [False, True]}[weights]:
+        options = SwapOptions(num_swaps, generations, new_weights, concurrent, seed=seed)
+        folder = Path(tempfile.mkdtemp(prefix="fr-chaos-"))
+        with _progress() as progress:
+            task = progress.add_task("new weights" if new_weights else "equal weights", total=num_swaps)
+            on_swap = partial(_completed, progress, task)
+            report = asyncio.run(run_swaps(options, folder, on_swap))
+        for line in summary(report):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        reports.append(report)
+        _dispose(folder, False, console)
+    if json_path is not None:
+        json_path.write_text(json.dumps([report.as_dict() for report in reports], indent=1) + "\n")
+    raise SystemExit(0 if all(report.passed for report in reports) else 1)
+
+
+def _completed(progress: Progress, task: TaskID, done: int) -> None:
+    progress.update(task, completed=done)
 
 
 def choose_cells(text: str) -> tuple[Cell, ...]:

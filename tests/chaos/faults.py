@@ -44,6 +44,7 @@ class Fault(Enum):
     FLUSH = "FLUSHALL"
     LOST_SECOND = "lost last second"
     DISCONNECT = "disconnect, Resume"
+    SWAP = "swapped again and again"
 
 
 @dataclass(frozen=True, slots=True)

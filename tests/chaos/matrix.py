@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusionroute.client import RouterClient
+from tests.chaos.building import running_stack
 from tests.chaos.faults import MATRIX, UNDISTURBED, Cell, Component, Fault, Hit, choose_victim, strike
 from tests.chaos.judge import (
     Judgement,
@@ -22,7 +23,7 @@ from tests.chaos.judge import (
 )
 from tests.chaos.load import Clients, Stream, read_all
 from tests.chaos.remains import remains_of
-from tests.chaos.stack import ChaosStack, StackSettings, running_stack
+from tests.chaos.stack import ChaosStack, StackSettings
 from tests.equivalence import Case, make_cases
 from tests.served_stack import make_family
 

@@ -11,7 +11,7 @@ from tests.chaos.supervisor import members
 def remains_of(stack: ChaosStack) -> list[str]:
     """Processes that still run and addresses at which still somebody listens."""
     found = []
-    for node in stack.nodes:
+    for node in (*stack.nodes, *stack.retired):
         process = node.process
         for pid in process.pids:
             found += [f"process {member.pid} of {process.name}" for member in members(pid)]
