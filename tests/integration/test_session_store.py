@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from router_service.session_store import SessionStore, session_keys
 from router_service.stored_session import (
     FinishReason,
     Lease,
+    OpenTurn,
     SessionState,
     TurnParameters,
     WriteVerdict,
@@ -393,3 +395,61 @@ async def test_a_session_id_that_could_leave_its_hash_tag_is_refused(store: Sess
     with pytest.raises(InvalidRequest) as caught:
         await store.acquire(bad, "one")
     assert caught.value.metadata["field"] == "session_id"
+
+
+async def test_a_fence_is_the_clock_in_microseconds_and_exact(
+    store: SessionStore, sid: str, redis_client: Redis
+):
+    seconds, microseconds = await redis_client.time()
+    first = await store.acquire(sid, "one")
+    assert 0 <= first.fence - (seconds * 1_000_000 + microseconds) < 60_000_000
+    meta, _, lease_key, _ = session_keys(sid)
+    ahead = 2**53 - 5  # a clock that was set back; still exact in Lua
+    await redis_client.hset(meta, "fence", ahead)
+    await redis_client.delete(lease_key)
+    assert (await store.acquire(sid, "two")).fence == ahead + 1
+
+
+async def test_a_redis_that_went_back_in_time_grants_no_fence_twice(
+    store: SessionStore, sid: str, redis_client: Redis
+):
+    meta, _, lease_key, _ = session_keys(sid)
+    first = await store.acquire(sid, "one")
+    await redis_client.delete(lease_key)
+    second = await store.acquire(sid, "two")
+    await redis_client.hset(meta, mapping={"fence": first.fence, "owner": "one"})
+    await redis_client.delete(lease_key)
+    third = await store.acquire(sid, "three")
+    assert first.fence < second.fence < third.fence
+
+
+async def test_a_write_needs_the_owner_besides_the_fence(store: SessionStore, sid: str):
+    lease = await store.acquire(sid, "one")
+    with pytest.raises(SessionStateError) as caught:
+        await store.append(replace(lease, owner="two"), 0, pack_prompt([1]))
+    assert caught.value.reason is Reason.STALE_FENCE
+
+
+async def test_restoring_what_another_writer_has_succeeded_is_refused(
+    store: SessionStore, sid: str, redis_client: Redis
+):
+    first = await store.acquire(sid, "one")
+    await store.begin_turn(first, 0, pack_prompt([1]), TURN, request_id="r1")
+    await redis_client.delete(session_keys(sid)[2])
+    second = await store.acquire(sid, "two")
+    await store.append(second, 1, pack_prompt([2]))
+    with pytest.raises(SessionStateError) as caught:
+        await store.restore(first, pack_prompt([1, 3]), OpenTurn("r1", 1, TURN))
+    assert caught.value.reason is Reason.STALE_FENCE
+    assert await stored_ids(store, sid) == [1, 2]
+
+
+async def test_restoring_keeps_a_wish_to_cancel(store: SessionStore, sid: str, redis_client: Redis):
+    lease = await store.acquire(sid, "one")
+    await store.begin_turn(lease, 0, pack_prompt([1]), TURN, request_id="r1")
+    await store.cancel(sid)
+    await redis_client.hset(session_keys(sid)[0], "fence", lease.fence - 1)
+    outcome = await store.restore(lease, pack_prompt([1, 2]), OpenTurn("r1", 1, TURN))
+    assert outcome.cancel_requested
+    assert (await store.get(sid)).fence == lease.fence
+    assert await stored_ids(store, sid) == [1, 2]

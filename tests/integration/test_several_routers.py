@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fusionroute.errors import FusionRouteError, Reason
+from fusionroute.unbroken import Patience
 from fusionroute.v1 import router_pb2
 from router_service.records import pack_prompt
 from router_service.session_store import session_keys
@@ -32,14 +33,13 @@ async def pair(family: Family, redis_url: str, tmp_path: Path) -> AsyncIterator[
         yield pair
 
 
-async def unbroken(
-    pair: Pair, request: router_pb2.GenerateRequest, breaks: list[str] | None = None
-) -> Answer:
-    said = [] if breaks is None else breaks
-    async with aclosing(
-        pair.both.unbroken(request, on_break=lambda e: said.append(e.reason.value))
-    ) as events:
-        return await Answer.read(events)
+async def unbroken(pair: Pair, request: router_pb2.GenerateRequest, breaks: list[str]) -> Answer:
+    """Through a client of both, which never leaves a stream only because it is silent."""
+    events = pair.both.unbroken(
+        request, Patience(silent_seconds=60.0), on_break=lambda error: breaks.append(error.reason.value)
+    )
+    async with aclosing(events) as stream:
+        return await Answer.read(stream)
 
 
 def writes(router: Stack) -> int:
@@ -81,7 +81,7 @@ async def test_a_router_that_dies_is_succeeded_within_its_lease(pair: Pair, samp
     reading = asyncio.create_task(unbroken(pair, ask(LENGTH, sampling, session_id=session_id), breaks))
     await until(lambda: pair.pace.num_waiting == 1, 10)
     await pair.kill_first()
-    answer = await asyncio.wait_for(reading, 20)
+    answer = await asyncio.wait_for(reading, 40)
     assert (answer.ids, answer.text) == (whole.ids, whole.text)
     assert [token.index for token in answer.tokens] == list(range(LENGTH))
     assert breaks
