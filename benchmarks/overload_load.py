@@ -18,7 +18,7 @@ import grpc
 from fusionroute.grpc_runtime import channel, error_from_rpc
 from fusionroute.v1 import router_pb2, router_pb2_grpc
 
-NUM_PROMPTS = 16
+NUM_PROMPTS = 8
 PROMPT_TOKENS = 8
 
 
@@ -97,7 +97,7 @@ async def _closed(
 
     async def client(number: int) -> None:
         prompt = number
-        while time.perf_counter() < ends:
+        while time.perf_counter() < ends or prompt < NUM_PROMPTS:
             results.append(await one(stub, prompt % NUM_PROMPTS, arguments.max_tokens))
             prompt += arguments.concurrency
 

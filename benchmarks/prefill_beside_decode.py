@@ -38,8 +38,8 @@ def main() -> None:
     for (name, when), values in latencies.items():
         ordered = sorted(values)
         shown = [ordered[int(share * (len(ordered) - 1))] * 1000 for share in (0.5, 0.99, 1.0)]
-        prefill = f"{statistics.median(prefills[name]):11.2f}" if when != "alone" else ""
-        print(f"{name:12}{when:20}" + "".join(f"{value:9.1f}" for value in shown) + prefill)
+        took = f"{statistics.median(prefills[name]):11.2f}" if when != "alone" else ""
+        print(f"{name:12}{when:20}" + "".join(f"{value:9.1f}" for value in shown) + took)
 
 
 async def _measure(arguments: argparse.Namespace, seconds: float) -> tuple[list[float], list[float], float]:

@@ -26,6 +26,7 @@ STRINGS = (
 )
 FLOATS = (float("nan"), float("inf"), float("-inf"), -0.0, -1.0, 1e38, 0.5, 1e-40, 3.0)
 MOST_REPEATED = 3000
+MOST_NESTED = 300  # more of them would be slow to draw, not to refuse
 
 
 class Kind(Enum):
@@ -81,16 +82,18 @@ def _set_wild(rng: random.Random, message: Message, depth: int) -> None:
     """Gives one field, or one of a message within, a value that nobody expects."""
     if not message.DESCRIPTOR.fields:
         return
-    field = rng.choice(message.DESCRIPTOR.fields)
+    fields: list[Any] = list(message.DESCRIPTOR.fields)
+    field = rng.choice(fields)
     value: Any = getattr(message, field.name)
-    is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+    is_map: bool = field.message_type is not None and field.message_type.GetOptions().map_entry
     if is_map:
         key, entry = field.message_type.fields_by_name["key"], field.message_type.fields_by_name["value"]
         if entry.message_type is None:
             for _ in range(rng.choice([1, 5, 1100])):
                 value[_scalar(rng, key)] = _scalar(rng, entry)
     elif field.is_repeated:
-        count = rng.choice([0, 1, 2, MOST_REPEATED])
+        most = MOST_REPEATED if depth == 0 and field.message_type is None else MOST_NESTED
+        count = rng.choice([0, 1, 2, most])
         if field.message_type is not None:
             value.extend(_wild(rng, field.message_type, depth + 1) for _ in range(count if depth < 2 else 0))
         else:
