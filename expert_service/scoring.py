@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import torch
 
+from expert_service import metrics
 from expert_service.checks import MESSAGE_MARGIN_BYTES, wire_dtype
 from fusionroute.engine import Engine, ModelFacts, StepCall
 from fusionroute.errors import FusionRouteError, OutOfRoom, Reason, SessionStateError
@@ -84,6 +85,7 @@ async def _produce(
                 response.sequence_index = index
                 response.from_position = from_position
                 response.epoch = engine.facts.epoch
+                metrics.SCORED_TOKENS.inc(len(rows))
                 await queue.put(response)
     except Exception as error:
         last = error
