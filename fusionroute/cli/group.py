@@ -17,6 +17,8 @@ EXIT_FAILED = 1
 EXIT_NOBODY_THERE = 3
 EXIT_REFUSED = 4
 EXIT_INTERRUPTED = 130
+TLS_SIGNS = ("Socket closed", "handshake failed", "CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")
+TLS_HINT = "is only one end encrypted? see FUSIONROUTE_TLS_CA, _CERT and _KEY (docs/security.md)"
 KEY_HINT = "put a key into a file and its path into FUSIONROUTE_API_KEY_FILE (docs/security.md)"
 # as `telemetry.quiet_native_logs`, which takes too long to import for `--help`
 QUIET = {"GRPC_VERBOSITY": "ERROR", "GLOG_minloglevel": "2", "TOKENIZERS_PARALLELISM": "false"}
@@ -96,6 +98,8 @@ def as_failure(error: FusionRouteError) -> Failure:
     else:
         code = EXIT_REFUSED
     hint = f"; {KEY_HINT}" if isinstance(error, AccessDenied) else ""
+    if isinstance(error, Unavailable) and any(sign in error.message for sign in TLS_SIGNS):
+        hint = f"; {TLS_HINT}"
     return Failure(f"{error.message} ({error.reason.value}){hint}", code)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +16,8 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from fusionroute.access import ClientAccess, ServerAccess, TlsFiles
+from fusionroute.access import ClientAccess, ServerAccess, TlsFiles, child_environment
+from fusionroute.access_channel import AccessChannel
 from fusionroute.access_check import shown_key
 from fusionroute.api_keys import ApiKeys, ShownKey
 from fusionroute.errors import AccessDenied, FusionRouteError, InvalidRequest, Reason
@@ -23,6 +25,9 @@ from fusionroute.grpc_runtime import RunningServer, Service, channel, error_from
 from fusionroute.health_probe import status_of
 from fusionroute.v1 import expert_pb2, expert_pb2_grpc
 from tests.certificates import Authority
+from trainer.jobs.child import JobProcess
+from trainer.jobs.folder import JobFolder
+from trainer.settings import TrainerSettings
 
 # ruff: noqa: N802 - the contract names the methods
 NAME = "fusionroute.v1.ExpertService"
@@ -283,6 +288,51 @@ async def test_certificates_are_replaced_without_a_restart_of_either_end(
         assert await ask_over(opened) == "math"
 
 
+class Renewed(ClientAccess):
+    """Of a client whose certificates are said to have changed."""
+
+    renewals = 0
+
+    def generation(self) -> int:
+        return self.renewals
+
+
+class Patient(Doorman):
+    """Ends its streams when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_end = asyncio.Event()
+
+    async def Score(self, request: Any, context: Any) -> AsyncIterator[expert_pb2.ScoreResponse]:
+        yield expert_pb2.ScoreResponse(from_position=0)
+        await self.may_end.wait()
+        yield expert_pb2.ScoreResponse(from_position=1)
+
+
+async def test_new_certificates_make_a_new_connection_and_leave_running_calls_theirs() -> None:
+    doorman, access, made = Patient(), Renewed(key=ShownKey(SHOP)), []
+
+    async with server([service_of(doorman)]) as running:
+
+        def connect() -> grpc.aio.Channel:
+            made.append(channel(running.address))
+            return made[-1]
+
+        async with AccessChannel(connect, access) as opened:
+            stub = expert_pb2_grpc.ExpertServiceStub(opened)
+            stream: Any = stub.Score(expert_pb2.ScoreRequest(), timeout=20)
+            assert (await stream.read()).from_position == 0
+            access.renewals = 1
+            assert (await stub.GetInfo(expert_pb2.GetInfoRequest(), timeout=10)).slot == "math"
+            assert len(made) == 2
+            doorman.may_end.set()
+            assert (await stream.read()).from_position == 1
+            assert (await stub.GetInfo(expert_pb2.GetInfoRequest(), timeout=10)).slot == "math"
+            assert len(made) == 2
+    assert all(each.get_state() is grpc.ChannelConnectivity.SHUTDOWN for each in made)
+
+
 async def is_answered(running: RunningServer, access: ClientAccess) -> bool:
     try:
         return await ask(running.address, access) == "math"
@@ -332,3 +382,26 @@ def test_commands_read_the_environment(authority: Authority, keys_file: Path) ->
         ClientAccess.from_environment({"FUSIONROUTE_TLS_CERT": str(files.certificate)})
     with pytest.raises(InvalidRequest, match="FUSIONROUTE_API_KEY_FILE = '/nowhere' cannot be read"):
         ClientAccess.from_environment({"FUSIONROUTE_API_KEY_FILE": "/nowhere"})
+
+
+async def test_a_jobs_process_shows_what_its_trainer_shows(
+    authority: Authority, keys_file: Path, tmp_path: Path
+) -> None:
+    files = authority.issue("trainer")
+    given: dict[str, Any] = {
+        "tls_cert": files.certificate,
+        "tls_key": files.key,
+        "tls_ca": files.ca,
+        "api_key_file": keys_file,
+        "api_keys_file": tmp_path / "accepted",
+    }
+    settings = TrainerSettings(**given)
+    folder = JobFolder(tmp_path / "job")
+    folder.path.mkdir()
+    program = (sys.executable, "-c", "import os; print(*sorted(f'{k}={v}' for k, v in os.environ.items()), sep='\\n')")
+    process = await JobProcess.start(program, folder, child_environment(settings))
+    assert await process.wait() == 0
+    told = dict(line.split("=", 1) for line in folder.log.read_text().splitlines() if line.startswith("FUSIONROUTE_"))
+    access = ClientAccess.from_environment(told)
+    assert access.is_encrypted and access.metadata() == (("authorization", f"Bearer {SHOP}"),)
+    assert SHOP not in folder.log.read_text() and "FUSIONROUTE_API_KEYS_FILE" not in told
