@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 MONITORING = Path(__file__).parents[1] / "monitoring"
 DASHBOARD = MONITORING / "grafana" / "dashboards" / "fusionroute.json"

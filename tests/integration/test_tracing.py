@@ -44,6 +44,18 @@ def request(**changes: object) -> GenerateRequest:
     )
 
 
+def parent_of(span: ReadableSpan) -> int:
+    """The id of the span that it belongs under."""
+    assert span.parent is not None
+    return span.parent.span_id
+
+
+def fact(span: ReadableSpan, name: str) -> object:
+    """One attribute."""
+    assert span.attributes is not None
+    return span.attributes[name]
+
+
 async def test_one_answer_is_one_trace_across_router_experts_and_redis(
     tmp_path: Path, exporter: InMemorySpanExporter
 ) -> None:
@@ -62,15 +74,15 @@ async def test_one_answer_is_one_trace_across_router_experts_and_redis(
     for span in spans:
         by_name.setdefault(span.name, []).append(span)
     (call,), (turn,) = by_name["RouterService/Generate"], by_name["turn"]
-    assert f"{call.parent.span_id:016x}" == CALLER
-    assert turn.parent.span_id == call.context.span_id
-    assert turn.attributes["num_tokens"] == 20
+    assert f"{parent_of(call):016x}" == CALLER
+    assert parent_of(turn) == call.context.span_id
+    assert fact(turn, "num_tokens") == 20
     asked = {event.event.token.expert for event in events if event.event.HasField("token")} - {""}
-    assert {span.attributes["slot"] for span in by_name["prefill"]} == asked, "each expert's prefill, once"
+    assert {fact(span, "slot") for span in by_name["prefill"]} == asked, "each expert's prefill, once"
     assert len(by_name["prefill"]) >= len(asked)
     assert len(by_name["row of expert"]) >= len(asked)
     for name in ("prefill", "row of expert", "row of router", "redis finish"):
-        assert all(span.parent.span_id == turn.context.span_id for span in by_name[name]), name
+        assert all(parent_of(span) == turn.context.span_id for span in by_name[name]), name
     assert "redis begin_turn" in by_name
     assert len(spans) < 20 + 20, "no span for each token"
 
@@ -107,8 +119,8 @@ async def test_a_failed_attempt_has_a_span_with_its_reason(exporter: InMemorySpa
     (attempt,) = (span for span in exporter.get_finished_spans() if span.name == "attempt")
     assert attempt.status.status_code is StatusCode.ERROR
     assert attempt.status.description == "EXPERT_UNAVAILABLE"
-    assert attempt.attributes is not None and attempt.attributes["slot"] == "math"
-    assert attempt.parent.span_id == turn.span.get_span_context().span_id
+    assert fact(attempt, "slot") == "math"
+    assert parent_of(attempt) == turn.span.get_span_context().span_id
 
 
 async def test_nothing_is_traced_unless_it_is_switched_on(tmp_path: Path) -> None:
