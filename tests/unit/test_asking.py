@@ -173,9 +173,9 @@ def test_a_resumed_text_goes_on_above_the_epochs_of_its_latest_turn() -> None:
         pack_prompt([4, 5])
         + pack(
             [
-                TokenRecord(6, 0.0, TokenSource.EXPERT, 1, 30),
+                TokenRecord(6, 0.0, TokenSource.EXPERT, 1, 31),
                 TokenRecord(7, 0.0, TokenSource.EXPERT, 0, 12, degraded=True),
-                TokenRecord(8, 0.0, TokenSource.EXPERT, 1, 31),
+                TokenRecord(8, 0.0, TokenSource.EXPERT, 1, 30),
                 TokenRecord(9, 0.0, TokenSource.ROUTER),
             ]
         )
