@@ -49,7 +49,7 @@ class Stack:
     def fusionroute(self, *arguments: str) -> str:
         """What `fusionroute` says to the stack."""
         return self._run(
-            [Path(sys.executable).with_name("fusionroute"), *arguments, "--address", self.address], 60
+            [Path(sys.executable).with_name("fusionroute"), *arguments, "--address", self.address], 300
         )
 
     def generate(self, prompt: str, *options: str) -> list[dict[str, Any]]:
@@ -134,6 +134,27 @@ def test_a_published_checkpoint_is_promoted_while_the_router_serves(stack):
     stack.fusionroute("checkpoints", "rollback", "--trainer", stack.trainer)
     with pytest.raises(AssertionError, match="Read-only file system"):
         stack.compose("exec", "-T", "router", "touch", "/checkpoints/published/mark")
+
+
+def test_an_expert_is_swapped_for_a_container_of_its_kind_and_back_again(stack):
+    """Equal weights, so that the answers stay; `--project` because other stacks may run on this machine."""
+    docker = ("--launcher", "docker", "--project", PROJECT)
+    before = stack.generate("box: 4+4; rev jbef=")
+    swapped = json.loads(
+        stack.fusionroute("experts", "swap", "math", "--model", "/models/lab/experts/math", *docker, "--json")
+    )
+    assert (swapped["outcome"], swapped["stopped"]) == ("swapped", swapped["retired"])
+    after = stack.generate("box: 4+4; rev jbef=")
+    assert written(after) == written(before)
+    epochs = {e["token"]["expert_epoch"] for e in after if e.get("token", {}).get("expert") == "math"}
+    assert epochs == {str(swapped["epoch"])}
+    added = json.loads(
+        stack.fusionroute("experts", "add", "math", "--model", "/models/lab/experts/math", *docker, "--json")
+    )
+    stack.fusionroute("experts", "remove", added["instance_id"], *docker)
+    with pytest.raises(AssertionError, match="does not exist"):
+        stack.fusionroute("experts", "swap", "math", "--model", "/models/nowhere", *docker)
+    assert written(stack.generate("box: 4+4; rev jbef=")) == written(before)
 
 
 def test_every_container_is_confined(stack):
