@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from fusionroute.access import ClientAccess, ServerAccess, TlsFiles, child_environment
+from fusionroute.access import ClientAccess, ServerAccess, TlsFiles
 from fusionroute.access_channel import AccessChannel
 from fusionroute.access_check import shown_key
 from fusionroute.api_keys import ApiKeys, ShownKey
@@ -25,9 +24,6 @@ from fusionroute.grpc_runtime import RunningServer, Service, channel, error_from
 from fusionroute.health_probe import status_of
 from fusionroute.v1 import expert_pb2, expert_pb2_grpc
 from tests.certificates import Authority
-from trainer.jobs.child import JobProcess
-from trainer.jobs.folder import JobFolder
-from trainer.settings import TrainerSettings
 
 # ruff: noqa: N802 - the contract names the methods
 NAME = "fusionroute.v1.ExpertService"
@@ -382,26 +378,3 @@ def test_commands_read_the_environment(authority: Authority, keys_file: Path) ->
         ClientAccess.from_environment({"FUSIONROUTE_TLS_CERT": str(files.certificate)})
     with pytest.raises(InvalidRequest, match="FUSIONROUTE_API_KEY_FILE = '/nowhere' cannot be read"):
         ClientAccess.from_environment({"FUSIONROUTE_API_KEY_FILE": "/nowhere"})
-
-
-async def test_a_jobs_process_shows_what_its_trainer_shows(
-    authority: Authority, keys_file: Path, tmp_path: Path
-) -> None:
-    files = authority.issue("trainer")
-    given: dict[str, Any] = {
-        "tls_cert": files.certificate,
-        "tls_key": files.key,
-        "tls_ca": files.ca,
-        "api_key_file": keys_file,
-        "api_keys_file": tmp_path / "accepted",
-    }
-    settings = TrainerSettings(**given)
-    folder = JobFolder(tmp_path / "job")
-    folder.path.mkdir()
-    program = (sys.executable, "-c", "import os; print(*sorted(f'{k}={v}' for k, v in os.environ.items()), sep='\\n')")
-    process = await JobProcess.start(program, folder, child_environment(settings))
-    assert await process.wait() == 0
-    told = dict(line.split("=", 1) for line in folder.log.read_text().splitlines() if line.startswith("FUSIONROUTE_"))
-    access = ClientAccess.from_environment(told)
-    assert access.is_encrypted and access.metadata() == (("authorization", f"Bearer {SHOP}"),)
-    assert SHOP not in folder.log.read_text() and "FUSIONROUTE_API_KEYS_FILE" not in told

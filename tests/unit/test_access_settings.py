@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -10,10 +12,12 @@ from click.testing import CliRunner
 from pydantic import SecretStr
 
 from expert_service.settings import ExpertSettings
-from fusionroute.access import warn_if_open
+from fusionroute.access import ClientAccess, child_environment, warn_if_open
 from fusionroute.settings import SHARED_VARIABLES, DaemonSettings, SettingsError, daemon_command
 from router_service.settings import RouterSettings
 from tests.certificates import Authority
+from trainer.jobs.child import JobProcess
+from trainer.jobs.folder import JobFolder
 from trainer.settings import TrainerSettings
 
 KEY = "kT0m5Qb8-shop-shop-shop-shop"
@@ -112,3 +116,26 @@ def message_of(options: dict[str, str]) -> str:
     with pytest.raises(SettingsError) as caught:
         TrainerSettings.load(options)
     return str(caught.value)
+
+
+async def test_a_jobs_process_shows_what_its_trainer_shows(tmp_path: Path) -> None:
+    authority, keys_file = Authority(tmp_path / "authority"), tmp_path / "keys"
+    keys_file.write_text(f"{KEY}\n")
+    files = authority.issue("trainer")
+    given: dict[str, Any] = {
+        "tls_cert": files.certificate,
+        "tls_key": files.key,
+        "tls_ca": files.ca,
+        "api_key_file": keys_file,
+        "api_keys_file": tmp_path / "accepted",
+    }
+    settings = TrainerSettings(**given)
+    folder = JobFolder(tmp_path / "job")
+    folder.path.mkdir()
+    program = (sys.executable, "-c", "import os; print(*sorted(f'{k}={v}' for k, v in os.environ.items()), sep='\\n')")
+    process = await JobProcess.start(program, folder, child_environment(settings))
+    assert await process.wait() == 0
+    told = dict(line.split("=", 1) for line in folder.log.read_text().splitlines() if line.startswith("FUSIONROUTE_"))
+    access = ClientAccess.from_environment(told)
+    assert access.is_encrypted and access.metadata() == (("authorization", f"Bearer {KEY}"),)
+    assert KEY not in folder.log.read_text() and "FUSIONROUTE_API_KEYS_FILE" not in told
