@@ -75,8 +75,8 @@ async def clients(address: str, seconds: float, *options: str) -> Round:
     return Round([Result(**line) for line in lines[:-1]], lines[-1]["cpu_share"], seconds)
 
 
-async def find_capacity(stack: Processes, seconds: float) -> tuple[Round, int, float]:
-    """The unloaded round, the turns at a time that are the capacity, and its rate."""
+async def find_capacity(stack: Processes, seconds: float) -> tuple[int, float]:
+    """The turns at a time that are the capacity, and its rate in requests per second."""
     await clients(stack.address, 1.0, "--concurrency", "1")  # warm-up
     unloaded = await clients(stack.address, seconds, "--concurrency", "1")
     print(
@@ -92,7 +92,7 @@ async def find_capacity(stack: Processes, seconds: float) -> tuple[Round, int, f
         if tried.token_ms(0.99) > MAX_SLOWDOWN * unloaded.token_ms(0.99):
             break
         capacity, rate = concurrency, max(rate, tried.rate)
-    return unloaded, capacity, rate
+    return capacity, rate
 
 
 def wrong_answers(known: dict[int, list[int]], results: list[Result]) -> int:
@@ -102,15 +102,18 @@ def wrong_answers(known: dict[int, list[int]], results: list[Result]) -> int:
 
 async def one_run(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Capacity, then overload; the figures of the table."""
-    async with running_stack(folder, SLOTS) as stack:
-        unloaded, capacity, rate = await find_capacity(stack, arguments.seconds)
-        known = {result.prompt: result.ids for result in unloaded.results}
+    capacity, rate = arguments.capacity, 0.0
+    if not capacity:
+        async with running_stack(folder, SLOTS) as stack:
+            capacity, rate = await find_capacity(stack, arguments.seconds)
     options = ["--max-running-turns", str(capacity)]
     if arguments.max_token_seconds:
         options += ["--max-token-seconds", str(arguments.max_token_seconds)]
     async with running_stack(folder, SLOTS, router=options) as stack:
         await clients(stack.address, 1.0, "--concurrency", "1")
         before = await clients(stack.address, arguments.seconds, "--concurrency", "1")
+        known = {result.prompt: result.ids for result in before.results}
+        rate = rate or (await clients(stack.address, arguments.seconds, "--concurrency", str(capacity))).rate
         flood = await clients(
             stack.address, 2 * arguments.seconds, "--rate", str(arguments.times * rate), "--seed", "1"
         )
@@ -149,6 +152,7 @@ def main() -> None:
         "--seconds", type=float, default=6.0, help="of each round of the clients; the flood has twice"
     )
     parser.add_argument("--times", type=float, default=5.0, help="offered load in capacities")
+    parser.add_argument("--capacity", type=int, default=0, help="turns at a time; 0 = find it")
     parser.add_argument("--max-token-seconds", type=float, default=0.0, help="of the router; 0 = absent")
     runs = asyncio.run(measure(parser.parse_args()))
     print(f"\n{'':34}{'median':>10}  of " + ", ".join(f"run {number + 1}" for number in range(len(runs))))
