@@ -136,6 +136,25 @@ def test_a_published_checkpoint_is_promoted_while_the_router_serves(stack):
         stack.compose("exec", "-T", "router", "touch", "/checkpoints/published/mark")
 
 
+def test_every_container_is_confined(stack):
+    facts = stack.inspect(
+        "{{.Config.User}}|{{.HostConfig.ReadonlyRootfs}}|{{.HostConfig.CapDrop}}|{{.HostConfig.SecurityOpt}}"
+    )
+    assert len(facts) >= 6
+    for fact in facts:
+        user, read_only, dropped, options = fact.split("|")
+        assert user in {"fusionroute", "redis"}
+        assert read_only == "true"
+        assert "ALL" in dropped
+        assert "no-new-privileges" in options
+
+
+def test_a_served_model_cannot_be_written_to(stack):
+    with pytest.raises(AssertionError, match="Read-only file system"):
+        stack.compose("exec", "-T", "expert-math", "touch", "/models/lab/mark")
+    assert "router" in stack.compose("exec", "-T", "expert-math", "ls", "/models/lab")
+
+
 def test_an_expert_is_swapped_for_a_container_of_its_kind_and_back_again(stack):
     """Equal weights, so that the answers stay; `--project` because other stacks may run on this machine."""
     docker = ("--launcher", "docker", "--project", PROJECT)
@@ -155,22 +174,3 @@ def test_an_expert_is_swapped_for_a_container_of_its_kind_and_back_again(stack):
     with pytest.raises(AssertionError, match="does not exist"):
         stack.fusionroute("experts", "swap", "math", "--model", "/models/nowhere", *docker)
     assert written(stack.generate("box: 4+4; rev jbef=")) == written(before)
-
-
-def test_every_container_is_confined(stack):
-    facts = stack.inspect(
-        "{{.Config.User}}|{{.HostConfig.ReadonlyRootfs}}|{{.HostConfig.CapDrop}}|{{.HostConfig.SecurityOpt}}"
-    )
-    assert len(facts) >= 6
-    for fact in facts:
-        user, read_only, dropped, options = fact.split("|")
-        assert user in {"fusionroute", "redis"}
-        assert read_only == "true"
-        assert "ALL" in dropped
-        assert "no-new-privileges" in options
-
-
-def test_a_served_model_cannot_be_written_to(stack):
-    with pytest.raises(AssertionError, match="Read-only file system"):
-        stack.compose("exec", "-T", "expert-math", "touch", "/models/lab/mark")
-    assert "router" in stack.compose("exec", "-T", "expert-math", "ls", "/models/lab")
