@@ -24,7 +24,7 @@ from tests.chaos.faults import MATRIX, Cell
 
 @click.group(invoke_without_command=True)
 @click.option("--cells", default="", help="Only these, with commas: router/kill,redis or */slow. Default: all.")
-@click.option("--generations", default=276, show_default=True, help="In all, in equal shares.")
+@click.option("--generations", default=288, show_default=True, help="In all, in equal shares.")
 @click.option("--seed", default=7, show_default=True, help="Of prompts and sampling.")
 @click.option("--pause-seconds", default=10.0, show_default=True, help="Length of SIGSTOP, slowness, partition.")
 @click.option("--concurrent", default=6, show_default=True, help="Generations at a time.")

@@ -43,6 +43,7 @@ class Fault(Enum):
     PARTITION = "partition"
     FLUSH = "FLUSHALL"
     LOST_SECOND = "lost last second"
+    AWAY = "away 3x as long"
     DISCONNECT = "disconnect, Resume"
     SWAP = "swapped again and again"
 
@@ -70,6 +71,7 @@ MATRIX = (
         for component in (Component.ROUTER, Component.EXPERT, Component.REPLICA, Component.REDIS)
         for fault in _EVERYWHERE
     ),
+    Cell(Component.REDIS, Fault.AWAY),
     Cell(Component.REDIS, Fault.FLUSH),
     Cell(Component.REDIS, Fault.LOST_SECOND),
     Cell(Component.CLIENT, Fault.DISCONNECT),
@@ -93,11 +95,17 @@ class Hit:
 
 
 async def choose_victim(
-    stack: ChaosStack, cell: Cell, streams: Sequence[Stream], router: int, timeout_seconds: float
+    stack: ChaosStack,
+    cell: Cell,
+    streams: Sequence[Stream],
+    router: int,
+    num_wanted: int,
+    timeout_seconds: float,
 ) -> tuple[Node, tuple[Stream, ...]]:
-    """Whom to hurt, and the generations in flight that depend on it, as soon as there are at least two.
+    """Whom to hurt, and the generations in flight that depend on it, as soon as there are enough of them.
 
     Args:
+        num_wanted: generations that the fault shall hit at least.
         router: number of the router that the clients ask first.
 
     Raises:
@@ -107,7 +115,7 @@ async def choose_victim(
         while True:
             flying = [s for s in streams if s.is_in_flight and len(s.tokens) >= FLIGHT_TOKENS]
             node, touched = await _depending(stack, cell, flying, router)
-            if len(touched) >= min(2, len(streams)):
+            if len(touched) >= num_wanted:
                 return node, tuple(touched)
             await asyncio.sleep(0.02)
 
@@ -146,8 +154,13 @@ async def _busiest_replica(stack: ChaosStack, flying: list[Stream]) -> tuple[Nod
 async def strike(stack: ChaosStack, fault: Fault, victim: Node, pause_seconds: float) -> str:
     """Hurts the victim, for `pause_seconds` where a fault lasts, and undoes it. Returns a note for the report."""
     process = victim.process
+
+    async def absence() -> None:
+        await asyncio.sleep(pause_seconds / 4)  # nothing starts again at once
+
     match fault:
         case Fault.KILL:
+            process.before_start = absence
             process.signal(signal.SIGKILL)
             await process.until_dead(5.0)
         case Fault.STOP:
@@ -155,14 +168,15 @@ async def strike(stack: ChaosStack, fault: Fault, victim: Node, pause_seconds: f
             await asyncio.sleep(pause_seconds)
             process.signal(signal.SIGCONT)
         case Fault.RESTART:
+            process.before_start = absence
             process.signal(signal.SIGTERM)
             await process.until_dead(30.0)
         case Fault.SLOW:
             return await _slow(victim, pause_seconds)
-        case Fault.PARTITION:
+        case Fault.PARTITION | Fault.AWAY:
             for link in victim.links:
                 link.cut()
-            await asyncio.sleep(pause_seconds)
+            await asyncio.sleep(pause_seconds if fault is Fault.PARTITION else 3 * pause_seconds)
             for link in victim.links:
                 link.heal()
         case Fault.FLUSH:

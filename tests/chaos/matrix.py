@@ -45,7 +45,7 @@ class MatrixOptions:
     """
 
     cells: Sequence[Cell] = MATRIX
-    num_generations: int = 276
+    num_generations: int = 288
     pause_seconds: float = 10.0
     num_concurrent: int = 6
     max_tokens: int = 64
@@ -157,8 +157,8 @@ class _Run:
         except TimeoutError:
             problem = "no moment was found at which the fault would have hit a generation"
         judgement = judge_streams(cell, hit, streams, self.cases)
-        if problem or not judgement.num_hit:
-            judgement.fail(problem or "the fault hit no generation")
+        if problem or judgement.num_hit < self._num_to_hit:
+            judgement.fail(problem or f"the fault hit {judgement.num_hit} generations of {self._num_to_hit}")
         try:
             await self.stack.restore(RESTORE_SECONDS)
         except TimeoutError:
@@ -177,11 +177,16 @@ class _Run:
         first = router if cell.component is Component.ROUTER else None
         reading = asyncio.create_task(self._read(streams, first))
         try:
-            victim, touched = await choose_victim(self.stack, cell, streams, router, FLIGHT_SECONDS)
+            victim, touched = await choose_victim(self.stack, cell, streams, router, self._num_to_hit, FLIGHT_SECONDS)
             hit = Hit(victim.process.name, touched)
             return replace(hit, note=await strike(self.stack, cell.fault, victim, self.options.pause_seconds))
         finally:
             await reading
+
+    @property
+    def _num_to_hit(self) -> int:
+        """Generations that a fault must hit: half of those that run at a time."""
+        return max(1, min(self.options.num_concurrent, self.options.num_per_cell) // 2)
 
     async def _leave_and_return(self, streams: list[Stream]) -> Hit:
         """Every client hangs up in the middle; half of them come back at once, half after a long time."""

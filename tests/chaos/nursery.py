@@ -118,7 +118,8 @@ class _Child:
 
 def serve() -> None:
     """The forking side, until standard input ends."""
-    import router_service.bootstrap  # noqa: F401 - imported once, for all children
+    import router_service.bootstrap  # noqa: F401 - all is imported once, for all children
+    import tests.tiny_models  # noqa: F401 - and the models' classes with it
 
     woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
