@@ -148,7 +148,7 @@ async def test_a_call_that_has_begun_ends_with_the_weights_it_began_with(served:
     before = await served.row("s")
     request = expert_pb2.ScoreRequest(sequences=[expert_pb2.TokenSequence(token_ids=TOKENS * 8)] * 40)
     scoring = served.stub.Score(request, timeout=60)
-    epochs = set()
+    epochs: set[int] = set()
     async for chunk in scoring:
         if not epochs:
             await served.reload()

@@ -52,6 +52,9 @@ class Stubborn(expert_pb2_grpc.ExpertServiceServicer):
     async def ListSessions(self, request: Any, context: Any) -> expert_pb2.ListSessionsResponse:
         raise NotImplementedError
 
+    async def Reload(self, request: Any, context: Any) -> expert_pb2.ReloadResponse:
+        raise NotImplementedError
+
     async def Score(self, request: Any, context: Any) -> AsyncIterator[expert_pb2.ScoreResponse]:
         try:
             yield expert_pb2.ScoreResponse(from_position=3)

@@ -123,7 +123,7 @@ def test_the_next_best_expert_has_the_next_routing_weight(rule: CombineRule) -> 
     """Routing scores are 0.1, 2 and -1."""
     decision = decide(rule, FULL, SCORES)
     assert decision.expert == 1
-    there = [next_best(rule, decision, lambda index, up=up: index in up) for up in ({0, 2}, {2}, {1, 2})]
+    there = [next_best(rule, decision, up.__contains__) for up in ({0, 2}, {2}, {1, 2})]
     assert [d.expert for d in there if d is not None] == [0, 2, 1]
     for other in there:
         assert other is not None

@@ -72,7 +72,7 @@ def test_there_is_no_next_best_of_a_fixed_expert() -> None:
     request = GenerateRequest(
         text="w5", fixed_expert="math", on_expert_unavailable="ON_EXPERT_UNAVAILABLE_NEXT_BEST"
     )
-    with pytest.raises(FusionRouteError, match="next_best.*fixed_expert") as caught:
+    with pytest.raises(FusionRouteError, match=r"next_best.*fixed_expert") as caught:
         read_turn(request, OFFER)
     assert caught.value.reason is Reason.INVALID_FIELD
     assert caught.value.metadata["field"] == "on_expert_unavailable"

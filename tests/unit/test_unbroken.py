@@ -92,7 +92,8 @@ class FakeRouters:
 
 async def read(routers: FakeRouters, request: GenerateRequest | None = None) -> tuple[list[int], int, int]:
     """The ids, and how often Started and Finished came."""
-    ids, num_started, num_finished = [], 0, 0
+    ids: list[int] = []
+    num_started = num_finished = 0
     async with aclosing(unbroken(routers, request or GenerateRequest(text="x"), BRIEF)) as events:
         async for event in events:
             match event.WhichOneof("event"):
