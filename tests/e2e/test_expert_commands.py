@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from fusionroute.stack_state import load_state
 from tests.served_stack import make_family
 from tests.tiny_models import save_tiny_model
 
@@ -55,8 +56,8 @@ class Commands:
         return sorted(entry["state"].removeprefix("EXPERT_STATE_") for entry in self.entries())
 
     def processes(self) -> set[str]:
-        found = json.loads(self.run("status", "--json"))["processes"]
-        return {row["process"] for row in found}
+        state = load_state(self.state / "default")  # `status` fails while one of them is not ready
+        return {record.name for record in state.processes} if state is not None else set()
 
     def tokens(self) -> list[dict[str, Any]]:
         options = ("--max-tokens", "20", "--ignore-eos", "--json")
