@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import signal
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from tests.chaos.load import Stream
+from tests.chaos.redis_past import RedisPast
 from tests.chaos.stack import ChaosStack, Node
 
 SLOW_FACTOR = 100.0
@@ -151,7 +151,9 @@ async def _busiest_replica(stack: ChaosStack, flying: list[Stream]) -> tuple[Nod
     return best, touched
 
 
-async def strike(stack: ChaosStack, fault: Fault, victim: Node, pause_seconds: float) -> str:
+async def strike(
+    stack: ChaosStack, fault: Fault, victim: Node, pause_seconds: float, past: RedisPast | None = None
+) -> str:
     """Hurts the victim, for `pause_seconds` where a fault lasts, and undoes it. Returns a note for the report."""
     process = victim.process
 
@@ -185,7 +187,8 @@ async def strike(stack: ChaosStack, fault: Fault, victim: Node, pause_seconds: f
                 await redis.flushall()
             return f"{num_keys} keys"
         case Fault.LOST_SECOND:
-            return await _lose_last_second(stack)
+            assert past is not None, "the past must be kept before it is wanted back"
+            return await past.put_back(process)
         case _:
             raise ValueError(fault)
     return ""
@@ -198,30 +201,3 @@ async def _slow(victim: Node, pause_seconds: float) -> str:
     for link in victim.links:
         link.heal()
     return f"answers {max(delays) * 1000:.0f} ms later"
-
-
-async def _lose_last_second(stack: ChaosStack) -> str:
-    """What Redis with `appendfsync everysec` does when the machine's power fails: it forgets a second.
-
-    A killed process loses nothing, since the kernel has its writes; so the files of a second ago are put back.
-    """
-    process, kept = stack.redis.process, stack.redis_data.with_name("redis-a-second-ago")
-    shutil.rmtree(kept, ignore_errors=True)
-    before = await _num_tokens(stack)
-    await asyncio.to_thread(shutil.copytree, stack.redis_data, kept)
-    await asyncio.sleep(1.0)
-    latest = await _num_tokens(stack)
-
-    async def put_back() -> None:
-        shutil.rmtree(stack.redis_data)
-        kept.rename(stack.redis_data)
-
-    process.before_start = put_back
-    process.signal(signal.SIGKILL)
-    await process.until_dead(5.0)
-    return f"{latest - before} tokens lost"
-
-
-async def _num_tokens(stack: ChaosStack) -> int:
-    async with stack.store() as redis:
-        return sum([await redis.strlen(key) // 16 async for key in redis.scan_iter("fr:*:tok")])

@@ -49,6 +49,8 @@ class Stream:
     leaves_after: int | None = None
     """The client hangs up when it has received so many tokens, and comes back after `away_seconds`."""
     away_seconds: float = 0.0
+    returns_by_resume: bool = True
+    """Otherwise by the same request again, which repeats from the beginning, like an application that has forgotten."""
     has_left: bool = False
 
     @property
@@ -108,6 +110,17 @@ class Stream:
                     self.faults.append(f"finished after {len(self.tokens)} tokens of {wanted}")
                 self.finished = event.finished
 
+    def take_again(self, event: GenerationEvent) -> None:
+        """An event of a stream that begins anew: what is known already must come again as it was."""
+        token = event.token
+        if event.WhichOneof("event") != "token" or token.index >= len(self.tokens):
+            self.take(event)
+        elif (token.id, token.expert_epoch) != (
+            (known := self.tokens[token.index]).id,
+            known.expert_epoch,
+        ):
+            self.faults.append(f"token {token.index} was {known.id} and is {token.id} now")
+
 
 @dataclass(frozen=True, slots=True)
 class Clients:
@@ -142,7 +155,7 @@ class Clients:
                         if stream.wants_to_leave:
                             break
             if stream.wants_to_leave:
-                await self._come_back(stream, order[-1])
+                await self._come_back(stream, [order[-1], *order[:-1]], patience)
             if stream.finished is None:
                 stream.failure = "the stream ended without Finished"
         except FusionRouteError as error:
@@ -150,16 +163,21 @@ class Clients:
             stream.failure = f"{error.reason.value}: {error.message}{last}"
         stream.ended_at = time.monotonic()
 
-    async def _come_back(self, stream: Stream, address: str) -> None:
+    async def _come_back(self, stream: Stream, order: Sequence[str], patience: Patience) -> None:
         """A client that hung up asks another router for the rest, later."""
         stream.has_left = True
         await asyncio.sleep(stream.away_seconds)
-        async with RouterClient.open(address) as client:
+        addresses = order[0] if stream.returns_by_resume else ",".join(order)
+        async with RouterClient.open(addresses) as client:
             stream.client = client
-            events = client.resume(stream.session_id, len(stream.tokens), self.timeout_seconds)
+            if stream.returns_by_resume:
+                events, take = client.resume(stream.session_id, len(stream.tokens)), stream.take
+            else:
+                events = client.unbroken(stream.request(), patience, on_break=stream.broke)
+                take = stream.take_again
             async with aclosing(events):
                 async for event in events:
-                    stream.take(event)
+                    take(event)
 
 
 async def read_all(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tests.chaos.judge import (
     undisturbed_cases,
 )
 from tests.chaos.load import Clients, Stream, read_all
+from tests.chaos.redis_past import RedisPast
 from tests.chaos.remains import remains_of
 from tests.chaos.stack import ChaosStack, StackSettings
 from tests.equivalence import Case, make_cases
@@ -175,13 +177,21 @@ class _Run:
         if cell.component is Component.CLIENT:
             return await self._leave_and_return(streams)
         first = router if cell.component is Component.ROUTER else None
-        reading = asyncio.create_task(self._read(streams, first))
-        try:
-            victim, touched = await choose_victim(self.stack, cell, streams, router, self._num_to_hit, FLIGHT_SECONDS)
-            hit = Hit(victim.process.name, touched)
-            return replace(hit, note=await strike(self.stack, cell.fault, victim, self.options.pause_seconds))
-        finally:
+        async with AsyncExitStack() as around:
+            past = None
+            if cell.fault is Fault.LOST_SECOND:
+                past = await around.enter_async_context(RedisPast(self.stack))
+            if cell.fault in (Fault.FLUSH, Fault.LOST_SECOND):
+                for stream in streams[::2]:  # these are read at another router than the one that writes
+                    stream.leaves_after, stream.returns_by_resume = 1, False
+            reading = asyncio.create_task(self._read(streams, first))
+            around.push_async_callback(asyncio.wait, [reading])
+            victim, touched = await choose_victim(
+                self.stack, cell, streams, router, self._num_to_hit, FLIGHT_SECONDS
+            )
+            note = await strike(self.stack, cell.fault, victim, self.options.pause_seconds, past)
             await reading
+            return Hit(victim.process.name, touched, note)
 
     @property
     def _num_to_hit(self) -> int:
@@ -193,6 +203,7 @@ class _Run:
         for number, stream in enumerate(streams):
             stream.leaves_after = 5 + number
             stream.away_seconds = self.options.pause_seconds if number % 2 else 0.2
+            stream.returns_by_resume = number % 4 < 2
         await self._read(streams, first=None)
         return Hit("clients", tuple(stream for stream in streams if stream.has_left))
 
