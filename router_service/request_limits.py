@@ -63,4 +63,8 @@ def _check_characters(field: str, num_characters: int, max_context_tokens: int) 
     most = CHARACTERS_PER_TOKEN * max_context_tokens
     if num_characters > most:
         limit = f"at most {most} characters, {CHARACTERS_PER_TOKEN} for each of {max_context_tokens} tokens of context"
-        raise invalid(field, f"{num_characters} characters", limit)
+        raise InvalidRequest(
+            Reason.CONTEXT_FULL,
+            f"{field} has {num_characters} characters; {limit}",
+            metadata={"field": field, "limit": limit},
+        )
