@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,6 +95,10 @@ class Hit:
     note: str = ""
 
 
+class NoMoment(Exception):
+    """The generations have come to their end before the fault would have hit enough of them."""
+
+
 async def choose_victim(
     stack: ChaosStack,
     cell: Cell,
@@ -109,15 +114,17 @@ async def choose_victim(
         router: number of the router that the clients ask first.
 
     Raises:
-        TimeoutError: the load does not reach such a moment.
+        NoMoment: the load does not reach such a moment.
     """
-    async with asyncio.timeout(timeout_seconds):
-        while True:
-            flying = [s for s in streams if s.is_in_flight and len(s.tokens) >= FLIGHT_TOKENS]
-            node, touched = await _depending(stack, cell, flying, router)
-            if len(touched) >= num_wanted:
-                return node, tuple(touched)
-            await asyncio.sleep(0.02)
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        flying = [s for s in streams if s.is_in_flight and len(s.tokens) >= FLIGHT_TOKENS]
+        node, touched = await _depending(stack, cell, flying, router)
+        if len(touched) >= num_wanted:
+            return node, tuple(touched)
+        if time.monotonic() > deadline or all(s.finished is not None or s.failure for s in streams):
+            raise NoMoment
+        await asyncio.sleep(0.02)
 
 
 async def _depending(

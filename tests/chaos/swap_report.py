@@ -73,7 +73,8 @@ class EpochCheck:
         if unknown := set[int]().union(*epochs.values()) - self.models.keys():
             judgement.fail(f"tokens name epochs that no swap has reported: {sorted(unknown)}")
         elif self.report.new_weights:
-            for stream in spanning[: self.num_checked]:
+            others = [stream for stream in streams if stream not in spanning]
+            for stream in [*spanning, *others][: self.num_checked]:
                 self._check(stream)
 
     def _check(self, stream: Stream) -> None:
