@@ -95,6 +95,7 @@ class _Builder:
             "session-lease-seconds": str(settings.session_lease_seconds),
             "expert-lease-seconds": str(settings.expert_lease_seconds),
             "alone-seconds": str(settings.alone_seconds),
+            "expert-timeout-seconds": str(settings.expert_timeout_seconds),
             **settings.router_options,
         }
         process = self._daemon(name, "router_service", options, REDIS_URL=f"redis://{to_redis.address}/0")

@@ -143,7 +143,7 @@ class Clients:
         """
         order = [*self.addresses[first:], *self.addresses[:first]]
         silent_seconds = IMPATIENT_SECONDS if number % 2 else Patience().silent_seconds
-        patience = Patience(total_seconds=self.timeout_seconds, silent_seconds=silent_seconds)
+        patience = Patience(self.timeout_seconds, self.timeout_seconds, silent_seconds)
         stream.started_at = time.monotonic()
         try:
             async with RouterClient.open(",".join(order)) as client:

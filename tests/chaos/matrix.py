@@ -40,7 +40,7 @@ from tests.equivalence import Case, make_cases
 from tests.served_stack import make_family
 
 FLIGHT_SECONDS = 40.0
-RESTORE_SECONDS = 90.0
+RESTORE_SECONDS = 150.0
 MOST_LOADS = 4
 
 OnCell = Callable[[Cell, Judgement | None], None]
@@ -73,7 +73,7 @@ class MatrixOptions:
     @property
     def stream_seconds(self) -> float:
         """How long a client has patience."""
-        return 60.0 + 2 * self.pause_seconds
+        return 150.0 + 2 * self.pause_seconds
 
 
 @dataclass(slots=True)

@@ -32,6 +32,7 @@ class StackSettings:
         replicas: experts by slot.
         base_delay_seconds: on the way between routers and experts, each direction, so that generations last.
         start_seconds: for all processes to be there.
+        expert_timeout_seconds: longer than a daemon takes to start on a machine that has much else to do.
         forks: whether daemons are forked from one that has imported everything, which saves seconds of each start.
     """
 
@@ -43,6 +44,7 @@ class StackSettings:
     base_delay_seconds: float = 0.02
     start_seconds: float = 120.0
     forks: bool = False
+    expert_timeout_seconds: float = 150.0
     router_options: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -115,7 +115,7 @@ class _Run:
 
     @property
     def clients(self) -> Clients:
-        return Clients([node.front.address for node in self.stack.routers], 120.0)
+        return Clients([node.front.address for node in self.stack.routers], 170.0)
 
     async def undisturbed(self) -> None:
         """Each request once, without any swap."""
