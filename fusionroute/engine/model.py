@@ -242,7 +242,18 @@ def _load_weights(path_or_id: str, dtype: str, device: str) -> PreTrainedModel:
             Reason.MODEL_BROKEN,
             f"{path_or_id!r} lacks weights: {', '.join(lacking[:5])}{' ...' if len(lacking) > 5 else ''}",
         )
-    return model.to(device)
+    return _detached_from_files(model.to(device))
+
+
+def _detached_from_files(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model in memory of its own.
+
+    On a CPU safetensors maps the file: whoever overwrites it would change the weights that serve, or end the process.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def _not_loadable(path_or_id: str, error: Exception) -> ModelRejected:

@@ -100,6 +100,16 @@ def test_nan_weights_are_refused_at_load(tmp_path: Path) -> None:
     assert str(tmp_path) in error.message
 
 
+def test_files_may_be_overwritten_while_their_model_serves(tmp_path: Path) -> None:
+    loaded = load_model(str(save_tiny_model(tmp_path / "m", "llama")))
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    weights = [tensor.clone() for tensor in loaded.model.state_dict().values()]
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"")
+    assert all(map(torch.equal, weights, loaded.model.state_dict().values()))
+    embedded = loaded.model.get_input_embeddings().weight
+    assert not loaded.model.config.tie_word_embeddings or embedded is loaded.model.get_output_embeddings().weight
+
+
 def test_a_missing_folder_is_named() -> None:
     error = rejection("/nowhere/at/all")
     assert error.reason is Reason.MODEL_NOT_FOUND
