@@ -40,7 +40,7 @@ class Patience:
     """
 
     total_seconds: float = 600.0
-    stall_seconds: float = 60.0
+    stall_seconds: float = 180.0
     silent_seconds: float = 15.0
 
 
