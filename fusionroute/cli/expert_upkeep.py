@@ -135,7 +135,7 @@ def reload(
     """Load an expert's weights anew from where it found them, or those of all experts of a slot.
 
     The old weights serve until the new ones are ready; a model that does not fit changes nothing. Put new files in
-    place by renaming: those that serve may still be mapped into memory, and must not be written over.
+    place by renaming, so that nobody reads half of one.
 
     \b
     Example:
