@@ -17,7 +17,8 @@ PYTEST_FLAGS ?= -n 2
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.installed
 
-export PYTHONDONTWRITEBYTECODE := 1
+# Compiled once for all the processes that the tests start, and not beside the sources.
+export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help

@@ -37,7 +37,8 @@ class Commands:
         names = ("FUSIONROUTE_", "REDIS_URL")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(names)}
         return subprocess.Popen(
-            [Path(sys.executable).with_name("fusionroute"), *arguments],
+            # Ctrl-C is ignored by what was started in the background of a shell, and so by its children.
+            ["env", "--default-signal=INT", Path(sys.executable).with_name("fusionroute"), *arguments],
             env=inherited | {"FUSIONROUTE_STATE_DIR": str(self.state)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
