@@ -31,12 +31,15 @@ READY_DEADLINE_SECONDS = 120
 class Stack:
     """A compose project of our own on a port of our own."""
 
-    def __init__(self, port: int, trainer_port: int) -> None:
+    def __init__(self, port: int, port_2: int, trainer_port: int) -> None:
         self.address = f"127.0.0.1:{port}"
+        self.both = f"127.0.0.1:{port},127.0.0.1:{port_2}"
         self.trainer = f"127.0.0.1:{trainer_port}"
         self._environment = {
             **os.environ,
             "FUSIONROUTE_PORT": str(port),
+            "FUSIONROUTE_PORT_2": str(port_2),
+            "COMPOSE_PROFILES": "replica",
             "TRAINER_PORT": str(trainer_port),
             "FUSIONROUTE_IMAGE": "fusionroute:test",
         }
@@ -51,6 +54,11 @@ class Stack:
         return self._run(
             [Path(sys.executable).with_name("fusionroute"), *arguments, "--address", self.address], 300
         )
+
+    def generate_with_both(self, prompt: str) -> list[dict[str, Any]]:
+        """The events of an answer by whichever router is there."""
+        command = [Path(sys.executable).with_name("fusionroute"), "generate", prompt, "--json", "--address", self.both]
+        return [json.loads(line) for line in self._run(command, 300).splitlines()]
 
     def generate(self, prompt: str, *options: str) -> list[dict[str, Any]]:
         """The events of an answer."""
@@ -98,7 +106,7 @@ def written(events: list[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    stack = Stack(free_port(), free_port())
+    stack = Stack(free_port(), free_port(), free_port())
     stack.compose("build", timeout_seconds=900)
     try:
         stack.compose("up", "-d", timeout_seconds=START_DEADLINE_SECONDS)
@@ -121,6 +129,13 @@ def test_the_same_seed_gives_the_same_answer_after_an_expert_was_restarted(stack
     stack.compose("restart", "expert-strings")
     stack.wait_for_experts(3)
     assert written(stack.generate("rev abc=", *sampling)) == before
+
+
+def test_when_the_router_is_killed_the_other_one_answers_with_the_same_experts(stack):
+    stack.compose("kill", "router")
+    assert written(stack.generate_with_both("box: 4+4; rev jbef=")) == "[8; febj]"
+    stack.compose("start", "router")
+    stack.wait_for_experts(3)
 
 
 def test_a_published_checkpoint_is_promoted_while_the_router_serves(stack):

@@ -29,7 +29,7 @@ def settings_classes() -> list[type[ServiceSettings]]:
 
 def test_only_router_and_trainer_and_what_watches_them_are_published_and_only_on_loopback():
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
-    assert set(published) == {"router", "trainer", "prometheus", "grafana"}
+    assert set(published) == {"router", "router-2", "trainer", "prometheus", "grafana"}
     assert all(SERVICES[name]["profiles"] == ["watch"] for name in ("prometheus", "grafana"))
     assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
 
@@ -74,7 +74,7 @@ def test_memory_can_be_limited_by_variables():
 
 
 def test_the_secure_stack_tells_every_daemon_the_same_and_by_files():
-    daemons = {name for name in SERVICES if name.startswith("expert-")} | {"router", "trainer"}
+    daemons = {name for name in SERVICES if name.startswith(("expert-", "router"))} | {"trainer"}
     assert set(SECURE["services"]) == daemons | {"redis"}
     for name in daemons:
         service = SECURE["services"][name]
