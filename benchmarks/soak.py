@@ -1,21 +1,28 @@
-"""Opens and abandons sessions worth ten times the key-value memory, and watches the memory of every process.
+"""Opens and abandons sessions, and says by how many bytes each of them has made every process grow.
 
-python -m benchmarks.soak --times 10
+python -m benchmarks.soak --sessions 1500 --plot memory.png
 
-Then as many streams again are left by their clients in the middle. The slope of each process's memory over the second
-half of the run is given with its 95 % confidence interval; at the end no key may be left in Redis once the sessions'
-time to live is over.
+Two ways of abandoning, one after the other: sessions that are never used again once their answer is complete, and
+streams that their clients cancel in the middle. Each has a warm-up of its own, in which caches, pools and the tables
+that have a limit fill. Then the resident memory of each process is read between blocks of sessions, after a moment of
+quiet. Growth is the mean increment of the blocks; its 95 % interval is a bootstrap of runs of neighbouring increments,
+since memory comes and goes in steps that outlast a block. Exit code 1 where growth is beyond `--limit-bytes`, or where
+keys are left in Redis once the sessions' time to live is over.
+
+What is left is a table with a limit: the router remembers which replica has a session cached, for 16,384 pairs of
+session and slot, about 220 bytes each.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import math
+import itertools
+import random
+import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,51 +36,73 @@ from fusionroute.v1 import router_pb2, router_pb2_grpc
 
 SLOTS = ("math", "strings")
 KV_TOKENS = 1024
+"""Sixteen sessions: memory is full from the beginning, as it is in a service that runs for days."""
 SESSION_TTL_SECONDS = 5.0
-SESSION_TOKENS = 64  # what an engine reserves at least
+ALONE_SECONDS = 0.05
+QUIET_SECONDS = 0.3
 CLIENTS = 8
-SAMPLE_SECONDS = 0.5
+MOST_SECONDS = 60.0
+RUN_BLOCKS = 3
+"""Neighbouring increments that are drawn together."""
+NUM_DRAWS = 2000
 
 
-@dataclass
-class Samples:
-    """Resident memory of the processes over time; seconds and bytes."""
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How sessions are abandoned.
 
-    times: list[float] = field(default_factory=list)
-    resident: dict[str, list[float]] = field(default_factory=dict)
+    Attributes:
+        max_tokens: of the answer.
+        leave_after: events after which the client cancels; None = it reads the answer to its end.
+    """
 
-
-def slope(times: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
-    """Least-squares slope and half the width of its 95 % confidence interval, in units per second."""
-    count = len(times)
-    mean_time, mean_value = sum(times) / count, sum(values) / count
-    spread = sum((t - mean_time) ** 2 for t in times)
-    steepness = sum((t - mean_time) * (v - mean_value) for t, v in zip(times, values, strict=True)) / spread
-    rest = sum(
-        (v - mean_value - steepness * (t - mean_time)) ** 2 for t, v in zip(times, values, strict=True)
-    )
-    return steepness, 1.96 * math.sqrt(rest / max(1, count - 2) / spread)
+    name: str
+    max_tokens: int
+    leave_after: int | None
 
 
-@asynccontextmanager
-async def sampled(stack: Processes) -> AsyncIterator[Samples]:
-    """Samples within the context."""
-    samples = Samples(resident={name: [] for name in stack.pids})
-    processes = {name: psutil.Process(pid) for name, pid in stack.pids.items()}
-    began = time.monotonic()
+WAYS = (Way("complete", 4, None), Way("cancelled", 64, 2))
 
-    async def watch() -> None:
-        while True:
-            samples.times.append(time.monotonic() - began)
-            for name, process in processes.items():
-                samples.resident[name].append(process.memory_info().rss)
-            await asyncio.sleep(SAMPLE_SECONDS)
 
-    task = asyncio.create_task(watch())
-    try:
-        yield samples
-    finally:
-        task.cancel()
+@dataclass(slots=True)
+class Memory:
+    """Resident bytes of each process between the blocks, the first value before the first block."""
+
+    way: Way
+    block: int
+    resident: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Bytes per session, and the 95 % interval of that."""
+
+    mean: float
+    low: float
+    high: float
+
+    def verdict(self, limit_bytes: float) -> str:
+        """In a word."""
+        if self.mean > limit_bytes:
+            return "GROWS"
+        return "flat" if self.high <= limit_bytes else "not seen to grow"
+
+
+def growth_of(values: Sequence[int], block: int, seed: int = 0) -> Growth:
+    """Growth per session of memory that was read between blocks of sessions."""
+    increments = [(after - before) / block for before, after in itertools.pairwise(values)]
+    count, draw = len(increments), random.Random(seed)  # noqa: S311 - a bootstrap, not a secret
+    run = min(RUN_BLOCKS, count)
+    means: list[float] = []
+    for _ in range(NUM_DRAWS):
+        drawn: list[float] = []
+        while len(drawn) < count:
+            start = draw.randrange(count)
+            drawn.extend(increments[(start + offset) % count] for offset in range(run))
+        means.append(sum(drawn[:count]) / count)
+    means.sort()
+    low, high = means[int(0.025 * NUM_DRAWS)], means[int(0.975 * NUM_DRAWS)]
+    return Growth(sum(increments) / count, low, high)
 
 
 def request(number: int, max_tokens: int) -> router_pb2.GenerateRequest:
@@ -83,31 +112,58 @@ def request(number: int, max_tokens: int) -> router_pb2.GenerateRequest:
     return router_pb2.GenerateRequest(token_ids=router_pb2.TokenIds(ids=ids), sampling=sampling)
 
 
-async def use(
-    stub: router_pb2_grpc.RouterServiceAsyncStub, count: int, *, max_tokens: int, leave_after: int | None
-) -> int:
-    """Opens `count` sessions and abandons them, if wanted in the middle of their stream; how many were served."""
-    numbers, served = iter(range(count)), 0
+async def use(stub: router_pb2_grpc.RouterServiceAsyncStub, numbers: range, way: Way) -> None:
+    """Opens sessions and abandons them. One that is refused for want of room is asked for again."""
+    left = iter(numbers)
 
     async def client() -> None:
-        nonlocal served
-        for number in numbers:
-            call = stub.Generate(request(number, max_tokens), timeout=60)
-            try:
-                num_events = 0
-                async for _ in call:
-                    num_events += 1
-                    if leave_after is not None and num_events > leave_after:
-                        call.cancel()
-                        break
-                served += 1
-            except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
-                    raise
-                await asyncio.sleep(0.1)
+        for number in left:
+            await until_served(stub, number, way)
 
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
-    return served
+
+
+async def until_served(stub: router_pb2_grpc.RouterServiceAsyncStub, number: int, way: Way) -> None:
+    """Asks again while there is no room."""
+    async with asyncio.timeout(MOST_SECONDS):
+        while not await was_served(stub, number, way):  # noqa: ASYNC110 - nobody tells when there is room
+            await asyncio.sleep(0.05)
+
+
+async def was_served(stub: router_pb2_grpc.RouterServiceAsyncStub, number: int, way: Way) -> bool:
+    """Whether there was room for a session."""
+    call = stub.Generate(request(number, way.max_tokens), timeout=MOST_SECONDS)
+    num_events = 0
+    try:
+        async for _ in call:
+            num_events += 1
+            if way.leave_after is not None and num_events > way.leave_after:
+                call.cancel()
+                break
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+            raise
+        return False
+    return True
+
+
+async def measured(
+    stack: Processes, stub: router_pb2_grpc.RouterServiceAsyncStub, way: Way, arguments: argparse.Namespace
+) -> Memory:
+    """Memory over the sessions of one way, after its warm-up."""
+    began = time.monotonic()
+    await use(stub, range(arguments.warm_up), way)
+    processes = {name: psutil.Process(pid) for name, pid in stack.pids.items()}
+    processes["redis"] = psutil.Process(stack.redis.pid)
+    memory = Memory(way, arguments.block, {name: [] for name in processes})
+    for first in range(0, arguments.sessions + 1, arguments.block):
+        await asyncio.sleep(QUIET_SECONDS)
+        for name, process in processes.items():
+            memory.resident[name].append(process.memory_info().rss)
+        if first + arguments.block <= arguments.sessions:
+            await use(stub, range(first, first + arguments.block), way)
+    print(f"{way.name}: {arguments.sessions} sessions, {time.monotonic() - began:.0f} s", flush=True)
+    return memory
 
 
 async def keys_left(stack: Processes, patience_seconds: float) -> list[str]:
@@ -123,49 +179,66 @@ async def keys_left(stack: Processes, patience_seconds: float) -> list[str]:
         return left
 
 
-async def soak(arguments: argparse.Namespace, folder: Path) -> None:
-    """The whole run and its table."""
-    count = arguments.times * KV_TOKENS // SESSION_TOKENS
-    memory = ["--kv-tokens", str(KV_TOKENS)]
-    ttl = ["--session-ttl-seconds", str(SESSION_TTL_SECONDS), "--alone-seconds", "0.5"]
-    async with running_stack(folder, SLOTS, router=[*memory, *ttl], expert=memory) as stack:
+async def soak(arguments: argparse.Namespace, folder: Path) -> bool:
+    """The whole run and its table; whether nothing has grown."""
+    room = ["--kv-tokens", str(KV_TOKENS)]
+    router = ["--session-ttl-seconds", str(SESSION_TTL_SECONDS), "--alone-seconds", str(ALONE_SECONDS)]
+    async with running_stack(folder, SLOTS, router=[*room, *router], expert=room) as stack:
         async with channel(stack.address) as open_channel:
             stub = router_pb2_grpc.RouterServiceStub(open_channel)
-            await use(
-                stub, 2 * KV_TOKENS // SESSION_TOKENS, max_tokens=20, leave_after=None
-            )  # the caches are full
-            async with sampled(stack) as samples:
-                for leave_after in (None, arguments.leave_after):
-                    began = time.monotonic()
-                    served = await use(stub, count, max_tokens=20, leave_after=leave_after)
-                    how = "abandoned when complete" if leave_after is None else "left in mid-stream"
-                    print(
-                        f"{served} of {count} sessions {how} in {time.monotonic() - began:.0f} s", flush=True
-                    )
-        report(samples)
+            memories = [await measured(stack, stub, way, arguments) for way in WAYS]
+        is_flat = report(memories, arguments.limit_bytes)
         left = await keys_left(stack, arguments.patience_seconds)
         print(f"keys left in Redis after their time to live: {len(left)} {left[:5]}")
+    if arguments.plot is not None:
+        plot(memories, arguments.plot)
+    return is_flat and not left
 
 
-def report(samples: Samples) -> None:
-    """The table of memory by process."""
-    half = len(samples.times) // 2
-    print(f"{'process':12}{'first MiB':>10}{'last MiB':>10}{'slope KiB/s, second half':>30}")
-    for name, values in samples.resident.items():
-        steepness, margin = slope(samples.times[half:], values[half:])
-        print(
-            f"{name:12}{values[0] / 2**20:10.1f}{values[-1] / 2**20:10.1f}"
-            f"{steepness / 1024:18.2f} +- {margin / 1024:.2f}"
-        )
+def report(memories: Sequence[Memory], limit_bytes: float) -> bool:
+    """The table; whether nothing in it has grown."""
+    is_flat = True
+    print(f"{'sessions':12}{'process':10}{'first MiB':>10}{'last MiB':>10}{'bytes per session [95 %]':>34}")
+    for memory in memories:
+        for name, values in memory.resident.items():
+            growth = growth_of(values, memory.block)
+            verdict = growth.verdict(limit_bytes)
+            is_flat = is_flat and growth.mean <= limit_bytes
+            interval = f"{growth.mean:.0f} [{growth.low:.0f}, {growth.high:.0f}]"
+            first, last = values[0] / 2**20, values[-1] / 2**20
+            print(f"{memory.way.name:12}{name:10}{first:10.1f}{last:10.1f}{interval:>34}  {verdict}")
+    return is_flat
+
+
+def plot(memories: Sequence[Memory], path: Path) -> None:
+    """Draws what was read, each process from its own first value."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(memories), figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, memory in zip(axes, memories, strict=True):
+        for name, values in memory.resident.items():
+            sessions = [index * memory.block for index in range(len(values))]
+            axis.plot(sessions, [(value - values[0]) / 2**20 for value in values], label=name, marker=".")
+        axis.set(title=f"sessions {memory.way.name}", xlabel="sessions since the warm-up")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("resident memory gained, MiB")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--times", type=int, default=10, help="sessions' worth in key-value memories")
-    parser.add_argument("--leave-after", type=int, default=4, help="events after which a client leaves")
+    parser.add_argument("--sessions", type=int, default=1500, help="of each way, after the warm-up")
+    parser.add_argument("--warm-up", type=int, default=1000, help="sessions of each way that do not count")
+    parser.add_argument("--block", type=int, default=100, help="sessions between two looks at the memory")
+    parser.add_argument(
+        "--limit-bytes", type=float, default=1024.0, help="growth per session that is let pass"
+    )
     parser.add_argument("--patience-seconds", type=float, default=40.0, help="for keys to end")
+    parser.add_argument("--plot", type=Path, help="draws the memory into this PNG")
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        asyncio.run(soak(parser.parse_args(), Path(folder)))
+        is_flat = asyncio.run(soak(parser.parse_args(), Path(folder)))
+    sys.exit(0 if is_flat else 1)
 
 
 if __name__ == "__main__":

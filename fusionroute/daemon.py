@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import time
@@ -24,6 +25,18 @@ def write_ready_file(path: Path, address: str, watch_address: str | None = None)
     lines = [address] if watch_address is None else [address, watch_address]
     temporary.write_text("\n".join(lines) + "\n", encoding="ascii")
     temporary.replace(path)
+
+
+def set_aside_what_stays() -> None:
+    """Spares the garbage collector all objects of now; to be called when loading is done.
+
+    Torch and transformers bring 400,000 objects that stay. Python looks for cycles among the old objects only when
+    their number has grown by a quarter; gRPC leaves a few in cycles with every call and a hundred with every stream
+    that is cancelled, so tens of megabytes would gather, and then one look would stop all streams for 0.3 s.
+    A model that is replaced later is freed all the same: nothing in it refers back to it.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 async def serve_until_signalled(
@@ -56,6 +69,7 @@ async def serve_until_signalled(
 
     for each in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(each, note, each)
+    set_aside_what_stays()
     print(f"ready on {running.address}", flush=True)
     log.info("ready", address=running.address)
     if ready_file is not None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum, IntEnum
+from typing import Self
 
 
 class StatusCode(IntEnum):
@@ -132,6 +133,18 @@ class FusionRouteError(Exception):
         self.message = message
         self.metadata: dict[str, str] = dict(metadata or {})
         self.retry_after_seconds = retry_after_seconds
+
+    def afresh(self) -> Self:
+        """The same error without traceback and causes, whose frames keep alive what they hold.
+
+        For one that is kept: an object that holds an error which was raised in its own methods holds itself.
+        """
+        return type(self)(
+            self.reason,
+            self.message,
+            metadata=self.metadata,
+            retry_after_seconds=self.retry_after_seconds,
+        )
 
     @property
     def code(self) -> StatusCode:

@@ -63,7 +63,7 @@ class LiveTurn:
 
     def fail(self, error: FusionRouteError) -> None:
         """The turn broke off; what was written stays and can be resumed."""
-        self.error = error
+        self.error = error.afresh()
         self._close()
 
     def cancel(self) -> None:
@@ -86,7 +86,7 @@ class LiveTurn:
                     yield self.tokens[index]
                     index += 1
                 if self.error is not None:
-                    raise self.error
+                    raise self.error.afresh()  # each follower adds its own traceback
                 if self.is_over:
                     return
                 if news is self._news:

@@ -366,7 +366,8 @@ class Engine:
     def _fail(self, job: Job, error: FusionRouteError) -> None:
         self._finish(job)
         if job.future.set_running_or_notify_cancel():
-            job.future.set_exception(error)
+            # The traceback holds the frame that has raised it, and that one the job: they would go only together.
+            job.future.set_exception(error.with_traceback(None))
 
     def _finish(self, job: Job) -> None:
         if job.session is not None:
