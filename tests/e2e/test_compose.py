@@ -74,9 +74,16 @@ class Stack:
     def wait_for_experts(self, number: int) -> None:
         """Returns once so many experts are registered."""
         deadline = time.monotonic() + READY_DEADLINE_SECONDS
-        while len(json.loads(self.fusionroute("experts", "list", "--json"))["experts"]) < number:
+        while self._num_experts() < number:
             assert time.monotonic() < deadline, self.compose("logs", "--tail", "40")
             time.sleep(1)
+
+    def _num_experts(self) -> int:
+        """How many the first router knows; none while it does not answer."""
+        try:
+            return len(json.loads(self.fusionroute("experts", "list", "--json"))["experts"])
+        except AssertionError:
+            return 0
 
     def _run(self, command: list[Any], timeout_seconds: float) -> str:
         done = subprocess.run(
