@@ -229,7 +229,7 @@ def plot(memories: Sequence[Memory], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sessions", type=int, default=1500, help="of each way, after the warm-up")
-    parser.add_argument("--warm-up", type=int, default=1000, help="sessions of each way that do not count")
+    parser.add_argument("--warm-up", type=int, default=2000, help="sessions of each way that do not count")
     parser.add_argument("--block", type=int, default=100, help="sessions between two looks at the memory")
     parser.add_argument(
         "--limit-bytes", type=float, default=1024.0, help="growth per session that is let pass"
