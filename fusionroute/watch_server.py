@@ -5,7 +5,8 @@
     /readyz      200, or 503 with the reasons why no work should be sent here
     /metrics     Prometheus's text format
 
-Where keys are configured, everything but /livez asks for one: `authorization: Bearer KEY`.
+Where keys are configured, everything but /livez asks for one: `authorization: Bearer KEY`. Whoever connects and does
+not send a request is hung up on (`fusionroute.watch_protocol`), so that probes are answered whatever others do.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 LIVE, PROGRESS, READY, METRICS = "/livez", "/progressz", "/readyz", "/metrics"
 STOP_SECONDS = 3.0
 SCHEME = "bearer "
+MOST_ANSWERS = 32
+"""That are made at the same time, /livez apart; more wait."""
 
 log = structlog.get_logger(__name__)
 
@@ -57,12 +60,14 @@ class Watched:
     Attributes:
         refresh: done before metrics are read, for what must be asked of others; what it raises is logged.
         keys: None = nobody is asked for one.
+        request_seconds: how long a caller may take to send a request.
     """
 
     health: ServerHealth
     exposition: Exposition
     refresh: Callable[[], Awaitable[None]] = _nothing_to_refresh
     keys: Keys | None = None
+    request_seconds: float = 10.0
 
 
 def application(watched: Watched) -> Starlette:
@@ -91,10 +96,13 @@ def application(watched: Watched) -> Starlette:
             log.exception("metrics_refresh_failed")
         return Response(watched.exposition.text(), headers={"content-type": CONTENT_TYPE})
 
+    places = asyncio.Semaphore(MOST_ANSWERS)  # /livez needs none: however busy the others are, it is answered
+
     def guarded(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def answer_if_allowed(request: Request) -> Response:
             if watched.keys is None or _is_allowed(request.headers.getlist("authorization"), watched.keys):
-                return await answer(request)
+                async with places:
+                    return await answer(request)
             return JSONResponse(
                 {"reason": "UNAUTHENTICATED", "message": "a key is needed: authorization: Bearer KEY"},
                 401,
@@ -103,7 +111,7 @@ def application(watched: Watched) -> Starlette:
 
         return answer_if_allowed
 
-    return Starlette(
+    routed = Starlette(
         routes=[
             Route(LIVE, live),
             Route(PROGRESS, guarded(progress)),
@@ -111,6 +119,8 @@ def application(watched: Watched) -> Starlette:
             Route(METRICS, guarded(metrics)),
         ]
     )
+    routed.router.redirect_slashes = False  # a redirect would quote the caller's Host, of whatever form
+    return routed
 
 
 def _is_allowed(shown: list[str], keys: Keys) -> bool:
@@ -137,6 +147,8 @@ async def watching(settings: DaemonSettings, watched: Watched) -> AsyncIterator[
         return
     import uvicorn
 
+    from fusionroute.watch_protocol import patient_for
+
     watched.exposition.add(HealthCollector(watched.health))
 
     class Server(uvicorn.Server):
@@ -151,11 +163,10 @@ async def watching(settings: DaemonSettings, watched: Watched) -> AsyncIterator[
         access_log=False,
         lifespan="off",
         ws="none",
-        http="h11",
+        http=patient_for(watched.request_seconds),
         server_header=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=1,
-        limit_concurrency=64,
     )
     server = Server(config)
     serving = asyncio.create_task(server.serve([listener]), name="watch server")

@@ -38,6 +38,14 @@ class Tally:
     examples: dict[tuple[str, str], bytes] = field(default_factory=dict)
     num_hanging: int = 0
 
+    def count(self, label: str, called: str, status: str, words: str, data: bytes) -> None:
+        """One answer; `words` are its message, `data` what was sent."""
+        self.statuses[label, status] += 1
+        if status in FAULTS:
+            fault = called, f"{status}: {words[:160]}"
+            self.faults[fault] += 1
+            self.examples.setdefault(fault, data)
+
     def table(self) -> str:
         """Kinds of requests by status."""
         statuses = sorted({status for _, status in self.statuses})
@@ -95,11 +103,7 @@ async def _send(
         case 1:
             label, leaves = "cancelled at once", True
     status, words = await _call(channel, service, method, data, timeout, leaves)
-    tally.statuses[label, status] += 1
-    if status in FAULTS:
-        fault = (f"{method.name} ({kind.value})", f"{status}: {words[:160]}")
-        tally.faults[fault] += 1
-        tally.examples.setdefault(fault, data)
+    tally.count(label, f"{method.name} ({kind.value})", status, words, data)
 
 
 async def _call(
