@@ -40,7 +40,7 @@ class Fault(Enum):
     KILL = "kill -9"
     STOP = "SIGSTOP"
     RESTART = "restart"
-    SLOW = "slow 100x"
+    SLOW = "slow"
     PARTITION = "partition"
     FLUSH = "FLUSHALL"
     LOST_SECOND = "lost last second"
@@ -202,9 +202,11 @@ async def strike(
 
 
 async def _slow(victim: Node, pause_seconds: float) -> str:
-    """Answers of the victim take 100 times as long, at most a quarter of the fault's time each."""
-    delays = [link.slow_down(SLOW_FACTOR, pause_seconds / 4) for link in victim.links]
+    """Answers of the victim take 100 times as long as its links usually need, at most half of the fault's time each."""
+    delays = [link.slow_down(SLOW_FACTOR, pause_seconds / 2) for link in victim.links]
+    slowest = max(range(len(delays)), key=delays.__getitem__)
+    factor = delays[slowest] / max(victim.links[slowest].usual_seconds, 0.0005)
     await asyncio.sleep(pause_seconds)
     for link in victim.links:
         link.heal()
-    return f"answers {max(delays) * 1000:.0f} ms later"
+    return f"answers {delays[slowest] * 1000:.0f} ms later, {factor:.0f}x"
