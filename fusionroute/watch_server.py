@@ -65,7 +65,7 @@ class Watched:
 
     health: ServerHealth
     exposition: Exposition
-    refresh: Callable[[], Awaitable[None]] = _nothing_to_refresh
+    refresh: Callable[[], Awaitable[object]] = _nothing_to_refresh
     keys: Keys | None = None
     request_seconds: float = 10.0
 
@@ -119,7 +119,7 @@ def application(watched: Watched) -> Starlette:
             Route(METRICS, guarded(metrics)),
         ]
     )
-    routed.router.redirect_slashes = False  # a redirect would quote the caller's Host, of whatever form
+    routed.router.redirect_slashes = False  # to the host that the caller named
     return routed
 
 

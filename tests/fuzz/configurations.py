@@ -64,7 +64,11 @@ def wild(rng: random.Random, valid: str) -> str:
     if rng.random() < 0.1:
         return rng.choice(TEXTS)
     content = json.loads(valid)
-    for _ in range(rng.randint(1, 3)):
+    if rng.random() < 0.3:
+        return json.dumps(
+            content | {"router": rng.choice([value for value in VALUES if isinstance(value, str)])}
+        )
+    for _ in range(rng.randint(1, 2)):
         _set_wild(rng, content)
     return json.dumps(content)  # escapes what UTF-8 cannot carry
 
@@ -83,7 +87,7 @@ async def fuzz_configurations(
 ) -> None:
     """Submits `count` jobs one after the other and counts the answers in `tally`."""
     rng, trainer = random.Random(seed), trainer_pb2_grpc.TrainerServiceStub(channel)
-    kinds = trainer_pb2.JobKind.values()
+    kinds = [*trainer_pb2.JobKind.values(), *[trainer_pb2.JobKind.JOB_KIND_SFT] * 20]
     for number in range(count):
         request = trainer_pb2.SubmitJobRequest(
             kind=rng.choice(kinds), config=wild(rng, valid), idempotency_key=f"wild-{seed}-{number}"

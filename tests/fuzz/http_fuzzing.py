@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from fusionroute.grpc_runtime import server
-from fusionroute.health import ServerHealth
 from fusionroute.metrics import Exposition
 from fusionroute.settings import DaemonSettings
 from fusionroute.watch_server import Watched, watching
@@ -45,15 +44,20 @@ class OneKey:
         return "probe" if shown == KEY.encode() else None
 
 
+async def _nothing() -> None:
+    """All metrics are at hand."""
+
+
 @asynccontextmanager
-async def watched_daemon(request_seconds: float = REQUEST_SECONDS) -> AsyncIterator[str]:
+async def watched_daemon(
+    request_seconds: float = REQUEST_SECONDS, refresh: Callable[[], Awaitable[object]] = _nothing
+) -> AsyncIterator[str]:
     """A watch port, HOST:PORT, before a server that is well."""
     async with server([]) as running:
-        watched = Watched(
-            running.health, Exposition(CollectorRegistry()), keys=OneKey(), request_seconds=request_seconds
-        )
+        exposition = Exposition(CollectorRegistry())
+        watched = Watched(running.health, exposition, refresh, keys=OneKey(), request_seconds=request_seconds)
         async with watching(FuzzedSettings(watch_port=0), watched) as address:
-            assert address is not None and isinstance(running.health, ServerHealth)
+            assert address is not None
             yield address
 
 

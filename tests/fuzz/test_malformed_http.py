@@ -8,6 +8,7 @@ import pytest
 
 from tests.fuzz.http_fuzzing import (
     HALVES,
+    Complaints,
     exchange,
     fuzz_http,
     is_live,
@@ -15,6 +16,7 @@ from tests.fuzz.http_fuzzing import (
     silent_connections,
     watched_daemon,
 )
+from tests.fuzz.http_requests import KEY
 
 SHORT_COUNT = 300
 FOR_EVER_SECONDS = 600.0
@@ -46,18 +48,33 @@ async def test_whoever_sends_half_a_request_is_hung_up_on(half: bytes) -> None:
     assert not answer.startswith(b"HTTP/1.1 5")
 
 
-async def test_one_bad_request_is_answered_once_and_ends_the_connection() -> None:
+async def test_one_bad_request_is_answered_once_and_is_no_error_of_the_server() -> None:
+    complaints = Complaints()
     async with watched_daemon(FOR_EVER_SECONDS) as address, asyncio.timeout(60):
-        for bad in (
-            b"NOT HTTP\r\n\r\n",
-            b"HEAD /livez HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzzz\r\n",
-            b"POST /livez HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzzz\r\n",
-        ):
-            answer = await exchange(address, bad, finishes=False)
-            assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1
+        with complaints.heard():
+            for bad in (
+                b"NOT HTTP\r\n\r\n",
+                b"HEAD /livez HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzzz\r\n",
+                b"POST /livez HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzzz\r\n",
+            ):
+                answer = await exchange(address, bad, finishes=False)
+                assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1
+    assert not complaints.found
 
 
-async def test_a_host_that_is_none_is_no_fault_of_the_server() -> None:
+@pytest.mark.parametrize("host", ["elsewhere.invalid", "["])
+async def test_nobody_is_redirected_to_the_host_that_a_caller_names(host: str) -> None:
     async with watched_daemon() as address:
-        answer = await exchange(address, b"GET /livez/ HTTP/1.1\r\nHost: [\r\n\r\n")
+        answer = await exchange(address, f"GET /livez/ HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
     assert answer.startswith(b"HTTP/1.1 404 ")
+    assert host.encode() not in answer
+
+
+async def test_liveness_is_answered_while_everything_else_is_busy() -> None:
+    may_answer = asyncio.Event()
+    request = f"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode()
+    async with watched_daemon(FOR_EVER_SECONDS, may_answer.wait) as address:
+        async with silent_connections(address, request):
+            assert await is_live(address)
+            may_answer.set()
+        assert {answer.split()[1] for answer in await normal_answers(address)} == {b"200"}
