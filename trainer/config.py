@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -255,10 +255,15 @@ class JobConfig(_Table):
     @classmethod
     def _validated(cls, content: Any, origin: str) -> Self:
         try:
-            return cls.model_validate(content)
+            config = cls.model_validate(content)
         except ValidationError as error:
             lines = [_explained(detail, origin) for detail in error.errors(include_url=False)]
             raise InvalidRequest(Reason.INVALID_FIELD, "\n".join(lines)) from None
+        for field, text in _texts(config.model_dump(mode="python")):
+            if not _is_storable(text):
+                found = f"{origin}: {field} = {text!r} is not allowed"
+                raise InvalidRequest(Reason.INVALID_FIELD, f"{found}: should be Unicode text without NUL")
+        return config
 
 
 class LabelJob(JobConfig):
@@ -364,6 +369,23 @@ def _absolute(value: Any, folder: Path, field: str = "") -> Any:
     if field in _MODEL_FIELDS and isinstance(value, str) and value and (folder / value).exists():
         return str((folder / value).resolve())
     return value
+
+
+def _texts(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """Every text and path of a dumped configuration, with the field it is in."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            yield from _texts(child, f"{field}.{name}" if field else str(name))
+    elif isinstance(value, (list, tuple)):
+        for place, child in enumerate(value):
+            yield from _texts(child, f"{field}.{place}")
+    elif isinstance(value, (str, Path)):
+        yield field, str(value)
+
+
+def _is_storable(text: str) -> bool:
+    """JSON in UTF-8 has no room for half a surrogate pair, which escapes can say; no file's name has room for NUL."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _explained(detail: Any, origin: str) -> str:

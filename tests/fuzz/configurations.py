@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import random
 from typing import Any
@@ -79,7 +80,7 @@ def _set_wild(rng: random.Random, content: dict[str, Any]) -> None:
         _set_wild(rng, content[rng.choice(inner)])
         return
     key = rng.choice([*content, *content, rng.choice(KEYS)])
-    content[key] = rng.choice(VALUES)
+    content[key] = copy.deepcopy(rng.choice(VALUES))
 
 
 async def fuzz_configurations(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
+
+from fusionroute.errors import InvalidRequest
 from fusionroute.grpc_runtime import channel
 from tests.fake_job import config_of
 from tests.fuzz.configurations import LABEL, fuzz_configurations
 from tests.fuzz.fuzzing import Tally, fuzz
 from tests.fuzz.health import is_serving
 from tests.fuzz.trainer_target import SERVICE, served_trainer
+from trainer.config import SftJob
 
 SHORT_COUNT = 250
 SHORT_CONFIGURATIONS = 80
@@ -36,3 +41,22 @@ async def test_impossible_configurations_are_refused_as_their_senders_mistake(tm
     assert not tally.num_hanging
     assert tally.statuses[LABEL, "INVALID_ARGUMENT"] > SHORT_CONFIGURATIONS / 4
     assert {status for _, status in tally.statuses} <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND"}, tally.statuses
+
+
+@pytest.mark.parametrize(
+    ("table", "field", "text", "named"),
+    [
+        ("data", "split", "\ud800", r"data.split = '\ud800'"),
+        ("data", "files", ["good", "a\ud800"], r"data.files.1 = 'a\ud800'"),
+        ("labels", "folder", "a\0b", r"labels.folder = 'a\x00b'"),
+    ],
+)
+def test_text_that_cannot_be_stored_is_refused_by_name(
+    table: str, field: str, text: object, named: str
+) -> None:
+    content = json.loads(config_of())
+    content[table][field] = text
+    with pytest.raises(InvalidRequest) as caught:
+        SftJob.from_json(json.dumps(content))
+    assert named in caught.value.message
+    caught.value.message.encode()

@@ -20,12 +20,14 @@ from fusionroute.v1.registry_pb2 import ExpertEntry
 from tests.fake_job import config_of
 from trainer.bootstrap import trainer_service
 from trainer.checkpoint_store import CheckpointStore
+from trainer.jobs.folder import LOG_FILE
+from trainer.jobs.records import Claim
 from trainer.jobs.store import JobStore
 from trainer.servicer import TrainerServicer
 
 SERVICE = trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"]
 PUBLISHED = "first-sft-1"
-WATCHED_KEY, NORMAL_KEY = "the-key-of-a-job-that-is-watched", "the-key-of-a-normal-job"
+WATCHED_KEY, NORMAL_KEY, LOGGED_KEY = "a-job-that-is-watched", "a-normal-job", "a-job-with-a-log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class ServedTrainer:
     client: TrainerClient
     job_id: str
     """Of a job that waits; a fuzzed call may cancel it."""
+    logged_job_id: str
+    """Of a job that a worker has taken, has printed, and has never been heard of since."""
 
     async def answer(self) -> tuple[str, str, str]:
         """What a caller who does nothing wrong is told: about a job of its own, and about a checkpoint."""
@@ -53,7 +57,7 @@ class ServedTrainer:
             "WatchJob": trainer_pb2.WatchJobRequest(job_id=job_id),
             "CancelJob": trainer_pb2.CancelJobRequest(job_id=job_id),
             "ResumeJob": trainer_pb2.ResumeJobRequest(job_id=job_id),
-            "ReadJobLog": trainer_pb2.ReadJobLogRequest(job_id=job_id, follow=True),
+            "ReadJobLog": trainer_pb2.ReadJobLogRequest(job_id=self.logged_job_id),
             "GetCheckpoint": trainer_pb2.GetCheckpointRequest(checkpoint_id=PUBLISHED),
             "PromoteCheckpoint": trainer_pb2.PromoteCheckpointRequest(checkpoint_id=PUBLISHED),
         }
@@ -72,6 +76,16 @@ def _publish(folder: Path) -> None:
     (folder / COMPLETE_FILE).touch()
 
 
+async def _logged_job(jobs: JobStore, client: TrainerClient, folder: Path) -> str:
+    """A job with a log, taken by nobody that works."""
+    job_id = (await client.submit("sft", config_of(), LOGGED_KEY)).job.job_id
+    claim = await jobs.claim_any(folder)
+    assert isinstance(claim, Claim) and claim.job.job_id == job_id
+    (folder / job_id).mkdir(parents=True)
+    (folder / job_id / LOG_FILE).write_text("step\n" * 100_000)
+    return job_id
+
+
 @asynccontextmanager
 async def served_trainer(folder: Path) -> AsyncIterator[ServedTrainer]:
     """Serves over gRPC and a Redis of its own within the context; nothing takes the jobs."""
@@ -84,6 +98,7 @@ async def served_trainer(folder: Path) -> AsyncIterator[ServedTrainer]:
             server([trainer_service(servicer)]) as running,
             TrainerClient.open(running.address) as client,
         ):
+            logged = await _logged_job(jobs, client, folder.parent / "jobs")
             job = (await client.submit("sft", config_of(), WATCHED_KEY)).job
-            yield ServedTrainer(running.address, client, job.job_id)
+            yield ServedTrainer(running.address, client, job.job_id, logged)
         await store.aclose()
