@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import click
 
 from fusionroute.cli.expert_parts import (
+    device_option,
     drain_seconds_option,
     launcher_options,
     policy_of,
     policy_option,
     run_with_parts,
+    start_seconds_option,
 )
 from fusionroute.cli.target import address_options, json_option, router_address
 
@@ -31,9 +33,7 @@ DEFAULT_MARGIN_NATS = 0.5
 @click.option(
     "--model", required=True, metavar="FOLDER", help="The new expert's model, as the started expert sees it."
 )
-@click.option(
-    "--device", default="", metavar="NAME", help="Where it runs; else where the slot's expert does."
-)
+@device_option
 @click.option(
     "--canary",
     "samples",
@@ -55,13 +55,7 @@ DEFAULT_MARGIN_NATS = 0.5
     metavar="FOLDER",
     help="Tokenizer for the canary's file; else that of --model, on this machine.",
 )
-@click.option(
-    "--start-seconds",
-    type=click.FloatRange(0.1),
-    default=300.0,
-    show_default=True,
-    help="Longest wait for the new expert to load.",
-)
+@start_seconds_option
 @drain_seconds_option
 @policy_option
 @launcher_options
@@ -105,16 +99,8 @@ def swap(
 @click.command()
 @click.argument("slot")
 @click.option("--model", required=True, metavar="FOLDER", help="The model that serves the slot already.")
-@click.option(
-    "--device", default="", metavar="NAME", help="Where it runs; else where the slot's expert does."
-)
-@click.option(
-    "--start-seconds",
-    type=click.FloatRange(0.1),
-    default=300.0,
-    show_default=True,
-    help="Longest wait for the new expert to load.",
-)
+@device_option
+@start_seconds_option
 @launcher_options
 @address_options
 @json_option

@@ -65,6 +65,24 @@ def drain_seconds_option(command: Command) -> Command:
     )(command)
 
 
+def device_option(command: Command) -> Command:
+    """--device: of an expert that is started."""
+    return click.option(
+        "--device", default="", metavar="NAME", help="Where it runs; else where the slot's expert does."
+    )(command)
+
+
+def start_seconds_option(command: Command) -> Command:
+    """--start-seconds: patience with an expert that is started."""
+    return click.option(
+        "--start-seconds",
+        type=click.FloatRange(0.1),
+        default=300.0,
+        show_default=True,
+        help="Longest wait for the new expert to load.",
+    )(command)
+
+
 def policy_of(name: str) -> Policy:
     """The policy as the registry knows it."""
     from fusionroute.v1.registry_pb2 import DRAIN_POLICY_FINISH, DRAIN_POLICY_MIGRATE

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from fusionroute.cli import expert_changes
 from fusionroute.errors import InvalidRequest, Reason, SessionStateError, Unavailable
 from fusionroute.launching import Launch, LaunchFailed
+from fusionroute.swapping import canary
 from fusionroute.swapping.canary import Canary, Comparison, Sample, compare, read_samples
 from fusionroute.swapping.flip import FlipUnknown
 from fusionroute.swapping.parts import Step, SwapFailed, SwapRefused
@@ -313,3 +315,7 @@ async def test_a_new_one_that_does_not_stand_by_is_not_flipped_to(stage: Stage) 
     error = await failure_of(a_swap(stage))
     assert error.step is Step.REGISTER
     assert STANDBY not in stage.registry.states().values()
+
+
+def test_the_command_has_the_margin_of_the_canary() -> None:
+    assert expert_changes.DEFAULT_MARGIN_NATS == canary.DEFAULT_MARGIN_NATS
