@@ -192,16 +192,13 @@ def test_the_environment_can_name_the_router(address: str, monkeypatch: pytest.M
 
 def test_ctrl_c_cancels_the_answer_and_keeps_what_was_written(router: FakeRouter, address: str) -> None:
     router.hold = True
-    command = [sys.executable, "-m", "fusionroute.cli", "generate", "x", "--address", address]
+    # Whoever runs the tests in the background may have had SIGINT ignored for all children. It is reset by a
+    # program, not by `preexec_fn`: that forks a process whose gRPC threads hold locks, and the child can hang.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "fusionroute.cli", "generate", "x"]
     with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Whoever runs the tests in the background may have had SIGINT ignored for all children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        [*command, "--address", address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert router.holding.wait(30.0)
+        assert router.holding.wait(60.0)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         output, remarks = process.communicate(timeout=30)
