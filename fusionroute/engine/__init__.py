@@ -3,10 +3,11 @@
 from fusionroute.engine.batcher import Engine
 from fusionroute.engine.digest import digest
 from fusionroute.engine.model import LoadedModel, ModelFacts, load_model, prepare_model
-from fusionroute.engine.sessions import SessionView, StepCall
+from fusionroute.engine.sessions import Draft, SessionView, StepCall
 from fusionroute.engine.steps import EngineLimits, EngineLoad, StepOutcome
 
 __all__ = [
+    "Draft",
     "Engine",
     "EngineLimits",
     "EngineLoad",

@@ -12,10 +12,26 @@ from dataclasses import dataclass, field
 
 from fusionroute.engine import digest
 from fusionroute.errors import InvalidRequest, OutOfRoom, Reason, SessionStateError
+from fusionroute.fusion import Sampling
 
 ROOM_GRANULE_TOKENS = 64
 ABANDONED_SECONDS = 5.0
 """A session that nobody has used for so long is not in the middle of an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens by which a model is to continue a session; they stay in its cache until a later step cuts them back.
+
+    Attributes:
+        num_tokens: at most so many.
+        sampling: how each is chosen from the model's own row.
+        min_probability: the draft ends before a token whose probability is lower.
+    """
+
+    num_tokens: int
+    sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
+    min_probability: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +47,9 @@ class StepCall:
         fence: the caller's fencing token.
         prefix_digest: digest of the tokens before from_position; None is not checked.
         deadline: on the clock of time.monotonic(), in seconds; expired work is dropped before the forward.
+        row_indices: instead of num_rows: ascending indices into token_ids whose rows are wanted.
+        exact: rows are to be the same bits however steps are batched, chunked, repeated or drafted.
+        draft: the model is to go on by itself.
     """
 
     session_id: str
@@ -41,6 +60,9 @@ class StepCall:
     fence: int = 0
     prefix_digest: int | None = None
     deadline: float | None = None
+    row_indices: Sequence[int] = ()
+    exact: bool = False
+    draft: Draft | None = None
 
     @property
     def end_position(self) -> int:

@@ -51,7 +51,8 @@ class StepOutcome:
     """What a step gave.
 
     Attributes:
-        rows: logits [num_rows, logits width] of the last tokens, on the CPU, in the model's number format.
+        rows: logits [n, logits width] of the tokens asked for, then of each drafted one; on the CPU, in the model's
+            number format.
         head_scores: scores of a router's heads [num_rows, k], float32.
         position: cached length after the step.
         num_computed_tokens: tokens that were fed, the others being cached already.
@@ -59,6 +60,7 @@ class StepOutcome:
         forward_seconds: within forwards.
         num_forwards: forwards that computed this step.
         max_batch_sessions: most sessions that shared one of them.
+        drafted_ids: by which the model has continued.
     """
 
     rows: Tensor
@@ -69,6 +71,7 @@ class StepOutcome:
     forward_seconds: float
     num_forwards: int
     max_batch_sessions: int
+    drafted_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, eq=False)

@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66usionroute/v1/common.proto\x12\x0e\x66usionroute.v1\"]\n\x06Matrix\x12$\n\x05\x64type\x18\x01 \x01(\x0e\x32\x15.fusionroute.v1.Dtype\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\xd0\x01\n\rModelIdentity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x13weights_fingerprint\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x14\n\x0clogits_width\x18\x04 \x01(\r\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\x12$\n\x05\x64type\x18\x06 \x01(\x0e\x32\x15.fusionroute.v1.Dtype\x12\x1a\n\x12max_context_tokens\x18\x07 \x01(\r\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\"\xa4\x01\n\x04Load\x12\x14\n\x0cnum_sessions\x18\x01 \x01(\r\x12\x13\n\x0bqueue_depth\x18\x02 \x01(\r\x12\x13\n\x0bqueue_limit\x18\x03 \x01(\r\x12\x16\n\x0ekv_tokens_used\x18\x04 \x01(\x04\x12\x17\n\x0fkv_tokens_limit\x18\x05 \x01(\x04\x12\x14\n\x0cnum_forwards\x18\x06 \x01(\x04\x12\x15\n\rnum_evictions\x18\x07 \x01(\x04*X\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66usionroute/v1/common.proto\x12\x0e\x66usionroute.v1\"\x8b\x01\n\x06Matrix\x12$\n\x05\x64type\x18\x01 \x01(\x0e\x32\x15.fusionroute.v1.Dtype\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x1a\n\rshared_offset\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x10\n\x0e_shared_offset\"\xd0\x01\n\rModelIdentity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x13weights_fingerprint\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x14\n\x0clogits_width\x18\x04 \x01(\r\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\x12$\n\x05\x64type\x18\x06 \x01(\x0e\x32\x15.fusionroute.v1.Dtype\x12\x1a\n\x12max_context_tokens\x18\x07 \x01(\r\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\"\xa4\x01\n\x04Load\x12\x14\n\x0cnum_sessions\x18\x01 \x01(\r\x12\x13\n\x0bqueue_depth\x18\x02 \x01(\r\x12\x13\n\x0bqueue_limit\x18\x03 \x01(\r\x12\x16\n\x0ekv_tokens_used\x18\x04 \x01(\x04\x12\x17\n\x0fkv_tokens_limit\x18\x05 \x01(\x04\x12\x14\n\x0cnum_forwards\x18\x06 \x01(\x04\x12\x15\n\rnum_evictions\x18\x07 \x01(\x04*X\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fusionroute.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=520
-  _globals['_DTYPE']._serialized_end=608
-  _globals['_MATRIX']._serialized_start=47
-  _globals['_MATRIX']._serialized_end=140
-  _globals['_MODELIDENTITY']._serialized_start=143
-  _globals['_MODELIDENTITY']._serialized_end=351
-  _globals['_LOAD']._serialized_start=354
-  _globals['_LOAD']._serialized_end=518
+  _globals['_DTYPE']._serialized_start=567
+  _globals['_DTYPE']._serialized_end=655
+  _globals['_MATRIX']._serialized_start=48
+  _globals['_MATRIX']._serialized_end=187
+  _globals['_MODELIDENTITY']._serialized_start=190
+  _globals['_MODELIDENTITY']._serialized_end=398
+  _globals['_LOAD']._serialized_start=401
+  _globals['_LOAD']._serialized_end=565
 # @@protoc_insertion_point(module_scope)

@@ -51,6 +51,7 @@ class Matrix(_message.Message):
     NUM_ROWS_FIELD_NUMBER: _builtins.int
     WIDTH_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    SHARED_OFFSET_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
     """Number format of `data`."""
     num_rows: _builtins.int
@@ -58,7 +59,11 @@ class Matrix(_message.Message):
     width: _builtins.int
     """Number of columns. For logits: the logits width V."""
     data: _builtins.bytes
-    """Exactly num_rows * width * bytes-per-number bytes."""
+    """Exactly num_rows * width * bytes-per-number bytes; empty with `shared_offset`."""
+    shared_offset: _builtins.int
+    """Where these bytes begin in the memory that caller and service share
+    (StepStream). The caller has named this place in its request.
+    """
     def __init__(
         self,
         *,
@@ -66,12 +71,15 @@ class Matrix(_message.Message):
         num_rows: _builtins.int = ...,
         width: _builtins.int = ...,
         data: _builtins.bytes = ...,
+        shared_offset: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_shared_offset", b"_shared_offset", "shared_offset", b"shared_offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "dtype", b"dtype", "num_rows", b"num_rows", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_shared_offset", b"_shared_offset", "data", b"data", "dtype", b"dtype", "num_rows", b"num_rows", "shared_offset", b"shared_offset", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__shared_offset: _TypeAlias = _typing.Literal["shared_offset"]  # noqa: Y015
+    _WhichOneofArgType__shared_offset: _TypeAlias = _typing.Literal["_shared_offset", b"_shared_offset"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shared_offset) -> _WhichOneofReturnType__shared_offset | None: ...
 
 Global___Matrix: _TypeAlias = Matrix  # noqa: Y015
 

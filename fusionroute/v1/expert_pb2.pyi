@@ -108,6 +108,10 @@ class StepRequest(_message.Message):
     FENCE_FIELD_NUMBER: _builtins.int
     PREFIX_DIGEST_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    ROW_INDICES_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    TOP_LOGITS_FIELD_NUMBER: _builtins.int
+    DRAFT_CHOICE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """1 to 128 characters of A-Z a-z 0-9 . _ : -"""
     from_position: _builtins.int
@@ -115,8 +119,8 @@ class StepRequest(_message.Message):
     num_rows: _builtins.int
     """How many logits rows to return: those of the last `num_rows` tokens."""
     draft_tokens: _builtins.int
-    """Continue greedily by so many tokens of the expert's own. They stay in the
-    cache until a later step cuts them back.
+    """Continue by so many tokens of the expert's own. They stay in the cache until a
+    later step cuts them back.
     """
     expected_epoch: _builtins.int
     """Epoch that must serve; 0 accepts any."""
@@ -130,9 +134,28 @@ class StepRequest(_message.Message):
     """
     dtype: _common_pb2.Dtype.ValueType
     """Number format wanted for the rows."""
+    exact: _builtins.bool
+    """Rows that are the same bits however steps are batched, chunked, repeated or
+    drafted. A session is exact from its first token or not at all.
+    """
+    top_logits: _builtins.int
+    """Instead of whole rows: so many of the highest logits of each, in `top`; at
+    most 1,024. The whole rows of such a step can be had by the same step again,
+    without computing, until the session is stepped further.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens to feed, at least one."""
+
+    @_builtins.property
+    def row_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Instead of `num_rows`: which of `token_ids` to return a row for, as ascending
+        indices into it.
+        """
+
+    @_builtins.property
+    def draft_choice(self) -> Global___DraftChoice:
+        """How drafted tokens are chosen."""
 
     def __init__(
         self,
@@ -146,16 +169,99 @@ class StepRequest(_message.Message):
         fence: _builtins.int = ...,
         prefix_digest: _builtins.int | None = ...,
         dtype: _common_pb2.Dtype.ValueType = ...,
+        row_indices: _abc.Iterable[_builtins.int] | None = ...,
+        exact: _builtins.bool = ...,
+        top_logits: _builtins.int = ...,
+        draft_choice: Global___DraftChoice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_prefix_digest", b"_prefix_digest", "prefix_digest", b"prefix_digest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prefix_digest", b"_prefix_digest", "draft_choice", b"draft_choice", "prefix_digest", b"prefix_digest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefix_digest", b"_prefix_digest", "draft_tokens", b"draft_tokens", "dtype", b"dtype", "expected_epoch", b"expected_epoch", "fence", b"fence", "from_position", b"from_position", "num_rows", b"num_rows", "prefix_digest", b"prefix_digest", "session_id", b"session_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefix_digest", b"_prefix_digest", "draft_choice", b"draft_choice", "draft_tokens", b"draft_tokens", "dtype", b"dtype", "exact", b"exact", "expected_epoch", b"expected_epoch", "fence", b"fence", "from_position", b"from_position", "num_rows", b"num_rows", "prefix_digest", b"prefix_digest", "row_indices", b"row_indices", "session_id", b"session_id", "token_ids", b"token_ids", "top_logits", b"top_logits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prefix_digest: _TypeAlias = _typing.Literal["prefix_digest"]  # noqa: Y015
     _WhichOneofArgType__prefix_digest: _TypeAlias = _typing.Literal["_prefix_digest", b"_prefix_digest"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix_digest) -> _WhichOneofReturnType__prefix_digest | None: ...
 
 Global___StepRequest: _TypeAlias = StepRequest  # noqa: Y015
+
+@_typing.final
+class DraftChoice(_message.Message):
+    """How a model chooses tokens of its own: as the router would choose them from
+    the same scores, so that more of them are right. Absent = greedily.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    MIN_PROBABILITY_FIELD_NUMBER: _builtins.int
+    temperature: _builtins.float
+    """As in SamplingParameters."""
+    top_k: _builtins.int
+    top_p: _builtins.float
+    """0 = 1."""
+    min_p: _builtins.float
+    seed: _builtins.int
+    min_probability: _builtins.float
+    """Stop before a token whose probability is lower than this."""
+    def __init__(
+        self,
+        *,
+        temperature: _builtins.float = ...,
+        top_k: _builtins.int = ...,
+        top_p: _builtins.float = ...,
+        min_p: _builtins.float = ...,
+        seed: _builtins.int = ...,
+        min_probability: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_p", b"min_p", "min_probability", b"min_probability", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DraftChoice: _TypeAlias = DraftChoice  # noqa: Y015
+
+@_typing.final
+class TopLogits(_message.Message):
+    """The highest logits of each row, highest first, equal ones by id."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
+    NUM_LOGITS_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    LOGITS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    num_rows: _builtins.int
+    """Number of rows."""
+    num_logits: _builtins.int
+    """Logits of each row; every other one of the row is at most the last of them."""
+    ids: _builtins.bytes
+    """num_rows * num_logits ids, uint32, little-endian."""
+    logits: _builtins.bytes
+    """num_rows * num_logits logits of these ids."""
+    dtype: _common_pb2.Dtype.ValueType
+    """Number format of `logits`."""
+    def __init__(
+        self,
+        *,
+        num_rows: _builtins.int = ...,
+        num_logits: _builtins.int = ...,
+        ids: _builtins.bytes = ...,
+        logits: _builtins.bytes = ...,
+        dtype: _common_pb2.Dtype.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "ids", b"ids", "logits", b"logits", "num_logits", b"num_logits", "num_rows", b"num_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopLogits: _TypeAlias = TopLogits  # noqa: Y015
 
 @_typing.final
 class StepResponse(_message.Message):
@@ -168,6 +274,7 @@ class StepResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Tokens cached after this step."""
     epoch: _builtins.int
@@ -176,11 +283,13 @@ class StepResponse(_message.Message):
     """Tokens that had to be computed (fewer than sent when some were cached)."""
     @_builtins.property
     def rows(self) -> _common_pb2.Matrix:
-        """Logits rows of the last `num_rows` tokens fed, then one for each drafted id."""
+        """Logits rows of the tokens asked for, then one for each drafted id; empty with
+        `top`.
+        """
 
     @_builtins.property
     def drafted_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Ids drafted, `draft_tokens` of them."""
+        """Ids drafted, at most `draft_tokens` of them."""
 
     @_builtins.property
     def timings(self) -> Global___StepTimings:
@@ -189,6 +298,10 @@ class StepResponse(_message.Message):
     @_builtins.property
     def load(self) -> _common_pb2.Load:
         """How busy the service is."""
+
+    @_builtins.property
+    def top(self) -> Global___TopLogits:
+        """In place of `rows`, where `top_logits` were asked for."""
 
     def __init__(
         self,
@@ -200,10 +313,11 @@ class StepResponse(_message.Message):
         timings: Global___StepTimings | None = ...,
         load: _common_pb2.Load | None = ...,
         num_computed_tokens: _builtins.int = ...,
+        top: Global___TopLogits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "rows", b"rows", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "rows", b"rows", "timings", b"timings", "top", b"top"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafted_ids", b"drafted_ids", "epoch", b"epoch", "load", b"load", "num_computed_tokens", b"num_computed_tokens", "position", b"position", "rows", b"rows", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafted_ids", b"drafted_ids", "epoch", b"epoch", "load", b"load", "num_computed_tokens", b"num_computed_tokens", "position", b"position", "rows", b"rows", "timings", b"timings", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -372,6 +486,170 @@ class StepError(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepError: _TypeAlias = StepError  # noqa: Y015
+
+@_typing.final
+class StepStreamRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    CANCELLED_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamedStep]:
+        """Steps that begin, of different sessions."""
+
+    @_builtins.property
+    def cancelled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Steps for which nobody waits any more, by `id`."""
+
+    @_builtins.property
+    def shared_memory(self) -> Global___SharedMemoryOffer:
+        """Only in the first message: memory in which rows can be answered."""
+
+    def __init__(
+        self,
+        *,
+        steps: _abc.Iterable[Global___StreamedStep] | None = ...,
+        cancelled: _abc.Iterable[_builtins.int] | None = ...,
+        shared_memory: Global___SharedMemoryOffer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "shared_memory", b"shared_memory", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepStreamRequest: _TypeAlias = StepStreamRequest  # noqa: Y015
+
+@_typing.final
+class StreamedStep(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
+    SHARED_OFFSET_FIELD_NUMBER: _builtins.int
+    SHARED_BYTES_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Chosen by the caller; differs from those of all steps that are not answered."""
+    timeout_seconds: _builtins.float
+    """When nobody will wait any more, from now; 0 = never."""
+    shared_offset: _builtins.int
+    """Where in the shared memory its rows may be written; absent = in the message.
+    The place is the service's until it has answered the step.
+    """
+    shared_bytes: _builtins.int
+    """Size of that place; rows that need more go into the message."""
+    request_id: _builtins.str
+    """On whose behalf: `x-request-id` and `traceparent` as a call's metadata."""
+    traceparent: _builtins.str
+    @_builtins.property
+    def step(self) -> Global___StepRequest: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        step: Global___StepRequest | None = ...,
+        timeout_seconds: _builtins.float = ...,
+        shared_offset: _builtins.int | None = ...,
+        shared_bytes: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_shared_offset", b"_shared_offset", "shared_offset", b"shared_offset", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_shared_offset", b"_shared_offset", "id", b"id", "request_id", b"request_id", "shared_bytes", b"shared_bytes", "shared_offset", b"shared_offset", "step", b"step", "timeout_seconds", b"timeout_seconds", "traceparent", b"traceparent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__shared_offset: _TypeAlias = _typing.Literal["shared_offset"]  # noqa: Y015
+    _WhichOneofArgType__shared_offset: _TypeAlias = _typing.Literal["_shared_offset", b"_shared_offset"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shared_offset) -> _WhichOneofReturnType__shared_offset | None: ...
+
+Global___StreamedStep: _TypeAlias = StreamedStep  # noqa: Y015
+
+@_typing.final
+class SharedMemoryOffer(_message.Message):
+    """A file in a memory file system, made by the caller for this stream alone. A
+    service that can map it proves that it is on the same host. The caller deletes
+    the name as soon as it has the answer, so that nothing is left behind however
+    either side ends.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """File name, without a folder."""
+    num_bytes: _builtins.int
+    """Its size."""
+    proof: _builtins.bytes
+    """What stands in its first bytes."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        num_bytes: _builtins.int = ...,
+        proof: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "num_bytes", b"num_bytes", "proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedMemoryOffer: _TypeAlias = SharedMemoryOffer  # noqa: Y015
+
+@_typing.final
+class StepStreamResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_ACCEPTED_FIELD_NUMBER: _builtins.int
+    shared_memory_accepted: _builtins.bool
+    """Only in the first message, which answers the first request at once."""
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamedResult]:
+        """Steps that have ended."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___StreamedResult] | None = ...,
+        shared_memory_accepted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results", "shared_memory_accepted", b"shared_memory_accepted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepStreamResponse: _TypeAlias = StepStreamResponse  # noqa: Y015
+
+@_typing.final
+class StreamedResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    @_builtins.property
+    def result(self) -> Global___StepResult: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        result: Global___StepResult | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamedResult: _TypeAlias = StreamedResult  # noqa: Y015
 
 @_typing.final
 class CloseSessionRequest(_message.Message):

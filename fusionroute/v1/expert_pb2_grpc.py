@@ -56,6 +56,11 @@ class ExpertServiceStub(object):
                 request_serializer=fusionroute_dot_v1_dot_expert__pb2.StepBatchRequest.SerializeToString,
                 response_deserializer=fusionroute_dot_v1_dot_expert__pb2.StepBatchResponse.FromString,
                 _registered_method=True)
+        self.StepStream = channel.stream_stream(
+                '/fusionroute.v1.ExpertService/StepStream',
+                request_serializer=fusionroute_dot_v1_dot_expert__pb2.StepStreamRequest.SerializeToString,
+                response_deserializer=fusionroute_dot_v1_dot_expert__pb2.StepStreamResponse.FromString,
+                _registered_method=True)
         self.CloseSession = channel.unary_unary(
                 '/fusionroute.v1.ExpertService/CloseSession',
                 request_serializer=fusionroute_dot_v1_dot_expert__pb2.CloseSessionRequest.SerializeToString,
@@ -123,6 +128,17 @@ class ExpertServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StepStream(self, request_iterator, context):
+        """The same on a long-lived stream: each message carries all steps that are ready
+        at that moment, each answer all that have ended. Steps are answered in any
+        order, each exactly once, failed and cancelled ones too. When the stream
+        breaks, its steps are cancelled; what they have cached stays. A session that
+        is stepped here may be stepped by Step as well.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CloseSession(self, request, context):
         """Forgets a session. Closing an unknown one is no error.
         """
@@ -173,6 +189,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.StepBatch,
                     request_deserializer=fusionroute_dot_v1_dot_expert__pb2.StepBatchRequest.FromString,
                     response_serializer=fusionroute_dot_v1_dot_expert__pb2.StepBatchResponse.SerializeToString,
+            ),
+            'StepStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.StepStream,
+                    request_deserializer=fusionroute_dot_v1_dot_expert__pb2.StepStreamRequest.FromString,
+                    response_serializer=fusionroute_dot_v1_dot_expert__pb2.StepStreamResponse.SerializeToString,
             ),
             'CloseSession': grpc.unary_unary_rpc_method_handler(
                     servicer.CloseSession,
@@ -283,6 +304,33 @@ class ExpertService(object):
             '/fusionroute.v1.ExpertService/StepBatch',
             fusionroute_dot_v1_dot_expert__pb2.StepBatchRequest.SerializeToString,
             fusionroute_dot_v1_dot_expert__pb2.StepBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StepStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/fusionroute.v1.ExpertService/StepStream',
+            fusionroute_dot_v1_dot_expert__pb2.StepStreamRequest.SerializeToString,
+            fusionroute_dot_v1_dot_expert__pb2.StepStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -62,6 +62,13 @@ class ExpertServiceStub:
     """Steps of several sessions in one message, one forward where they fit. An item
     that fails does not hinder the others.
     """
+    StepStream: _grpc.StreamStreamMultiCallable[_expert_pb2.StepStreamRequest, _expert_pb2.StepStreamResponse]
+    """The same on a long-lived stream: each message carries all steps that are ready
+    at that moment, each answer all that have ended. Steps are answered in any
+    order, each exactly once, failed and cancelled ones too. When the stream
+    breaks, its steps are cancelled; what they have cached stays. A session that
+    is stepped here may be stepped by Step as well.
+    """
     CloseSession: _grpc.UnaryUnaryMultiCallable[_expert_pb2.CloseSessionRequest, _expert_pb2.CloseSessionResponse]
     """Forgets a session. Closing an unknown one is no error."""
     ListSessions: _grpc.UnaryUnaryMultiCallable[_expert_pb2.ListSessionsRequest, _expert_pb2.ListSessionsResponse]
@@ -111,6 +118,13 @@ class ExpertServiceAsyncStub(ExpertServiceStub):
     StepBatch: _aio.UnaryUnaryMultiCallable[_expert_pb2.StepBatchRequest, _expert_pb2.StepBatchResponse]  # type: ignore[assignment]
     """Steps of several sessions in one message, one forward where they fit. An item
     that fails does not hinder the others.
+    """
+    StepStream: _aio.StreamStreamMultiCallable[_expert_pb2.StepStreamRequest, _expert_pb2.StepStreamResponse]  # type: ignore[assignment]
+    """The same on a long-lived stream: each message carries all steps that are ready
+    at that moment, each answer all that have ended. Steps are answered in any
+    order, each exactly once, failed and cancelled ones too. When the stream
+    breaks, its steps are cancelled; what they have cached stays. A session that
+    is stepped here may be stepped by Step as well.
     """
     CloseSession: _aio.UnaryUnaryMultiCallable[_expert_pb2.CloseSessionRequest, _expert_pb2.CloseSessionResponse]  # type: ignore[assignment]
     """Forgets a session. Closing an unknown one is no error."""
@@ -176,6 +190,19 @@ class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_expert_pb2.StepBatchResponse, _abc.Awaitable[_expert_pb2.StepBatchResponse]]:
         """Steps of several sessions in one message, one forward where they fit. An item
         that fails does not hinder the others.
+        """
+
+    @_abc_1.abstractmethod
+    def StepStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_expert_pb2.StepStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_expert_pb2.StepStreamResponse], _abc.AsyncIterator[_expert_pb2.StepStreamResponse]]:
+        """The same on a long-lived stream: each message carries all steps that are ready
+        at that moment, each answer all that have ended. Steps are answered in any
+        order, each exactly once, failed and cancelled ones too. When the stream
+        breaks, its steps are cancelled; what they have cached stays. A session that
+        is stepped here may be stepped by Step as well.
         """
 
     @_abc_1.abstractmethod

@@ -92,6 +92,44 @@ ON_EXPERT_UNAVAILABLE_FAIL: OnExpertUnavailable.ValueType  # 4
 """End the stream with UNAVAILABLE / EXPERT_UNAVAILABLE; Resume goes on later."""
 Global___OnExpertUnavailable: _TypeAlias = OnExpertUnavailable  # noqa: Y015
 
+class _Drafting:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DraftingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Drafting.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DRAFTING_UNSPECIFIED: _Drafting.ValueType  # 0
+    """As the router's settings say."""
+    DRAFTING_AUTO: _Drafting.ValueType  # 1
+    """Whoever pays, by measured acceptance and cost; nobody where nobody does."""
+    DRAFTING_OFF: _Drafting.ValueType  # 2
+    """Nobody."""
+    DRAFTING_ROUTER: _Drafting.ValueType  # 3
+    """The router, from its own scores."""
+    DRAFTING_EXPERT: _Drafting.ValueType  # 4
+    """The expert that took part in the last token."""
+    DRAFTING_LOOKUP: _Drafting.ValueType  # 5
+    """The text: what followed when the last tokens occurred before."""
+
+class Drafting(_Drafting, metaclass=_DraftingEnumTypeWrapper):
+    """Who proposes tokens for several positions at once, which router and experts
+    then check in one forward.
+    """
+
+DRAFTING_UNSPECIFIED: Drafting.ValueType  # 0
+"""As the router's settings say."""
+DRAFTING_AUTO: Drafting.ValueType  # 1
+"""Whoever pays, by measured acceptance and cost; nobody where nobody does."""
+DRAFTING_OFF: Drafting.ValueType  # 2
+"""Nobody."""
+DRAFTING_ROUTER: Drafting.ValueType  # 3
+"""The router, from its own scores."""
+DRAFTING_EXPERT: Drafting.ValueType  # 4
+"""The expert that took part in the last token."""
+DRAFTING_LOOKUP: Drafting.ValueType  # 5
+"""The text: what followed when the last tokens occurred before."""
+Global___Drafting: _TypeAlias = Drafting  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -337,6 +375,8 @@ class GenerateRequest(_message.Message):
     NUM_TOP_CANDIDATES_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ON_EXPERT_UNAVAILABLE_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    DRAFTING_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Empty = a new session with a drawn id; a known id = a further turn, whose
     prompt is appended to what the session holds.
@@ -361,6 +401,12 @@ class GenerateRequest(_message.Message):
     """
     on_expert_unavailable: Global___OnExpertUnavailable.ValueType
     """NEXT_BEST and ROUTER_ONLY mark the tokens that they change."""
+    exact: _builtins.bool
+    """Scores that are the same bits however steps are batched, repeated or drafted:
+    then the text is the same without the margin of docs/performance.md. Slower.
+    """
+    drafting: Global___Drafting.ValueType
+    """How to be faster; the text stays the same."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Used as they are."""
@@ -385,10 +431,12 @@ class GenerateRequest(_message.Message):
         num_top_candidates: _builtins.int = ...,
         request_id: _builtins.str = ...,
         on_expert_unavailable: Global___OnExpertUnavailable.ValueType = ...,
+        exact: _builtins.bool = ...,
+        drafting: Global___Drafting.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "fixed_expert", b"fixed_expert", "messages", b"messages", "num_top_candidates", b"num_top_candidates", "on_expert_unavailable", b"on_expert_unavailable", "prompt", b"prompt", "request_id", b"request_id", "return_routing_weights", b"return_routing_weights", "sampling", b"sampling", "session_id", b"session_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "drafting", b"drafting", "exact", b"exact", "fixed_expert", b"fixed_expert", "messages", b"messages", "num_top_candidates", b"num_top_candidates", "on_expert_unavailable", b"on_expert_unavailable", "prompt", b"prompt", "request_id", b"request_id", "return_routing_weights", b"return_routing_weights", "sampling", b"sampling", "session_id", b"session_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -552,7 +600,7 @@ class Token(_message.Message):
     """
     logprob: _builtins.float
     """Natural log of its probability in the fused distribution, before
-    temperature and filters.
+    temperature and filters. Absent where experts sent their highest logits only.
     """
     expert: _builtins.str
     """Slot of the expert that took part; empty when the router wrote it alone."""
@@ -580,18 +628,20 @@ class Token(_message.Message):
         index: _builtins.int = ...,
         id: _builtins.int = ...,
         text: _builtins.str = ...,
-        logprob: _builtins.float = ...,
+        logprob: _builtins.float | None = ...,
         expert: _builtins.str = ...,
         expert_epoch: _builtins.int = ...,
         routing_weights: _abc.Iterable[_builtins.float] | None = ...,
         top: Global___TopCandidates | None = ...,
         degraded: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["top", b"top"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob", "top", b"top"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "expert", b"expert", "expert_epoch", b"expert_epoch", "id", b"id", "index", b"index", "logprob", b"logprob", "routing_weights", b"routing_weights", "text", b"text", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "degraded", b"degraded", "expert", b"expert", "expert_epoch", b"expert_epoch", "id", b"id", "index", b"index", "logprob", b"logprob", "routing_weights", b"routing_weights", "text", b"text", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
+    _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprob) -> _WhichOneofReturnType__logprob | None: ...
 
 Global___Token: _TypeAlias = Token  # noqa: Y015
 
@@ -704,6 +754,9 @@ class GenerationStatistics(_message.Message):
     STORE_SECONDS_FIELD_NUMBER: _builtins.int
     NUM_RETRIES_FIELD_NUMBER: _builtins.int
     NUM_DEGRADED_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAFTING_FIELD_NUMBER: _builtins.int
+    NUM_EARLY_ASKS_FIELD_NUMBER: _builtins.int
+    NUM_EARLY_HITS_FIELD_NUMBER: _builtins.int
     num_router_forwards: _builtins.int
     num_expert_calls: _builtins.int
     num_replays: _builtins.int
@@ -721,6 +774,15 @@ class GenerationStatistics(_message.Message):
     """Times a model had to be asked again for any other reason."""
     num_degraded_tokens: _builtins.int
     """Tokens that the routed expert did not take part in."""
+    num_early_asks: _builtins.int
+    """Tokens for which an expert was asked before the router had routed, and of
+    these those where it was the right one.
+    """
+    num_early_hits: _builtins.int
+    @_builtins.property
+    def drafting(self) -> _containers.RepeatedCompositeFieldContainer[Global___DraftingStatistics]:
+        """Drafts that were checked, by who made them."""
+
     def __init__(
         self,
         *,
@@ -736,14 +798,47 @@ class GenerationStatistics(_message.Message):
         store_seconds: _builtins.float = ...,
         num_retries: _builtins.int = ...,
         num_degraded_tokens: _builtins.int = ...,
+        drafting: _abc.Iterable[Global___DraftingStatistics] | None = ...,
+        num_early_asks: _builtins.int = ...,
+        num_early_hits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_forward_seconds", b"expert_forward_seconds", "expert_seconds", b"expert_seconds", "first_token_seconds", b"first_token_seconds", "fuse_seconds", b"fuse_seconds", "num_degraded_tokens", b"num_degraded_tokens", "num_expert_calls", b"num_expert_calls", "num_replays", b"num_replays", "num_retries", b"num_retries", "num_router_forwards", b"num_router_forwards", "router_seconds", b"router_seconds", "store_seconds", b"store_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafting", b"drafting", "expert_forward_seconds", b"expert_forward_seconds", "expert_seconds", b"expert_seconds", "first_token_seconds", b"first_token_seconds", "fuse_seconds", b"fuse_seconds", "num_degraded_tokens", b"num_degraded_tokens", "num_early_asks", b"num_early_asks", "num_early_hits", b"num_early_hits", "num_expert_calls", b"num_expert_calls", "num_replays", b"num_replays", "num_retries", b"num_retries", "num_router_forwards", b"num_router_forwards", "router_seconds", b"router_seconds", "store_seconds", b"store_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerationStatistics: _TypeAlias = GenerationStatistics  # noqa: Y015
+
+@_typing.final
+class DraftingStatistics(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRAFTER_FIELD_NUMBER: _builtins.int
+    NUM_ROUNDS_FIELD_NUMBER: _builtins.int
+    NUM_DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
+    drafter: Global___Drafting.ValueType
+    num_rounds: _builtins.int
+    """Times that a draft was checked."""
+    num_drafted_tokens: _builtins.int
+    num_accepted_tokens: _builtins.int
+    """Drafted tokens that became part of the text."""
+    def __init__(
+        self,
+        *,
+        drafter: Global___Drafting.ValueType = ...,
+        num_rounds: _builtins.int = ...,
+        num_drafted_tokens: _builtins.int = ...,
+        num_accepted_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafter", b"drafter", "num_accepted_tokens", b"num_accepted_tokens", "num_drafted_tokens", b"num_drafted_tokens", "num_rounds", b"num_rounds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DraftingStatistics: _TypeAlias = DraftingStatistics  # noqa: Y015
 
 @_typing.final
 class CancelRequest(_message.Message):
