@@ -99,32 +99,61 @@ def ragged_attention(
     assert ragged_batch is not None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    output = query.new_empty((query.shape[2], query.shape[1], value.shape[-1]))
-    for index, segment in enumerate(ragged_batch.segments):
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return attend(ragged_batch, layer, queries, keys, values, scale, sliding_window, softcap)[None], None
+
+
+def attend(
+    batch: RaggedBatch,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Writes the new keys and values of each segment into its cache, then attends over the whole of it.
+
+    Args:
+        batch: the segments of the row.
+        layer: whose caches.
+        query: [n, query heads, head size], n = columns of the row.
+        key, value: [n, key-value heads, head size].
+        scale: factor of the scores.
+        sliding_window: keys seen, the token itself included; None = all.
+        softcap: scores become softcap * tanh(scores / softcap).
+
+    Returns:
+        [n, query heads, head size].
+    """
+    output = query.new_empty((query.shape[0], query.shape[1], value.shape[-1]))
+    for index, segment in enumerate(batch.segments):
         columns = slice(segment.start, segment.stop)
-        keys, values = segment.cache.extend(layer, segment.past, key[0, :, columns], value[0, :, columns])
+        keys, values = segment.cache.extend(layer, segment.past, key[columns], value[columns])
         first_key = 0
         if sliding_window is not None:
             first_key = max(0, segment.past - sliding_window + 1)
             keys, values = keys[:, first_key:], values[:, first_key:]
         mask = None
         if segment.num_tokens > 1:
-            mask = ragged_batch.mask(index, sliding_window, first_key, query.device)
-        output[columns] = _attend(query[0, :, columns], keys, values, mask, scale, softcap)
-    return output[None], None
+            mask = batch.mask(index, sliding_window, first_key, query.device)
+        output[columns] = _attend_session(query[columns], keys, values, mask, scale, softcap)
+    return output
 
 
-def _attend(
+def _attend_session(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
-    """[query heads, n, size] over [key-value heads, t, size] -> [n, query heads, size].
+    """[n, query heads, size] over [key-value heads, t, size] -> [n, query heads, size].
 
     The query heads that share a key-value head are laid side by side as if they were tokens, so that the cache is
     read as it is instead of being repeated.
     """
-    num_heads, num_tokens, size = query.shape
-    groups = num_heads // keys.shape[0]
-    grouped = query.reshape(keys.shape[0], groups * num_tokens, size)
+    num_tokens, num_heads, size = query.shape
+    num_shared = keys.shape[0]
+    groups = num_heads // num_shared
+    grouped = query.transpose(0, 1).reshape(num_shared, groups * num_tokens, size)
     if mask is not None and groups > 1:
         mask = mask.repeat(groups, 1)
     if softcap is None:

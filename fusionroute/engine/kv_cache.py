@@ -29,20 +29,20 @@ class SessionCache:
             )
 
     def extend(self, layer: int, past: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes new keys and values [heads, n, size] at position `past`.
+        """Writes new keys and values [n, heads, size] at position `past`.
 
         Returns views [heads, past + n, size] of all keys and values so far.
         """
         if layer not in self._layers:
             self._layers[layer] = (self._allocate(keys), self._allocate(values))
         all_keys, all_values = self._layers[layer]
-        end = past + keys.shape[1]
-        all_keys[:, past:end] = keys
-        all_values[:, past:end] = values
+        end = past + keys.shape[0]
+        all_keys[:, past:end] = keys.transpose(0, 1)
+        all_values[:, past:end] = values.transpose(0, 1)
         return all_keys[:, :end], all_values[:, :end]
 
     def _allocate(self, like: Tensor) -> Tensor:
-        heads, _, size = like.shape
+        _, heads, size = like.shape
         return torch.empty((heads, self.capacity_tokens, size), dtype=like.dtype, device=like.device)
 
 
