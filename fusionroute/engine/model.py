@@ -96,7 +96,13 @@ class LoadedModel:
             model.get_output_embeddings().register_forward_pre_hook(self._final.keep)
 
     def forward(
-        self, batch: RaggedBatch, token_ids: Sequence[int], positions: Sequence[int], wanted: Sequence[int]
+        self,
+        batch: RaggedBatch,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        wanted: Sequence[int],
+        *,
+        exact: bool = False,
     ) -> ForwardOutput:
         """Runs one packed row.
 
@@ -104,7 +110,13 @@ class LoadedModel:
             batch: the segments of the row.
             token_ids, positions: of every column.
             wanted: columns whose logits are returned, in this order.
+            exact: rows have the same bits whatever else is in the forward.
+
+        Raises:
+            UnsupportedAttention: `exact` of a model that cannot.
         """
+        if exact:
+            raise UnsupportedAttention("rows of this model depend on what else is in the forward")
         device = self.model.device
         logits = self.model(
             input_ids=torch.tensor([token_ids], device=device),
