@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from fusionroute.engine.attention import RaggedBatch, Segment
-from fusionroute.engine.kv_cache import KVCache
 from fusionroute.engine.model import ForwardOutput, LoadedModel, ModelFacts
 from fusionroute.engine.schedule import Schedule
 from fusionroute.engine.sessions import NoRoomYet, SessionTable, SessionView, StepCall, room_taken
@@ -41,7 +40,7 @@ class Engine:
     def __init__(self, model: LoadedModel, limits: EngineLimits | None = None) -> None:
         self.limits = limits or EngineLimits()
         self._model = model
-        self._cache = KVCache()
+        self._cache = model.kv_cache()
         self._table = SessionTable(
             kv_tokens=self.limits.kv_tokens,
             max_sessions=self.limits.max_sessions,
@@ -259,7 +258,11 @@ class Engine:
         try:
             output = self._forward(chunks)
         except Exception as error:
-            fault = InternalFault(Reason.INTERNAL, f"the forward failed: {type(error).__name__}: {error}")
+            fault = (
+                error
+                if isinstance(error, FusionRouteError)
+                else InternalFault(Reason.INTERNAL, f"the forward failed: {type(error).__name__}: {error}")
+            )
             for chunk in chunks:
                 self._running.remove(chunk.job)
                 self._fail(chunk.job, fault)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusionroute.engine import attention
 from fusionroute.engine.attention import RaggedBatch, Segment, UnsupportedAttention
-from fusionroute.engine.kv_cache import SessionCache
+from fusionroute.engine.kv_cache import KVCache, SessionCache
 from fusionroute.errors import ModelRejected, Reason
 from fusionroute.vocabulary import (
     check_location,
@@ -94,6 +94,10 @@ class LoadedModel:
         self._final = _FinalHidden()
         if heads is not None:
             model.get_output_embeddings().register_forward_pre_hook(self._final.keep)
+
+    def kv_cache(self) -> KVCache:
+        """Empty caches for the sessions of an engine."""
+        return KVCache()
 
     def forward(
         self,
