@@ -12,17 +12,19 @@ import math
 import random
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from fusionroute import tracing
 from fusionroute.engine import Engine, StepCall
 from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
-from fusionroute.fusion import Row
 from router_service import metrics
 from router_service.hedging import hedged_step
-from router_service.session_text import Text
+from router_service.session_text import NEXT_ROW, Text, Wanted
 
 log = structlog.get_logger(__name__)
 
@@ -39,21 +41,23 @@ _PASSING = ABSENT | _FULL
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A model's row for the last token of a text.
+    """A model's rows.
 
     Attributes:
-        row: logits [V], float32.
-        head_scores: of a router's heads [k], float32.
+        rows: logits [n, V], float32: those asked for, then one for each drafted id.
+        head_scores: of a router's heads [n, k], float32.
         epoch: of the slot whose instance answered; of the router itself, of its model.
         cache: which cache answered.
         forward_seconds: within the model's forwards.
+        drafted_ids: by which the model has gone on.
     """
 
-    row: Row
-    head_scores: Row | None
+    rows: NDArray[np.float32]
+    head_scores: NDArray[np.float32] | None
     epoch: int
     cache: str
     forward_seconds: float
+    drafted_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,18 +120,18 @@ class Cache(Protocol):
         """One step; raises FusionRouteError."""
 
 
-async def ask(model: Model, text: Text, patience: Patience) -> Answer:
-    """The row for the last token of `text`.
+async def ask(model: Model, text: Text, patience: Patience, wanted: Wanted = NEXT_ROW) -> Answer:
+    """Rows of a model for a text: by default the one that scores its next token.
 
     Raises:
         FusionRouteError: what cannot be mended by sending more tokens or by waiting, or what was still wrong when
             `patience` had come to its end.
     """
-    return await _Asking(model, text, patience).row()
+    return await _Asking(model, text, patience, wanted).answer()
 
 
 class _Asking:
-    """One row being asked for: what has been tried, and until when."""
+    """Rows being asked for: what has been tried, and until when."""
 
     __slots__ = (
         "absent_until",
@@ -139,10 +143,11 @@ class _Asking:
         "patience",
         "pause",
         "text",
+        "wanted",
     )
 
-    def __init__(self, model: Model, text: Text, patience: Patience) -> None:
-        self.model, self.text, self.patience = model, text, patience
+    def __init__(self, model: Model, text: Text, patience: Patience, wanted: Wanted) -> None:
+        self.model, self.text, self.patience, self.wanted = model, text, patience, wanted
         now = self.began = time.monotonic()
         self.deadline = now + patience.row_seconds
         self.absent_until = min(self.deadline, now + patience.absent_seconds)
@@ -150,10 +155,10 @@ class _Asking:
         self.pause = FIRST_PAUSE_SECONDS
         self.had_fault = False
 
-    async def row(self) -> Answer:
+    async def answer(self) -> Answer:
         while True:
             cache = await self.model.locate(self.text, self.absent_until)
-            call = self.text.call(cache.name, self.deadline)
+            call = self.text.call(cache.name, self.deadline, self.wanted)
             attempt_deadline = self._attempt_deadline(call)
             try:
                 if self.patience.hedge_after_seconds is None:
@@ -163,7 +168,8 @@ class _Asking:
             except FusionRouteError as error:
                 await self._mend(cache, call, error)
                 continue
-            if self.text.answered(self.model.slot, answer.cache, answer.epoch):
+            slot, drafted = self.model.slot, answer.drafted_ids
+            if self.text.answered(slot, answer.cache, answer.epoch, self.wanted, drafted):
                 metrics.REPLAYS.labels(slot=self.model.slot).inc()
             return answer
 
@@ -173,7 +179,8 @@ class _Asking:
         return min(self.deadline, self.began + allowed)
 
     async def _hedged(self, cache: Cache, call: StepCall, deadline: float) -> Answer:
-        return await hedged_step(self.model, self.text, cache, call, deadline, self.patience)
+        again = partial(self.text.call, deadline=self.deadline, wanted=self.wanted)
+        return await hedged_step(self.model, self.text, cache, call, again, deadline, self.patience)
 
     async def _mend(self, cache: Cache, call: StepCall, error: FusionRouteError) -> None:
         """Returns when the row can be asked for again; raises what cannot be mended."""
@@ -262,9 +269,10 @@ class LocalModel:
             raise Unavailable(Reason.DEADLINE_PASSED, "the router's forward did not end in time") from None
         scores = outcome.head_scores
         return Answer(
-            row=outcome.rows[0].float().numpy(),
-            head_scores=None if scores is None else scores[0].numpy(),
+            rows=outcome.rows.float().numpy(),
+            head_scores=None if scores is None else scores.numpy(),
             epoch=self.engine.facts.epoch,
             cache=self.name,
             forward_seconds=outcome.forward_seconds,
+            drafted_ids=outcome.drafted_ids,
         )

@@ -159,7 +159,7 @@ class TurnWriter:
                 decision = decide(
                     self.turn.rule,
                     self.ensemble.layout,
-                    None if router is None else router.head_scores,
+                    None if router is None or router.head_scores is None else router.head_scores[0],
                     self.turn.fixed_expert,
                 )
                 taken, expert = await self._ask_expert(decision)
@@ -231,8 +231,8 @@ class TurnWriter:
         is_degraded: bool,
     ) -> WrittenToken:
         started = time.monotonic()
-        router_row = None if router is None else router.row
-        expert_row = None if expert is None else expert.row
+        router_row = None if router is None else router.rows[0]
+        expert_row = None if expert is None else expert.rows[0]
         fused = fuse(self.turn.rule, decision, expert_row, router_row)
         if len(fused) > LARGE_ROW and (self.turn.sampling.temperature or self.showing.num_top_candidates):
             choice, top = await asyncio.to_thread(self._choose, fused, expert_row, router_row, seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fusionroute.background import end_task
@@ -17,9 +18,19 @@ if TYPE_CHECKING:
 
 
 async def hedged_step(
-    model: Model, text: Text, cache: Cache, call: StepCall, deadline: float, patience: Patience
+    model: Model,
+    text: Text,
+    cache: Cache,
+    call: StepCall,
+    again: Callable[[str], StepCall],
+    deadline: float,
+    patience: Patience,
 ) -> Answer:
     """One step of `cache`, or of a replica that is asked `patience.hedge_after_seconds` later and is faster.
+
+    Args:
+        call: the step of `cache`.
+        again: the same for another cache, by its name.
 
     Raises:
         FusionRouteError: what the first one answered, when no other one could help.
@@ -32,7 +43,7 @@ async def hedged_step(
         other = None if first.done() else model.another(text, cache)
         if other is None:
             return await first
-        second = asyncio.create_task(other.step(text.call(other.name, call.deadline or deadline), deadline))
+        second = asyncio.create_task(other.step(again(other.name), deadline))
         await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
         if not first.done() and second.exception() is None:
             metrics.HEDGES.labels(slot=model.slot, outcome="second").inc()

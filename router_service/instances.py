@@ -118,11 +118,12 @@ class Instance:
             self.on_breaker(self)
         rows = wire.matrix_to_numpy(response.rows, self.entry.model.logits_width)
         return Answer(
-            row=rows[0],
+            rows=rows,
             head_scores=None,
             epoch=epoch,
             cache=name,
             forward_seconds=response.timings.forward_seconds,
+            drafted_ids=tuple(response.drafted_ids),
         )
 
     async def _call(self, call: StepCall, deadline: float, now: float) -> expert_pb2.StepResponse:

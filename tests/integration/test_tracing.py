@@ -108,7 +108,7 @@ class SometimesAway:
         self.num_attempts += 1
         if self.num_attempts == 1:
             raise Unavailable(Reason.EXPERT_UNAVAILABLE, "away")
-        return Answer(np.zeros(4, np.float32), None, 7, self.name, 0.001)
+        return Answer(np.zeros((1, 4), np.float32), None, 7, self.name, 0.001)
 
 
 async def test_a_failed_attempt_has_a_span_with_its_reason(exporter: InMemorySpanExporter) -> None:

@@ -40,7 +40,7 @@ class FakeCache:
         self.allowed_seconds.append(deadline - time.monotonic())
         if self.errors:
             raise self.errors.pop(0)
-        return Answer(np.zeros(3, np.float32), None, self.epoch, self.name, 0.0)
+        return Answer(np.zeros((1, 3), np.float32), None, self.epoch, self.name, 0.0)
 
 
 @dataclass
