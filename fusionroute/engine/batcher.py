@@ -24,9 +24,11 @@ from torch import Tensor
 from fusionroute.engine.attention import RaggedBatch, Segment
 from fusionroute.engine.model import ForwardOutput, LoadedModel, ModelFacts
 from fusionroute.engine.schedule import Schedule
-from fusionroute.engine.sessions import NoRoomYet, SessionTable, SessionView, StepCall, room_taken
+from fusionroute.engine.session import Session, SessionView, StepCall
+from fusionroute.engine.sessions import NoRoomYet, SessionTable, room_taken
 from fusionroute.engine.steps import Chunk, EngineLimits, EngineLoad, Job, StepOutcome
 from fusionroute.errors import FusionRouteError, InternalFault, OutOfRoom, Reason, Unavailable
+from fusionroute.fusion import choose
 
 T = TypeVar("T")
 
@@ -248,7 +250,7 @@ class Engine:
             if not self._is_wanted(job, now):
                 self._running.remove(job)
                 continue
-            if job.num_left == 0:  # all cached, no rows wanted
+            if job.num_left == 0:  # all cached, nothing wanted
                 self._running.remove(job)
                 self._succeed(job)
         return self._schedule.compose(self._running, now)
@@ -265,7 +267,7 @@ class Engine:
             )
             for chunk in chunks:
                 self._running.remove(chunk.job)
-                self._fail(chunk.job, fault)
+                self._spoiled(chunk.job, fault)
             return
         finally:
             self._num_forwards += 1
@@ -289,7 +291,7 @@ class Engine:
             cache = self._cache.room(call.session_id, session.reserved_tokens, past)
             count = chunk.stop - chunk.start
             segments.append(Segment(cache, past, column, column + count))
-            token_ids.extend(call.token_ids[chunk.start : chunk.stop])
+            token_ids.extend(chunk.job.token_ids[chunk.start : chunk.stop])
             positions.extend(range(past, past + count))
             wanted.extend(column + index - chunk.start for index in chunk.wanted)
         return self._model.forward(RaggedBatch(segments), token_ids, positions, wanted)
@@ -310,29 +312,43 @@ class Engine:
         mine = output.rows[rows]
         # One pass over the rows; element by element it would cost half a millisecond at 128k columns.
         if not torch.isfinite(mine.sum(dtype=torch.float32)):
-            self._fail(
-                job,
-                InternalFault(
-                    Reason.NON_FINITE_LOGITS,
-                    f"the model gave logits that are not finite for session {job.call.session_id!r} at position"
-                    f" {session.cached_length}; nothing was cached of this step",
-                ),
-            )
+            self._spoiled(job, _not_finite(job, session))
             return
-        session.extend(job.call.token_ids[chunk.start : chunk.stop])
+        session.extend(job.token_ids[chunk.start : chunk.stop])
         job.num_fed = chunk.stop
         job.started = started if job.started is None else job.started
         job.forward_seconds += seconds
         job.num_forwards += 1
         job.max_batch_sessions = max(job.max_batch_sessions, batch_sessions)
-        if rows.stop > rows.start:
-            job.rows.append(mine)
+        num_shown = len(chunk.wanted) - chunk.num_hidden
+        if num_shown:
+            job.rows.append(mine[:num_shown])
             if output.head_scores is not None:
-                job.head_scores.append(output.head_scores[rows])
+                job.head_scores.append(output.head_scores[rows][:num_shown])
+        if not job.num_left and job.call.draft is not None:
+            self._draft(job, mine[-1])
         if job.num_left:
             self._running.append(job)
         else:
             self._succeed(job)
+
+    def _draft(self, job: Job, row: Tensor) -> None:
+        """Lets the model choose its own next token, unless the draft has come to its end."""
+        draft, session = job.call.draft, job.session
+        assert draft is not None and session is not None
+        if len(job.drafted_ids) >= draft.num_tokens or not self._table.can_go_on(session, time.monotonic()):
+            return
+        choice = choose(row.float().numpy(), draft.sampling, session.cached_length)
+        if choice.logprob >= draft.least_logprob:
+            job.go_on(choice.token_id)
+
+    def _spoiled(self, job: Job, fault: FusionRouteError) -> None:
+        """Fails a step whose forward was no good; one that was drafting keeps what it has."""
+        if job.is_drafting:
+            job.end_draft()
+            self._succeed(job)
+        else:
+            self._fail(job, fault)
 
     def _is_wanted(self, job: Job, now: float) -> bool:
         """Whether anybody still waits for the step; ends it if not."""
@@ -356,11 +372,12 @@ class Engine:
             rows=rows,
             head_scores=torch.cat(job.head_scores) if job.head_scores else None,
             position=session.cached_length,
-            num_computed_tokens=len(job.call.token_ids) - job.num_cached,
+            num_computed_tokens=len(job.token_ids) - job.num_cached,
             queue_seconds=(job.started or time.monotonic()) - job.arrived,
             forward_seconds=job.forward_seconds,
             num_forwards=job.num_forwards,
             max_batch_sessions=job.max_batch_sessions,
+            drafted_ids=tuple(job.drafted_ids),
         )
         self._finish(job)
         if job.future.set_running_or_notify_cancel():
@@ -378,3 +395,11 @@ class Engine:
         with self._wake:
             self._num_unfinished -= 1
             self._wake.notify_all()
+
+
+def _not_finite(job: Job, session: Session) -> InternalFault:
+    return InternalFault(
+        Reason.NON_FINITE_LOGITS,
+        f"the model gave logits that are not finite for session {job.call.session_id!r} at position"
+        f" {session.cached_length}; nothing was cached of this step",
+    )

@@ -6,117 +6,15 @@ and from where, whom to evict for it, and keeps what has been fed. It runs in th
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
-from fusionroute.engine import digest
-from fusionroute.errors import InvalidRequest, OutOfRoom, Reason, SessionStateError
-from fusionroute.fusion import Sampling
+from fusionroute.engine.session import Session, SessionView, StepCall
+from fusionroute.engine.step_checks import check_fence, check_state, check_values
+from fusionroute.errors import OutOfRoom, Reason
 
 ROOM_GRANULE_TOKENS = 64
 ABANDONED_SECONDS = 5.0
 """A session that nobody has used for so long is not in the middle of an answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """Tokens by which a model is to continue a session; they stay in its cache until a later step cuts them back.
-
-    Attributes:
-        num_tokens: at most so many.
-        sampling: how each is chosen from the model's own row.
-        min_probability: the draft ends before a token whose probability is lower.
-    """
-
-    num_tokens: int
-    sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
-    min_probability: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class StepCall:
-    """Tokens to feed to a session and the rows wanted of them.
-
-    Attributes:
-        session_id: whose tokens these are.
-        from_position: position of the first token in the session.
-        token_ids: at least one id, each in [0, logits width).
-        num_rows: logits rows wanted, those of the last tokens; 0 to len(token_ids).
-        expected_epoch: the epoch that must serve; 0 accepts any.
-        fence: the caller's fencing token.
-        prefix_digest: digest of the tokens before from_position; None is not checked.
-        deadline: on the clock of time.monotonic(), in seconds; expired work is dropped before the forward.
-        row_indices: instead of num_rows: ascending indices into token_ids whose rows are wanted.
-        exact: rows are to be the same bits however steps are batched, chunked, repeated or drafted.
-        draft: the model is to go on by itself.
-    """
-
-    session_id: str
-    from_position: int
-    token_ids: Sequence[int]
-    num_rows: int
-    expected_epoch: int = 0
-    fence: int = 0
-    prefix_digest: int | None = None
-    deadline: float | None = None
-    row_indices: Sequence[int] = ()
-    exact: bool = False
-    draft: Draft | None = None
-
-    @property
-    def end_position(self) -> int:
-        """Cached length after the step."""
-        return self.from_position + len(self.token_ids)
-
-
-@dataclass(slots=True)
-class Session:
-    """A session's cached tokens and who may touch them."""
-
-    session_id: str
-    last_used: float
-    fence: int = 0
-    reserved_tokens: int = 0
-    busy: bool = False
-    close_when_idle: bool = False
-    tokens: array[int] = field(default_factory=lambda: array("I"))
-    digests: array[int] = field(default_factory=lambda: array("Q", [digest.EMPTY]))
-
-    @property
-    def cached_length(self) -> int:
-        """Tokens whose keys and values are cached."""
-        return len(self.tokens)
-
-    def cut(self, length: int) -> None:
-        """Forgets the tokens from position `length` on."""
-        del self.tokens[length:]
-        del self.digests[length + 1 :]
-
-    def extend(self, token_ids: Sequence[int]) -> None:
-        """Remembers tokens that have been fed."""
-        self.digests.extend(digest.rolling(token_ids, self.digests[-1]))
-        self.tokens.extend(token_ids)
-
-    def num_equal(self, from_position: int, token_ids: Sequence[int]) -> int:
-        """How many of `token_ids` equal the cached tokens from `from_position` on."""
-        cached = self.tokens[from_position : from_position + len(token_ids)]
-        for count, (mine, theirs) in enumerate(zip(cached, token_ids, strict=False)):
-            if mine != theirs:
-                return count
-        return len(cached)
-
-
-@dataclass(frozen=True, slots=True)
-class SessionView:
-    """A session as others see it."""
-
-    session_id: str
-    cached_length: int
-    kv_tokens_reserved: int
-    idle_seconds: float
-    busy: bool
-    fence: int
 
 
 class NoRoomYet(Exception):
@@ -169,24 +67,46 @@ class SessionTable:
             NoRoomYet: try again once a running step has ended.
             OutOfRoom: never for want of key-value memory, which is NoRoomYet.
         """
-        self.check_values(call)
-        session = self._sessions.get(call.session_id)
-        self._check_state(call, session)
+        session = self.check(call)
         reserved = session.reserved_tokens if session else 0
         wanted = self._room_for(call.end_position, reserved)
-        wanted = self._make_room(call, wanted, reserved, now, is_new=session is None)
+        wanted = self._make_room(
+            call.session_id, call.end_position, wanted, reserved, now, is_new=session is None
+        )
         if session is None:
             session = self._sessions[call.session_id] = Session(call.session_id, now)
-        num_cached = min(
-            session.num_equal(call.from_position, call.token_ids), len(call.token_ids) - call.num_rows
-        )
+        if call.exact != session.exact:
+            session.cut(0)
+            session.exact = call.exact
+        num_cached = min(session.num_equal(call.from_position, call.token_ids), call.num_spared)
         session.cut(call.from_position + num_cached)
-        self.kv_tokens_used += wanted - session.reserved_tokens
-        session.reserved_tokens = wanted
+        self._reserve(session, wanted)
         session.fence = call.fence
         session.busy = True
         self._touch(session, now)
         return session, num_cached
+
+    def check(self, call: StepCall) -> Session | None:
+        """The session of a step that may touch it; None where it is new. Raises as `begin` does."""
+        check_values(call, self.max_session_tokens, self.logits_width, self.epoch)
+        session = self._sessions.get(call.session_id)
+        check_state(call, session)
+        return session
+
+    def can_go_on(self, session: Session, now: float) -> bool:
+        """Whether a busy session may be fed one token more; its room is made."""
+        length, reserved = session.cached_length + 1, session.reserved_tokens
+        if length > self.max_session_tokens:
+            return False
+        if length <= reserved:
+            return True
+        wanted = self._room_for(length, reserved)
+        try:
+            wanted = self._make_room(session.session_id, length, wanted, reserved, now, is_new=False)
+        except NoRoomYet:
+            return False
+        self._reserve(session, wanted)
+        return True
 
     def needs_room(self, call: StepCall) -> bool:
         """Whether a step would take key-value memory or a session's place beyond what is reserved for it."""
@@ -205,7 +125,7 @@ class SessionTable:
         session = self._sessions.get(session_id)
         if session is None:
             return False
-        self._check_fence(session, fence)
+        check_fence(session, fence)
         if session.busy:
             session.close_when_idle = True
         else:
@@ -230,77 +150,6 @@ class SessionTable:
             )
         return views
 
-    def check_values(self, call: StepCall) -> None:
-        """Rejects what no session could be fed."""
-        num_tokens = len(call.token_ids)
-        if num_tokens == 0:
-            raise _invalid("token_ids", "[]", "at least one token")
-        if not 0 <= call.num_rows <= num_tokens:
-            raise _invalid("num_rows", call.num_rows, f"0 to {num_tokens}, the number of token_ids")
-        if call.from_position < 0:
-            raise _invalid("from_position", call.from_position, "0 or more")
-        if call.end_position > self.max_session_tokens:
-            raise InvalidRequest(
-                Reason.CONTEXT_FULL,
-                f"from_position {call.from_position} + {num_tokens} tokens = {call.end_position} is longer than"
-                f" the longest session, {self.max_session_tokens} tokens",
-                metadata={"limit": str(self.max_session_tokens)},
-            )
-        lowest, highest = min(call.token_ids), max(call.token_ids)
-        if lowest < 0 or highest >= self.logits_width:
-            bad = lowest if lowest < 0 else highest
-            raise InvalidRequest(
-                Reason.TOKEN_OUT_OF_RANGE,
-                f"token_ids contains {bad}; ids go from 0 to {self.logits_width - 1}",
-                metadata={"limit": str(self.logits_width - 1)},
-            )
-        if call.expected_epoch and call.expected_epoch != self.epoch:
-            raise SessionStateError(
-                Reason.EPOCH_MISMATCH,
-                f"expected_epoch {call.expected_epoch} does not serve here, epoch {self.epoch} does",
-                metadata={"epoch": str(self.epoch)},
-            )
-
-    def _check_state(self, call: StepCall, session: Session | None) -> None:
-        if session is None:
-            if call.from_position > 0:
-                raise SessionStateError(
-                    Reason.SESSION_UNKNOWN,
-                    f"session {call.session_id!r} is not cached; send its tokens from position 0",
-                    metadata={"cached_length": "0"},
-                )
-            return
-        self._check_fence(session, call.fence)
-        if session.busy:
-            raise SessionStateError(
-                Reason.SESSION_BUSY,
-                f"another step of session {call.session_id!r} is running",
-                retry_after_seconds=0.05,
-            )
-        if call.from_position > session.cached_length:
-            raise SessionStateError(
-                Reason.POSITION_AHEAD,
-                f"from_position {call.from_position} is ahead of the {session.cached_length} cached tokens of session"
-                f" {call.session_id!r}",
-                metadata={"cached_length": str(session.cached_length)},
-            )
-        if call.prefix_digest is not None and call.prefix_digest != session.digests[call.from_position]:
-            raise SessionStateError(
-                Reason.DIGEST_MISMATCH,
-                f"the first {call.from_position} cached tokens of session {call.session_id!r} are not those of the"
-                " caller; send the tokens from position 0",
-                metadata={"cached_length": str(session.cached_length)},
-            )
-
-    @staticmethod
-    def _check_fence(session: Session, fence: int) -> None:
-        if fence < session.fence:
-            raise SessionStateError(
-                Reason.STALE_FENCE,
-                f"fence {fence} is below {session.fence}: session {session.session_id!r} has a newer owner",
-                metadata={"fence": str(session.fence)},
-            )
-
     def _room_for(self, length: int, reserved: int) -> int:
         """Tokens to reserve for a session of `length` tokens; doubling keeps the cost of copies linear."""
         if length <= reserved:
@@ -308,17 +157,18 @@ class SessionTable:
         generous = max(_round_up(length), min(2 * reserved, self.max_session_tokens))
         return min(generous, max(self.max_session_tokens, length))
 
-    def _make_room(self, call: StepCall, wanted: int, reserved: int, now: float, *, is_new: bool) -> int:
+    def _make_room(
+        self, session_id: str, length: int, wanted: int, reserved: int, now: float, *, is_new: bool
+    ) -> int:
         """Evicts idle sessions until `wanted` tokens fit, or as many as the step needs; returns what to reserve.
 
         Room beyond the step's need is worth the eviction of abandoned sessions, not of those that will be back soon.
         """
-        length = call.end_position
         free = self.kv_tokens - self.kv_tokens_used
         need_slot = is_new and len(self._sessions) >= self.max_sessions
         if wanted - reserved <= free and not need_slot:
             return wanted
-        idle = [s for s in self._sessions.values() if not s.busy and s.session_id != call.session_id]
+        idle = [s for s in self._sessions.values() if not s.busy and s.session_id != session_id]
         evictable = sum(s.reserved_tokens for s in idle)
         abandoned = sum(s.reserved_tokens for s in idle if now - s.last_used > ABANDONED_SECONDS)
         if wanted - reserved > free + abandoned:
@@ -338,6 +188,10 @@ class SessionTable:
             self._drop(session)
         return wanted
 
+    def _reserve(self, session: Session, num_tokens: int) -> None:
+        self.kv_tokens_used += num_tokens - session.reserved_tokens
+        session.reserved_tokens = num_tokens
+
     def _touch(self, session: Session, now: float) -> None:
         session.last_used = now
         self._sessions.pop(session.session_id, None)
@@ -355,12 +209,6 @@ def room_taken(kv_tokens: int) -> OutOfRoom:
         Reason.KV_MEMORY_FULL,
         f"running sessions hold all key-value memory ({kv_tokens} tokens)",
         retry_after_seconds=0.5,
-    )
-
-
-def _invalid(name: str, value: object, limit: str) -> InvalidRequest:
-    return InvalidRequest(
-        Reason.INVALID_FIELD, f"{name} = {value} is not allowed: {limit}", metadata={"field": name}
     )
 
 

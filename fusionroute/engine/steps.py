@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fusionroute.engine.sessions import Session, StepCall
+from fusionroute.engine.session import Session, StepCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,28 +91,61 @@ class Job:
     max_batch_sessions: int = 0
     rows: list[Tensor] = field(default_factory=list)
     head_scores: list[Tensor] = field(default_factory=list)
+    token_ids: Sequence[int] = field(init=False)
+    """To be fed: the call's, then those drafted."""
+    drafted_ids: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.token_ids = self.call.token_ids
 
     @property
     def num_left(self) -> int:
         """Tokens still to be fed."""
-        return len(self.call.token_ids) - self.num_fed
+        return len(self.token_ids) - self.num_fed
+
+    @property
+    def is_drafting(self) -> bool:
+        """Whether all that the caller sent has been fed."""
+        return self.num_fed >= len(self.call.token_ids)
+
+    def go_on(self, token_id: int) -> None:
+        """The model's own next token is to be fed."""
+        self.drafted_ids.append(token_id)
+        self.token_ids = [*self.call.token_ids, *self.drafted_ids]
+
+    def end_draft(self) -> None:
+        """Forgets what was drafted and could not be fed."""
+        del self.drafted_ids[self.num_fed - len(self.call.token_ids) :]
+        self.token_ids = [*self.call.token_ids, *self.drafted_ids]
 
 
 @dataclass(slots=True)
 class Chunk:
-    """The part of a job that goes into one forward."""
+    """The part of a job that goes into one forward.
+
+    Attributes:
+        wanted: indices into the job's tokens whose rows are computed.
+        num_hidden: of these, the last ones that the caller did not ask for: a draft starts from them.
+    """
 
     job: Job
     start: int
     stop: int
+    wanted: list[int] = field(init=False)
+    num_hidden: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        call, num_given = self.job.call, len(self.job.call.token_ids)
+        if self.start >= num_given:
+            self.wanted = list(range(self.start, self.stop))
+            return
+        self.wanted = [index for index in call.wanted if self.start <= index < self.stop]
+        is_start_of_draft = call.draft is not None and self.stop == num_given
+        if is_start_of_draft and (not self.wanted or self.wanted[-1] != num_given - 1):
+            self.wanted.append(num_given - 1)
+            self.num_hidden = 1
 
     @property
     def num_tokens(self) -> int:
         """Tokens to feed."""
         return self.stop - self.start
-
-    @property
-    def wanted(self) -> range:
-        """Token indices within the call whose rows are wanted."""
-        first = len(self.job.call.token_ids) - self.job.call.num_rows
-        return range(max(self.start, first), self.stop)
