@@ -171,7 +171,7 @@ def load_model(
         ModelRejected: MODEL_NOT_FOUND, MODEL_UNSUPPORTED, MODEL_BROKEN or VOCABULARY_MISMATCH, naming the model.
     """
     check_location(path_or_id)
-    model = _load_weights(path_or_id, dtype, device)
+    model = load_weights(path_or_id, dtype, device)
     tokenizer = load_tokenizer(path_or_id)
     return prepare_model(model, tokenizer, name=path_or_id, heads=heads, epoch=epoch)
 
@@ -219,7 +219,8 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     """Digest of a sample of every tensor: name, shape and up to 4,096 evenly spread numbers."""
     hasher = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of a part: together with the others
+        flat = whole.detach().reshape(-1)
         step = max(1, flat.numel() // 4096)
         sample = flat[::step].to("cpu").contiguous()
         hasher.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
@@ -227,7 +228,19 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     return hasher.hexdigest()[:32]
 
 
-def _load_weights(path_or_id: str, dtype: str, device: str) -> PreTrainedModel:
+def load_weights(
+    path_or_id: str, dtype: str, device: str, *, check_part: Callable[[Any], None] | None = None
+) -> PreTrainedModel:
+    """The model with its eager attention, all weights there.
+
+    Args:
+        path_or_id, dtype, device: as `load_model`.
+        check_part: if given, only this process's part is loaded, of as many as torch.distributed has; it is called
+            with the model's configuration first, and raises ModelRejected if that cannot be split so.
+
+    Raises:
+        ModelRejected: MODEL_NOT_FOUND, MODEL_UNSUPPORTED or MODEL_BROKEN.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -237,6 +250,12 @@ def _load_weights(path_or_id: str, dtype: str, device: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
     except Exception as error:
         raise _not_loadable(path_or_id, error) from error
+    split: dict[str, Any] = {}
+    if check_part is not None:
+        from transformers.distributed import DistributedConfig
+
+        check_part(config)
+        split = {"distributed_config": DistributedConfig(tp_plan="auto")}
     wanted_dtype: torch.dtype | str = "auto" if dtype == "auto" else DTYPES[dtype]
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -247,6 +266,7 @@ def _load_weights(path_or_id: str, dtype: str, device: str) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **split,
         )
     except ValueError as error:
         raise _unsupported(config.model_type, path_or_id, first_line(error)) from error
@@ -258,7 +278,7 @@ def _load_weights(path_or_id: str, dtype: str, device: str) -> PreTrainedModel:
             Reason.MODEL_BROKEN,
             f"{path_or_id!r} lacks weights: {', '.join(lacking[:5])}{' ...' if len(lacking) > 5 else ''}",
         )
-    return _detached_from_files(model.to(device))
+    return _detached_from_files(model if split else model.to(device))
 
 
 def _detached_from_files(model: PreTrainedModel) -> PreTrainedModel:
