@@ -219,7 +219,8 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     """Digest of a sample of every tensor: name, shape and up to 4,096 evenly spread numbers."""
     hasher = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of a part: together with the others
+        # Of a part of a model the whole tensor, put together with the other processes.
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         flat = whole.detach().reshape(-1)
         step = max(1, flat.numel() // 4096)
         sample = flat[::step].to("cpu").contiguous()
