@@ -159,6 +159,7 @@ def service_of(servicer: ExpertServicer) -> Service:
     return Service(
         SERVICE_NAME,
         lambda grpc_server: expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, grpc_server),
+        on_stop=servicer.end_streams,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,12 +13,17 @@ from fusionroute.v1 import common_pb2, expert_pb2
 from fusionroute.wire import bytes_per_number, dtype_of
 
 MAX_DRAFT_TOKENS = 64
+MAX_TOP_LOGITS = 1024
 MAX_BATCH_STEPS = 256
 MAX_SEQUENCES = 256
 DEFAULT_LIST_LIMIT = 1000
 MOST_LISTED = 10_000
 MAX_BATCH_TOKENS = 1_048_576
-"""In one StepBatch or Score message, over all steps or sequences."""
+"""In one StepBatch, StepStream or Score message, over all steps or sequences."""
+MAX_STREAM_CANCELLED = 4096
+LONGEST_TIMEOUT_SECONDS = 86_400.0
+MAX_CALLER_CHARACTERS = 256
+"""Of a streamed step's request_id and traceparent."""
 # Room in a message for everything that is not rows.
 MESSAGE_MARGIN_BYTES = 16384
 
@@ -40,11 +46,15 @@ def wire_dtype(dtype: common_pb2.Dtype.ValueType, facts: ModelFacts) -> common_p
 
 
 def check_step(request: expert_pb2.StepRequest, facts: ModelFacts) -> None:
-    """Raises InvalidRequest for what the engine does not look at: session id, dtype, drafting."""
+    """Raises InvalidRequest for what the engine does not look at: session id, dtype, drafting, kind of answer."""
     check_session_id(request.session_id)
     wire_dtype(request.dtype, facts)
     if request.draft_tokens > MAX_DRAFT_TOKENS:
         raise invalid("draft_tokens", request.draft_tokens, f"at most {MAX_DRAFT_TOKENS}")
+    if request.HasField("draft_choice"):
+        _check_draft_choice(request.draft_choice)
+    if request.top_logits > min(MAX_TOP_LOGITS, facts.logits_width):
+        raise invalid("top_logits", request.top_logits, f"at most {min(MAX_TOP_LOGITS, facts.logits_width)}")
     if len(request.token_ids) > facts.max_context_tokens:
         raise InvalidRequest(
             Reason.CONTEXT_FULL,
@@ -61,16 +71,34 @@ def check_step(request: expert_pb2.StepRequest, facts: ModelFacts) -> None:
         )
 
 
+def _check_draft_choice(choice: expert_pb2.DraftChoice) -> None:
+    if not (math.isfinite(choice.temperature) and choice.temperature >= 0.0):
+        raise invalid("draft_choice.temperature", choice.temperature, "a number that is not negative")
+    for name in ("top_p", "min_p", "min_probability"):
+        value = getattr(choice, name)
+        if not 0.0 <= value <= 1.0:
+            raise invalid(f"draft_choice.{name}", value, "from 0 to 1")
+
+
+def num_rows_of(request: expert_pb2.StepRequest) -> int:
+    """Rows of the longest answer to a step."""
+    return (len(request.row_indices) or request.num_rows) + request.draft_tokens
+
+
+def _answer_bytes(request: expert_pb2.StepRequest, facts: ModelFacts) -> int:
+    itemsize = bytes_per_number(wire_dtype(request.dtype, facts))
+    if request.top_logits:
+        return num_rows_of(request) * request.top_logits * (4 + itemsize)
+    return num_rows_of(request) * facts.logits_width * itemsize
+
+
 def check_answer_size(
     requests: Sequence[expert_pb2.StepRequest], facts: ModelFacts, max_message_bytes: int
 ) -> None:
     """Raises InvalidRequest when the rows asked for cannot be sent in one message."""
-    num_bytes = 0
-    for request in requests:
-        itemsize = bytes_per_number(wire_dtype(request.dtype, facts))
-        num_bytes += (request.num_rows + request.draft_tokens) * facts.logits_width * itemsize
+    num_bytes = sum(_answer_bytes(request, facts) for request in requests)
     if num_bytes + MESSAGE_MARGIN_BYTES > max_message_bytes:
-        rows = sum(request.num_rows + request.draft_tokens for request in requests)
+        rows = sum(num_rows_of(request) for request in requests)
         raise invalid(
             "num_rows",
             rows,
@@ -87,6 +115,29 @@ def check_batch(request: expert_pb2.StepBatchRequest) -> None:
     session_id, count = Counter(step.session_id for step in request.steps).most_common(1)[0]
     if count > 1:
         raise invalid("steps", f"{count} steps of session {session_id[:140]!r}", "one step for each session")
+
+
+def check_streamed(request: expert_pb2.StepStreamRequest) -> None:
+    """Raises InvalidRequest for a message that is larger than one may be."""
+    if len(request.steps) > MAX_BATCH_STEPS:
+        raise invalid("steps", f"{len(request.steps)} steps", f"at most {MAX_BATCH_STEPS} steps in one message")
+    if len(request.cancelled) > MAX_STREAM_CANCELLED:
+        raise invalid(
+            "cancelled", f"{len(request.cancelled)} ids", f"at most {MAX_STREAM_CANCELLED} ids in one message"
+        )
+    _check_num_tokens("steps", sum(len(streamed.step.token_ids) for streamed in request.steps))
+
+
+def check_streamed_step(streamed: expert_pb2.StreamedStep) -> None:
+    """Raises InvalidRequest for what a step on a stream says besides the step itself."""
+    if not 0.0 <= streamed.timeout_seconds <= LONGEST_TIMEOUT_SECONDS:
+        raise invalid(
+            "timeout_seconds", streamed.timeout_seconds, f"from 0 to {LONGEST_TIMEOUT_SECONDS:.0f} seconds"
+        )
+    for name in ("request_id", "traceparent"):
+        value = getattr(streamed, name)
+        if len(value) > MAX_CALLER_CHARACTERS:
+            raise invalid(name, value, f"at most {MAX_CALLER_CHARACTERS} characters")
 
 
 def _check_num_tokens(field: str, num_tokens: int) -> None:

@@ -47,6 +47,32 @@ class _Running:
     idle: asyncio.Event | None = None
 
 
+class Held:
+    """An engine that somebody uses, which keeps it from being stopped although another one may take over."""
+
+    __slots__ = ("_running",)
+
+    def __init__(self, running: _Running) -> None:
+        self._running = running
+        running.num_calls += 1
+
+    @property
+    def engine(self) -> Engine:
+        """It."""
+        return self._running.engine
+
+    def release(self) -> None:
+        """It is not used any more; to be called once."""
+        running = self._running
+        running.num_calls -= 1
+        if running.idle is not None and running.num_calls == 0:
+            running.idle.set()
+
+    def released(self, _: object) -> None:
+        """As `release`, for whoever calls with what has ended."""
+        self.release()
+
+
 class ServedModel:
     """One engine at a time. Use as an asynchronous context manager, which runs it.
 
@@ -91,14 +117,15 @@ class ServedModel:
     @contextmanager
     def use(self) -> Iterator[Engine]:
         """The engine for one call, which keeps it to the end of the block although another one may take over."""
-        running = self._current
-        running.num_calls += 1
+        held = self.hold()
         try:
-            yield running.engine
+            yield held.engine
         finally:
-            running.num_calls -= 1
-            if running.idle is not None and running.num_calls == 0:
-                running.idle.set()
+            held.release()
+
+    def hold(self) -> Held:
+        """The engine for one call, until it is released."""
+        return Held(self._current)
 
     async def drain(self, timeout_seconds: float) -> None:
         """Refuses new steps and waits for the others, at most so long; a reload that runs is given up."""

@@ -5,21 +5,22 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc
-import torch
 
-from expert_service import checks, watching
+from expert_service import checks
 from expert_service.scoring import score_sequences
 from expert_service.served_model import ServedModel
-from fusionroute.engine import Engine, SessionView, StepCall, StepOutcome
+from expert_service.step_stream import Requests, Responses, StepStream
+from expert_service.stepping import Stepping
+from fusionroute.engine import SessionView
 from fusionroute.errors import FusionRouteError
-from fusionroute.grpc_runtime import MAX_MESSAGE_BYTES, deadline_of
+from fusionroute.grpc_runtime import MAX_MESSAGE_BYTES
 from fusionroute.v1 import expert_pb2, expert_pb2_grpc
-from fusionroute.wire import identity_to_message, load_to_message, rows_to_matrix, step_error_to_message
+from fusionroute.wire import identity_to_message, load_to_message, step_error_to_message
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -39,6 +40,9 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self._served = served
         self._slot = slot
         self._max_message_bytes = max_message_bytes
+        self._stepping = Stepping(served, slot, max_message_bytes)
+        self._streams: set[StepStream] = set()
+        self._is_stopping = False
 
     async def GetInfo(
         self, request: expert_pb2.GetInfoRequest, context: Context
@@ -51,17 +55,31 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         )
 
     async def Step(self, request: expert_pb2.StepRequest, context: Context) -> expert_pb2.StepResponse:
-        checks.check_answer_size([request], self._served.engine.facts, self._max_message_bytes)
-        return await self._step(request, deadline_of(context))
+        return await self._step(request, context.time_remaining())
 
     async def StepBatch(
         self, request: expert_pb2.StepBatchRequest, context: Context
     ) -> expert_pb2.StepBatchResponse:
         checks.check_batch(request)
         checks.check_answer_size(request.steps, self._served.engine.facts, self._max_message_bytes)
-        deadline = deadline_of(context)
-        results = await asyncio.gather(*(self._step_result(step, deadline) for step in request.steps))
+        seconds = context.time_remaining()
+        results = await asyncio.gather(*(self._step_result(step, seconds) for step in request.steps))
         return expert_pb2.StepBatchResponse(results=results)
+
+    async def StepStream(self, request_iterator: Requests, context: Context) -> Responses:
+        stream = StepStream(self._stepping, self._streams.discard)
+        self._streams.add(stream)
+        if self._is_stopping:
+            stream.end_when_idle()
+        async with aclosing(stream.answers(request_iterator)) as responses:
+            async for response in responses:
+                yield response
+
+    def end_streams(self) -> None:
+        """Lets streams end as soon as all their steps are answered: callers keep them open for ever otherwise."""
+        self._is_stopping = True
+        for stream in list(self._streams):
+            stream.end_when_idle()
 
     async def CloseSession(
         self, request: expert_pb2.CloseSessionRequest, context: Context
@@ -93,74 +111,18 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         return expert_pb2.ReloadResponse(model=identity_to_message(facts), previous_epoch=previous_epoch)
 
     async def _step_result(
-        self, request: expert_pb2.StepRequest, deadline: float | None
+        self, request: expert_pb2.StepRequest, seconds: float | None
     ) -> expert_pb2.StepResult:
         try:
-            return expert_pb2.StepResult(response=await self._step(request, deadline))
+            return expert_pb2.StepResult(response=await self._step(request, seconds))
         except FusionRouteError as error:
             return expert_pb2.StepResult(error=step_error_to_message(error))
 
-    async def _step(self, request: expert_pb2.StepRequest, deadline: float | None) -> expert_pb2.StepResponse:
-        arrived = time.monotonic()
-        try:
-            with self._served.use() as engine:
-                return await _step(engine, request, deadline, self._slot, arrived)
-        except FusionRouteError as error:
-            watching.note_failed_step(self._slot, error.reason.value, arrived)
-            raise
-
-
-async def _step(
-    engine: Engine, request: expert_pb2.StepRequest, deadline: float | None, slot: str, arrived: float
-) -> expert_pb2.StepResponse:
-    checks.check_step(request, engine.facts)
-    # Drafting starts from the last row, whether the caller wants to see it or not.
-    num_rows = max(request.num_rows, 1) if request.draft_tokens else request.num_rows
-    outcomes = [await engine.step(_step_call(request, num_rows, deadline))]
-    drafted: list[int] = []
-    for _ in range(request.draft_tokens):
-        drafted.append(int(outcomes[-1].rows[-1].float().numpy().argmax()))
-        call = StepCall(
-            request.session_id, outcomes[-1].position, [drafted[-1]], 1,
-            expected_epoch=request.expected_epoch, fence=request.fence, deadline=deadline,
-        )  # fmt: skip
-        outcomes.append(await engine.step(call))
-    watching.note_step(slot, len(request.token_ids), outcomes, arrived)
-    rows = outcomes[0].rows[num_rows - request.num_rows :]
-    if drafted:
-        rows = torch.cat([rows, *(outcome.rows for outcome in outcomes[1:])])
-    return expert_pb2.StepResponse(
-        rows=rows_to_matrix(rows, request.dtype),
-        position=outcomes[-1].position,
-        drafted_ids=drafted,
-        epoch=engine.facts.epoch,
-        timings=_timings(outcomes),
-        load=load_to_message(engine.load()),
-        num_computed_tokens=sum(outcome.num_computed_tokens for outcome in outcomes),
-    )
-
-
-def _step_call(request: expert_pb2.StepRequest, num_rows: int, deadline: float | None) -> StepCall:
-    return StepCall(
-        session_id=request.session_id,
-        from_position=request.from_position,
-        token_ids=list(request.token_ids),
-        num_rows=num_rows,
-        expected_epoch=request.expected_epoch,
-        fence=request.fence,
-        prefix_digest=request.prefix_digest if request.HasField("prefix_digest") else None,
-        deadline=deadline,
-    )
-
-
-def _timings(outcomes: list[StepOutcome]) -> expert_pb2.StepTimings:
-    """Waiting before the first forward, computing in all of them."""
-    return expert_pb2.StepTimings(
-        queue_seconds=outcomes[0].queue_seconds,
-        forward_seconds=sum(outcome.forward_seconds for outcome in outcomes),
-        num_forwards=sum(outcome.num_forwards for outcome in outcomes),
-        max_batch_sessions=max(outcome.max_batch_sessions for outcome in outcomes),
-    )
+    async def _step(self, request: expert_pb2.StepRequest, seconds: float | None) -> expert_pb2.StepResponse:
+        begun = self._stepping.begin(request, seconds)
+        with suppress(FusionRouteError):  # told of by the response
+            await begun.future
+        return begun.response()
 
 
 def _session_info(view: SessionView) -> expert_pb2.SessionInfo:

@@ -17,33 +17,30 @@ from fusionroute.v1 import registry_pb2
 STATES = ("ready", "standby", "draining", "unregistered")
 
 
-def note_step(slot: str, num_tokens: int, outcomes: Sequence[StepOutcome], arrived: float) -> None:
+def note_step(slot: str, num_tokens: int, outcome: StepOutcome, arrived: float) -> None:
     """A step was answered.
 
     Args:
-        num_tokens: that were sent.
-        outcomes: of the step and of what it drafted.
+        num_tokens: that were sent, and drafted.
+        outcome: what came of it.
         arrived: time.monotonic() when it came.
     """
-    first = outcomes[0]
-    num_computed = sum(outcome.num_computed_tokens for outcome in outcomes)
-    forward_seconds = sum(outcome.forward_seconds for outcome in outcomes)
+    num_computed = outcome.num_computed_tokens
     metrics.STEPS_OK.inc()
-    metrics.STEP_QUEUE_SECONDS.observe(first.queue_seconds)
-    metrics.STEP_FORWARD_SECONDS.observe(forward_seconds)
-    metrics.STEP_BATCH_SESSIONS.observe(max(outcome.max_batch_sessions for outcome in outcomes))
+    metrics.STEP_QUEUE_SECONDS.observe(outcome.queue_seconds)
+    metrics.STEP_FORWARD_SECONDS.observe(outcome.forward_seconds)
+    metrics.STEP_BATCH_SESSIONS.observe(outcome.max_batch_sessions)
     metrics.COMPUTED_TOKENS.inc(num_computed)
-    num_cached = num_tokens - first.num_computed_tokens
-    if num_cached:
-        metrics.CACHED_TOKENS.inc(num_cached)
+    if num_tokens > num_computed:
+        metrics.CACHED_TOKENS.inc(num_tokens - num_computed)
     seconds = time.monotonic() - arrived
     if tracing.is_on() and (seconds > tracing.SLOW_SECONDS or num_computed > 1):
         attributes: tracing.Attributes = {
             "slot": slot,
             "num_tokens": num_computed,
-            "position": outcomes[-1].position,
-            "queue_seconds": first.queue_seconds,
-            "forward_seconds": forward_seconds,
+            "position": outcome.position,
+            "queue_seconds": outcome.queue_seconds,
+            "forward_seconds": outcome.forward_seconds,
         }
         tracing.note("prefill" if num_computed > 1 else "step", seconds, attributes)
 

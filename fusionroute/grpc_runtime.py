@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ __all__ = [
     "backoff_seconds",
     "channel",
     "check_port_free",
-    "deadline_of",
     "error_from_rpc",
     "serve_until_signalled",
     "server",
@@ -55,12 +53,23 @@ class PortTaken(Exception):
     """The address cannot be bound; the message names it."""
 
 
+def _nothing() -> None:
+    """All calls of the service end by themselves."""
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A servicer to serve: its full protobuf name and how it is added to a server."""
+    """A servicer to serve.
+
+    Attributes:
+        name: its full protobuf name.
+        register: adds it to a server.
+        on_stop: hears that the server takes no further calls; to end those that would never end by themselves.
+    """
 
     name: str
     register: Callable[[grpc.aio.Server], None]
+    on_stop: Callable[[], None] = _nothing
 
 
 def _message_options(max_message_bytes: int) -> list[tuple[str, Any]]:
@@ -113,22 +122,22 @@ def backoff_seconds(attempt: int, *, first: float = 0.2, most: float = 10.0) -> 
     return full * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
 
 
-def deadline_of(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
-    """The call's deadline on the clock of time.monotonic(), None when the caller set none."""
-    remaining: float | None = context.time_remaining()
-    return None if remaining is None else time.monotonic() + remaining
-
-
 class RunningServer:
     """A server that serves; `address` is host:port with the port that was bound."""
 
     def __init__(
-        self, grpc_server: grpc.aio.Server, host: str, port: int, server_health: ServerHealth
+        self,
+        grpc_server: grpc.aio.Server,
+        host: str,
+        port: int,
+        server_health: ServerHealth,
+        services: Sequence[Service] = (),
     ) -> None:
         self.host = host
         self.port = port
         self.health = server_health
         self._server = grpc_server
+        self._services = services
 
     @property
     def address(self) -> str:
@@ -142,6 +151,8 @@ class RunningServer:
     async def stop(self, grace_seconds: float) -> None:
         """Takes no further calls and gives the running ones `grace_seconds`."""
         await self.begin_drain()
+        for service in self._services:
+            service.on_stop()
         await self._server.stop(grace_seconds)
 
 
@@ -189,7 +200,7 @@ async def server(
         service.register(grpc_server)
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], grpc_server)
     bound_port = _bind(grpc_server, host, port, access.credentials() if access is not None else None)
-    running = RunningServer(grpc_server, host, bound_port, server_health)
+    running = RunningServer(grpc_server, host, bound_port, server_health, services)
     async with server_health.watched():
         await grpc_server.start()
         try:

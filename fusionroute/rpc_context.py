@@ -10,8 +10,8 @@ import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
-from contextvars import ContextVar
-from typing import Any
+from contextvars import Context, ContextVar, copy_context
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import grpc
@@ -24,6 +24,7 @@ from fusionroute.telemetry import is_debugging
 REQUEST_ID_KEY = "x-request-id"
 
 Metadata = tuple[tuple[str, str], ...]
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -53,6 +54,11 @@ def outgoing_metadata(traceparent: str = "") -> Metadata | None:
     return pairs or None
 
 
+def current_request() -> str:
+    """The request id that this task serves; empty without one."""
+    return _current_request.get()
+
+
 def new_request_id() -> str:
     """A request id nobody else has."""
     return uuid4().hex[:16]
@@ -75,6 +81,12 @@ class ContextInterceptor(grpc.aio.ServerInterceptor):
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
                 _around_stream(handler.unary_stream, _short_name(method)),
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(
+                _around_stream(handler.stream_stream, _short_name(method)),
                 request_deserializer=handler.request_deserializer,
                 response_serializer=handler.response_serializer,
             )
@@ -118,6 +130,47 @@ def _around_stream(
             call.end(code)
 
     return measured
+
+
+class StreamedCall:
+    """One of the calls that come together on a stream: measured, logged and traced as if it had come alone.
+
+    Args:
+        rpc: service and method, for example "ExpertService/Step".
+        request_id: on whose behalf; empty where nobody said.
+        traceparent: W3C trace context of the caller; empty = none.
+    """
+
+    __slots__ = ("_context", "_request_id", "_rpc", "_started", "_traceparent")
+
+    def __init__(self, rpc: str, request_id: str, traceparent: str) -> None:
+        self._rpc, self._request_id, self._traceparent = rpc, request_id, traceparent
+        self._started = time.monotonic()
+        self._context: Context | None = None
+
+    def run(self, action: Callable[[], T]) -> T:
+        """Does something on this call's behalf; log lines and spans made by it say so."""
+        if not (tracing.is_on() or is_debugging()):
+            return action()
+        return self.context().run(action)
+
+    def context(self) -> Context:
+        """Where log lines and spans are this call's."""
+        if self._context is None:
+            self._context = copy_context()
+            self._context.run(self._enter)
+        return self._context
+
+    def _enter(self) -> None:
+        bind_request(self._request_id if _REQUEST_ID.fullmatch(self._request_id) else new_request_id())
+        tracing.begin_call(self._rpc, self._traceparent)
+
+    def end(self, code: str) -> None:
+        """It was answered with a status code, by name."""
+        seconds = time.monotonic() - self._started
+        RPC_SECONDS.labels(self._rpc, code).observe(seconds)
+        if is_debugging():
+            self.run(lambda: log.debug("rpc", rpc=self._rpc, code=code, seconds=round(seconds, 5)))
 
 
 class _Call:

@@ -195,6 +195,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 request_deserializer=_lenient(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(
+                _guard_both_streams(handler.stream_stream, method),
+                request_deserializer=_lenient(handler.request_deserializer),
+                response_serializer=handler.response_serializer,
+            )
         return handler
 
 
@@ -261,20 +267,55 @@ def _guard_stream(
     return guarded
 
 
+def _guard_both_streams(
+    behaviour: Callable[[Any, Any], AsyncGenerator[Any, None]], method: str
+) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    guarded = _guard_stream(behaviour, method)
+
+    def readable(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        return guarded(_Readable(requests, method), context)
+
+    return readable
+
+
+class _Readable:
+    """The messages of a caller's stream; raises InvalidRequest at the first that is none."""
+
+    __slots__ = ("_method", "_requests")
+
+    def __init__(self, requests: AsyncIterator[Any], method: str) -> None:
+        self._requests = requests
+        self._method = method
+
+    def __aiter__(self) -> _Readable:
+        return self
+
+    async def __anext__(self) -> Any:
+        request = await anext(self._requests)
+        if isinstance(request, _Unreadable):
+            raise request.error(self._method)
+        return request
+
+
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str) -> NoReturn:
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    await abort_with(context, told(error, method))
+
+
+def told(error: Exception, method: str) -> FusionRouteError:
+    """What a caller of `method` is told of an exception; what is our own fault is logged."""
     if not isinstance(error, FusionRouteError):
         fault = uuid.uuid4().hex[:12]
         log.error("rpc_failed", rpc=method, fault=fault, exc_info=error)
-        error = InternalFault(
+        return InternalFault(
             Reason.INTERNAL,
             f"{method} failed with {type(error).__name__}; the service's log has it as fault {fault}",
             metadata={"fault": fault},
         )
-    elif error.code == StatusCode.INTERNAL:
+    if error.code == StatusCode.INTERNAL:
         log.error("rpc_failed", rpc=method, reason=error.reason.value, message=error.message)
-    await abort_with(context, error)
+    return error
 
 
 async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: FusionRouteError) -> NoReturn:

@@ -24,7 +24,9 @@ TRACEPARENT_KEY = "traceparent"
 ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 SLOW_SECONDS = 0.25
 """A row, a step or a script that takes longer has a span of its own."""
-UNTRACED_CALLS = frozenset({"ExpertService/Step", "ExpertService/StepBatch"})
+UNTRACED_CALLS = frozenset(
+    {"ExpertService/Step", "ExpertService/StepBatch", "ExpertService/StepStream"}
+)
 """One for each token: spans of the interesting ones are made by whoever serves them."""
 STOP_MILLISECONDS = 2000
 

@@ -74,8 +74,18 @@ class KnownEngine:
         length = self.lengths[call.session_id] = call.from_position + len(call.token_ids)
         if self.is_forgetful:
             del self.lengths[call.session_id]
-        rows = self.rows(call.token_ids[len(call.token_ids) - call.num_rows :])
-        return StepOutcome(rows, None, length, len(call.token_ids), 0.5, 0.25, 1, len(self.lengths))
+        wanted = [call.token_ids[index] for index in call.row_indices] or list(
+            call.token_ids[len(call.token_ids) - call.num_rows :]
+        )
+        drafted = list[int]()
+        for _ in range(call.draft.num_tokens if call.draft is not None else 0):
+            drafted.append(successor(drafted[-1] if drafted else call.token_ids[-1]))
+        if drafted and not self.is_forgetful:
+            self.lengths[call.session_id] = length = length + len(drafted)
+        return StepOutcome(
+            self.rows([*wanted, *drafted]), None, length, len(call.token_ids) + len(drafted), 0.5, 0.25,
+            1 + len(drafted), len(self.lengths), tuple(drafted),
+        )  # fmt: skip
 
     async def close_session(self, session_id: str, fence: int = 0) -> bool:
         self.num_closing += 1

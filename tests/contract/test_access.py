@@ -46,6 +46,14 @@ class Doorman(expert_pb2_grpc.ExpertServiceServicer):
 
     Step = StepBatch = CloseSession = ListSessions = Reload = _not_asked
 
+    async def StepStream(
+        self, request_iterator: Any, context: Any
+    ) -> AsyncIterator[expert_pb2.StepStreamResponse]:
+        async for request in request_iterator:
+            self.callers.append(structlog.contextvars.get_contextvars().get("caller"))
+            results = [expert_pb2.StreamedResult(id=step.id) for step in request.steps]
+            yield expert_pb2.StepStreamResponse(results=results)
+
     async def Score(self, request: Any, context: Any) -> AsyncIterator[expert_pb2.ScoreResponse]:
         for position in range(3):
             self.callers.append(structlog.contextvars.get_contextvars().get("caller"))

@@ -55,6 +55,18 @@ class Stubborn(expert_pb2_grpc.ExpertServiceServicer):
     async def Reload(self, request: Any, context: Any) -> expert_pb2.ReloadResponse:
         raise NotImplementedError
 
+    async def StepStream(
+        self, request_iterator: Any, context: Any
+    ) -> AsyncIterator[expert_pb2.StepStreamResponse]:
+        try:
+            async for request in request_iterator:
+                if request.cancelled:
+                    raise OutOfRoom(Reason.QUEUE_FULL, "in the middle")
+                results = [expert_pb2.StreamedResult(id=step.id) for step in request.steps]
+                yield expert_pb2.StepStreamResponse(results=results)
+        finally:
+            self.cleaned_up.set()
+
     async def Score(self, request: Any, context: Any) -> AsyncIterator[expert_pb2.ScoreResponse]:
         try:
             yield expert_pb2.ScoreResponse(from_position=3)

@@ -1,0 +1,219 @@
+"""A stream of steps: what one message brings is begun at once, all that has ended meanwhile goes out in one message.
+
+    reading task                         the engine                    the stream's generator
+    message -> begin each step  ------->  forward  ----> _settle ----> one message with all that has ended
+
+Every step is answered exactly once: when its future is done, whether it succeeded, failed, was cancelled by the
+caller or ran out of time. Only a stream that breaks answers nothing; its steps are cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+from expert_service import checks
+from expert_service.stepping import BegunStep, Stepping
+from fusionroute.background import end_task
+from fusionroute.engine import StepOutcome
+from fusionroute.errors import FusionRouteError, OutOfRoom, Reason, StatusCode, Unavailable, invalid
+from fusionroute.rpc_context import StreamedCall
+from fusionroute.rpc_errors import told
+from fusionroute.v1 import expert_pb2
+from fusionroute.wire import step_error_to_message
+
+RPC = "ExpertService/Step"
+"""Streamed steps are measured as what they are."""
+MAX_UNANSWERED_STEPS = 1024
+MAX_UNSENT_ANSWERS = 2 * MAX_UNANSWERED_STEPS
+"""A caller who does not read its answers is not read from either."""
+COALESCED_BYTES = 4 * 2**20
+"""A message that is so large already takes no further answers; joining them would gain nothing."""
+
+Requests: TypeAlias = AsyncIterator[expert_pb2.StepStreamRequest]
+Responses: TypeAlias = AsyncGenerator[expert_pb2.StepStreamResponse, None]
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A step that is not answered yet.
+
+    Attributes:
+        given_up: why it was cancelled; None while it is wanted.
+    """
+
+    begun: BegunStep
+    call: StreamedCall
+    timer: asyncio.TimerHandle | None = None
+    given_up: expert_pb2.StepError | None = None
+
+    def give_up(self, why: expert_pb2.StepError) -> None:
+        """Nobody waits for it any more; it is answered when the engine has let go of it."""
+        if self.given_up is None:
+            self.given_up = why
+            self.begun.future.cancel()
+
+
+class StepStream:
+    """One caller's stream.
+
+    Args:
+        stepping: begins steps.
+        on_end: hears that the stream has ended.
+    """
+
+    def __init__(self, stepping: Stepping, on_end: Callable[[StepStream], None]) -> None:
+        self._stepping = stepping
+        self._on_end = on_end
+        self._running: dict[int, _Running] = {}
+        self._ended: deque[expert_pb2.StreamedResult] = deque()
+        self._hello: expert_pb2.StepStreamResponse | None = None
+        self._wake = asyncio.Event()
+        self._was_sent = asyncio.Event()
+        self._ends_when_idle = False
+
+    def end_when_idle(self) -> None:
+        """Ends the stream as soon as every step that has been read is answered."""
+        self._ends_when_idle = True
+        self._wake.set()
+
+    async def answers(self, requests: Requests) -> Responses:
+        """What goes out, until the caller ends the stream or breaks it off.
+
+        Raises:
+            InvalidRequest: a message was none, or was larger than one may be, or named an id twice.
+        """
+        reading = asyncio.create_task(self._read(requests), name="steps of a stream")
+        reading.add_done_callback(lambda _: self._wake.set())
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                while (response := self._next()) is not None:
+                    yield response
+                    self._was_sent.set()
+                if reading.done():
+                    reading.result()
+                if not self._running and (reading.done() or self._ends_when_idle):
+                    return
+        finally:
+            self._on_end(self)
+            await end_task(reading)
+            for running in list(self._running.values()):
+                running.give_up(_CANCELLED)
+
+    # --- coming in -------------------------------------------------------------------------------------------------
+
+    async def _read(self, requests: Requests) -> None:
+        is_first = True
+        async for request in requests:
+            checks.check_streamed(request)
+            if is_first:
+                is_first = False
+                self._greet(request)
+            for step_id in request.cancelled:
+                running = self._running.get(step_id)
+                if running is not None:
+                    running.give_up(_CANCELLED)
+            for streamed in request.steps:
+                self._begin(streamed)
+            while len(self._ended) > MAX_UNSENT_ANSWERS:
+                self._was_sent.clear()
+                await self._was_sent.wait()
+
+    def _greet(self, request: expert_pb2.StepStreamRequest) -> None:
+        self._hello = expert_pb2.StepStreamResponse()
+        self._wake.set()
+
+    def _begin(self, streamed: expert_pb2.StreamedStep) -> None:
+        if streamed.id in self._running:
+            raise invalid("id", streamed.id, "differs from those of all steps that are not answered")
+        call = StreamedCall(RPC, streamed.request_id, streamed.traceparent)
+        try:
+            checks.check_streamed_step(streamed)
+            self._check_room()
+            running = _Running(call.run(partial(self._hand_over, streamed)), call)
+        except Exception as error:
+            self._answer(streamed.id, call, error=told(error, RPC))
+            return
+        self._running[streamed.id] = running
+        if streamed.timeout_seconds:
+            loop = asyncio.get_running_loop()
+            running.timer = loop.call_later(streamed.timeout_seconds, running.give_up, _TOO_LATE)
+        running.begun.future.add_done_callback(partial(self._settle, streamed.id))
+
+    def _hand_over(self, streamed: expert_pb2.StreamedStep) -> BegunStep:
+        timeout_seconds = streamed.timeout_seconds
+        return self._stepping.begin(streamed.step, timeout_seconds=timeout_seconds or None)
+
+    def _check_room(self) -> None:
+        if len(self._running) >= MAX_UNANSWERED_STEPS:
+            raise OutOfRoom(
+                Reason.QUEUE_FULL,
+                f"{len(self._running)} steps of this stream are not answered, the limit is {MAX_UNANSWERED_STEPS}",
+                retry_after_seconds=0.1,
+            )
+
+    # --- going out -------------------------------------------------------------------------------------------------
+
+    def _settle(self, step_id: int, future: asyncio.Future[StepOutcome]) -> None:
+        """A step has ended."""
+        running = self._running.pop(step_id)
+        if running.timer is not None:
+            running.timer.cancel()
+        try:
+            response = running.call.run(running.begun.response)
+        except asyncio.CancelledError:
+            self._give_up(step_id, running)
+        except Exception as error:
+            self._answer(step_id, running.call, error=told(error, RPC))
+        else:
+            self._answer(step_id, running.call, response=response)
+
+    def _give_up(self, step_id: int, running: _Running) -> None:
+        why = running.given_up or _STOPPED
+        running.call.end(StatusCode(why.code).name)
+        self._put(step_id, expert_pb2.StepResult(error=why))
+
+    def _answer(
+        self,
+        step_id: int,
+        call: StreamedCall,
+        *,
+        response: expert_pb2.StepResponse | None = None,
+        error: FusionRouteError | None = None,
+    ) -> None:
+        call.end("OK" if error is None else error.code.name)
+        failure = None if error is None else step_error_to_message(error)
+        self._put(step_id, expert_pb2.StepResult(response=response, error=failure))
+
+    def _put(self, step_id: int, result: expert_pb2.StepResult) -> None:
+        self._ended.append(expert_pb2.StreamedResult(id=step_id, result=result))
+        self._wake.set()
+
+    def _next(self) -> expert_pb2.StepStreamResponse | None:
+        """The next message: all that has ended, up to COALESCED_BYTES."""
+        response, self._hello = self._hello, None
+        num_bytes = 0
+        while self._ended and num_bytes < COALESCED_BYTES:
+            if response is None:
+                response = expert_pb2.StepStreamResponse()
+            result = self._ended.popleft()
+            num_bytes += result.ByteSize()
+            response.results.append(result)
+        return response
+
+
+def _error(code: StatusCode, reason: str, message: str) -> expert_pb2.StepError:
+    return expert_pb2.StepError(code=int(code), reason=reason, message=message)
+
+
+_CANCELLED = _error(StatusCode.CANCELLED, "", "the caller has cancelled the step")
+_TOO_LATE = step_error_to_message(Unavailable(Reason.DEADLINE_PASSED, "the step did not end in time"))
+_STOPPED = step_error_to_message(
+    Unavailable(Reason.DRAINING, "the service has stopped", retry_after_seconds=1.0)
+)
