@@ -218,7 +218,7 @@ def prepare_model(
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """Digest of a sample of every tensor: name, shape and up to 4,096 evenly spread numbers."""
     hasher = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         # Of a part of a model the whole tensor, put together with the other processes.
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         flat = whole.detach().reshape(-1)
