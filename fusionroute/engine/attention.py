@@ -41,9 +41,15 @@ class Segment:
 
 @dataclass(slots=True)
 class RaggedBatch:
-    """What the attention function must know of the row."""
+    """What the attention function must know of the row.
+
+    Attributes:
+        exact: each query alone over its exact keys, in the same shapes whatever else is in the row, so that its result
+            has the same bits in any forward.
+    """
 
     segments: list[Segment]
+    exact: bool = False
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
     def mask(self, index: int, window: int | None, first_key: int, device: torch.device) -> Tensor:
@@ -131,6 +137,14 @@ def attend(
     for index, segment in enumerate(batch.segments):
         columns = slice(segment.start, segment.stop)
         keys, values = segment.cache.extend(layer, segment.past, key[columns], value[columns])
+        if batch.exact:
+            for column in range(segment.start, segment.stop):
+                end = segment.past + column - segment.start + 1
+                begin = 0 if sliding_window is None else max(0, end - sliding_window)
+                output[column] = _attend_session(
+                    query[column : column + 1], keys[:, begin:end], values[:, begin:end], None, scale, softcap
+                )[0]
+            continue
         first_key = 0
         if sliding_window is not None:
             first_key = max(0, segment.past - sliding_window + 1)
