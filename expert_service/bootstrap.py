@@ -13,7 +13,7 @@ from uuid import uuid4
 import structlog
 
 from expert_service.registrar import Registrar, Registration
-from expert_service.served_model import ServedModel
+from expert_service.served_model import LoadAnew, ServedModel
 from expert_service.servicer import ExpertServicer
 from expert_service.settings import ExpertSettings
 from expert_service.watching import exposition, needs_registration
@@ -46,6 +46,10 @@ SERVICE_NAME = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
 def run(settings: ExpertSettings) -> ExitCode:
     """Loads the model and serves it until a signal."""
     try:
+        if settings.tensor_parallel > 1:
+            from expert_service.split import run_split
+
+            return run_split(settings)
         prepare_torch(settings)
         check_port_free(settings.host, settings.port)
         check_watch_port_free(settings)
@@ -108,8 +112,13 @@ class RunningExpert:
 
 
 @asynccontextmanager
-async def running_expert(settings: ExpertSettings, model: LoadedModel) -> AsyncIterator[RunningExpert]:
+async def running_expert(
+    settings: ExpertSettings, model: LoadedModel, load_anew: LoadAnew | None = None
+) -> AsyncIterator[RunningExpert]:
     """Serves a model within the context.
+
+    Args:
+        load_anew: for a reload; None = from where the settings say.
 
     Raises:
         PortTaken: naming the address.
@@ -117,7 +126,7 @@ async def running_expert(settings: ExpertSettings, model: LoadedModel) -> AsyncI
     async with AsyncExitStack() as stack:
         engine = Engine(model, settings.engine_limits())
         del model  # a reload frees it
-        served = ServedModel(engine, lambda: asyncio.to_thread(_load, settings))
+        served = ServedModel(engine, load_anew or (lambda: asyncio.to_thread(_load, settings)))
         del engine
         await stack.enter_async_context(served)
         servicer = ExpertServicer(served, settings.slot, settings.max_message_bytes)
@@ -141,9 +150,17 @@ async def running_expert(settings: ExpertSettings, model: LoadedModel) -> AsyncI
         yield RunningExpert(running, servicer, served, registrar, watch_address)
 
 
-async def serve(settings: ExpertSettings, model: LoadedModel) -> None:
-    """Serves a model until a signal. Raises as `running_expert`."""
-    async with running_expert(settings, model) as expert, _standing_by(settings, expert.registrar):
+async def serve(
+    settings: ExpertSettings,
+    model: LoadedModel,
+    load_anew: LoadAnew | None = None,
+    ended: asyncio.Future[str] | None = None,
+) -> None:
+    """Serves a model until a signal, or until `ended` says why not longer. Raises as `running_expert`."""
+    async with (
+        running_expert(settings, model, load_anew) as expert,
+        _standing_by(settings, expert.registrar),
+    ):
         del model  # a reload frees it
         await serve_until_signalled(
             expert.server,
@@ -151,6 +168,7 @@ async def serve(settings: ExpertSettings, model: LoadedModel) -> None:
             drain_seconds=settings.drain_seconds,
             ready_file=settings.ready_file,
             watch_address=expert.watch_address,
+            ended=ended,
         )
 
 

@@ -37,6 +37,14 @@ class ExpertSettings(ModelSettings):
         default=30.0, description="Pause before registering again after the router refused this expert."
     )
 
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=1,
+        description="Processes over which the model is split, each with a device of its own; torchrun starts so many.",
+    )
+    peer_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=60.0,
+        description="With tensor_parallel: how long a forward may wait for one of the processes before all end.",
+    )
     standby: bool = Field(default=False, description="Register without serving, and wait to be swapped in.")
     standby_seconds: Seconds = Field(
         default=900.0, description="An expert on standby that has not been swapped in for so long stops."
@@ -45,6 +53,15 @@ class ExpertSettings(ModelSettings):
     def router_addresses(self) -> tuple[str, ...]:
         """`router` one by one."""
         return tuple(self.router.split(",")) if self.router is not None else ()
+
+    @model_validator(mode="after")
+    def _can_be_split(self) -> Self:
+        if self.tensor_parallel > 1 and self.device not in ("cpu", "cuda"):
+            raise ValueError(
+                f"device = {self.device!r} cannot be: with tensor_parallel = {self.tensor_parallel} each process"
+                " takes the device of its own rank, so say cpu or cuda"
+            )
+        return self
 
     @model_validator(mode="after")
     def _can_register(self) -> Self:

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -46,6 +46,7 @@ async def serve_until_signalled(
     drain_seconds: float,
     ready_file: Path | None = None,
     watch_address: str | None = None,
+    ended: asyncio.Future[str] | None = None,
 ) -> None:
     """Says ready, waits for SIGTERM or SIGINT, drains, stops. A second signal ends the process at once.
 
@@ -55,6 +56,7 @@ async def serve_until_signalled(
         drain_seconds: most time for it.
         ready_file: receives HOST:PORT while we serve.
         watch_address: HOST:PORT of the watch port, None without one; also told in the ready file.
+        ended: done with a reason when it must stop without having been told to.
     """
     loop = asyncio.get_running_loop()
     signalled: asyncio.Future[signal.Signals] = loop.create_future()
@@ -74,10 +76,10 @@ async def serve_until_signalled(
     log.info("ready", address=running.address)
     if ready_file is not None:
         write_ready_file(ready_file, running.address, watch_address)
-    number = await signalled
-    log.info(
-        "draining", signal=number.name, drain_seconds=drain_seconds, note="a second signal stops at once"
-    )
+    endings: list[asyncio.Future[Any]] = [signalled] if ended is None else [signalled, ended]
+    await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
+    why = signalled.result().name if signalled.done() else "none"
+    log.info("draining", signal=why, drain_seconds=drain_seconds, note="a second signal stops at once")
     if ready_file is not None:
         ready_file.unlink(missing_ok=True)  # noqa: ASYNC240 - one small local file
     await running.begin_drain()

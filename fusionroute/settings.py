@@ -47,6 +47,8 @@ class ExitCode(IntEnum):
     MODEL_REJECTED = 3
     PORT_TAKEN = 4
     REDIS_UNREACHABLE = 5
+    PEER_LOST = 6
+    """Another of the processes that share a model is gone, so this one has ended too."""
 
 
 class SettingsError(ValueError):

@@ -53,8 +53,10 @@ class LeadEnd:
         self._listener = socket.create_server((host, 0))
         self._followers: dict[int, socket.socket] = {}
         self._sending = threading.Lock()
+        self._losing = threading.Lock()
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
+        self._on_loss: OnLoss = lambda why: None
         self.lost: str | None = None
 
     @property
@@ -124,13 +126,12 @@ class LeadEnd:
         self.send(_READY)
 
     def watch(self, on_loss: OnLoss) -> None:
-        """From now on, calls `on_loss` once, in a thread of its own, when a follower is gone."""
-        self._watcher = threading.Thread(
-            target=self._watch, args=(on_loss,), name="parallel link", daemon=True
-        )
+        """From now on, calls `on_loss` once, in any thread, when the processes are no longer one model."""
+        self._on_loss = on_loss
+        self._watcher = threading.Thread(target=self._watch, name="parallel link", daemon=True)
         self._watcher.start()
 
-    def _watch(self, on_loss: OnLoss) -> None:
+    def _watch(self) -> None:
         poll = select.poll()
         ranks = {follower.fileno(): rank for rank, follower in self._followers.items()}
         for descriptor in ranks:
@@ -139,13 +140,15 @@ class LeadEnd:
             ended = poll.poll(500)
             if ended and not self._closing.is_set():
                 self.lose(f"process {ranks[ended[0][0]]} of the model has ended")
-                on_loss(self.lost or "")
                 return
 
     def lose(self, why: str) -> None:
         """Notes that the processes are no longer one model; the first reason stays."""
-        if self.lost is None:
-            self.lost = why
+        with self._losing:
+            is_first = self.lost is None
+            self.lost = self.lost or why
+        if is_first:
+            self._on_loss(why)
 
     def send(self, frame: bytes) -> None:
         """One frame to every follower. Raises PeerLost."""
@@ -157,8 +160,9 @@ class LeadEnd:
                 try:
                     follower.sendall(data)
                 except OSError as error:
-                    self.lose(f"process {rank} of the model cannot be reached: {error}")
-                    raise PeerLost(self.lost) from error
+                    why = f"process {rank} of the model cannot be reached: {error}"
+                    self.lose(why)
+                    raise PeerLost(why) from error
 
 
 class FollowerEnd:
