@@ -1,0 +1,103 @@
+"""What a comparison with peers says: how many times as fast the served stack is, and whether the ids are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evaluation.bench_report import Bars, Finding, Report, speed_table
+from evaluation.bench_runs import Runs, Spread, ratio
+from evaluation.peers.ways import Combination, Maker, Way
+
+SUITE = "peers"
+QUESTION = "How fast is the served stack beside what others offer for the same models?"
+AIMS: Mapping[tuple[Maker, bool], float] = {
+    (Maker.GENERATE, True): 1.0,
+    (Maker.PROXY_LOOP, True): 0.9,
+    (Maker.PROXY_LOOP, False): 1.0,
+    (Maker.GENLM, True): 5.0,
+    (Maker.GENLM, False): 5.0,
+}
+"""Least tokens per second of the served stack over those of a peer, for one session (True) and for several."""
+NOTES = (
+    "A ratio is of tokens per second, all sessions together: above 1 the served stack is faster. It is taken within"
+    " each round; median, least and most are over the rounds.",
+    "Peers that combine the router with the first expert are compared with the stack doing the same; all others with"
+    " the stack following its routes.",
+    "genlm-control keeps keys and values of prompts, none of generated tokens. Its batching is set in its favour: a"
+    " forward begins as soon as every session has asked.",
+    "Ids are held against loops in this process, one prompt at a time. In 16-bit formats texts may differ by rounding.",
+)
+SERVED = (Maker.SERVED, Maker.SERVED_PLAIN)
+
+Ids = Sequence[Sequence[int]]
+
+
+def report(
+    configuration: Mapping[str, Any],
+    ways: Sequence[Way],
+    runs: Mapping[str, Runs],
+    written: Mapping[str, Ids],
+    reference: Mapping[Combination, Ids],
+    not_measured: Mapping[Maker, str],
+) -> Report:
+    """The findings of all runs.
+
+    Args:
+        ways: that were measured.
+        runs: by the name of the way.
+        written: ids of the last run, by the name of the way.
+        reference: what ways of a combination shall write.
+        not_measured: why, by who is missing.
+    """
+    missing = tuple(f"Not measured: {maker.value}: {reason}" for maker, reason in not_measured.items())
+    tables, panels = [], []
+    for number in sorted({way.num_sessions for way in ways}):
+        of_number = {way.title: runs[way.name] for way in ways if way.num_sessions == number}
+        title = f"{number} session{'s' if number > 1 else ''}"
+        tables.append(speed_table(title, of_number))
+        speeds = {name: Spread.of(each.tokens_per_second) for name, each in of_number.items()}
+        panels.append(Bars(title, "tokens / s", speeds))
+    return Report(
+        SUITE,
+        QUESTION,
+        configuration,
+        (*_ratios(ways, runs), *_same_ids(ways, written, reference)),
+        tables,
+        panels,
+        (*missing, *NOTES),
+        {"ways": dict(runs)},
+    )
+
+
+def _ratios(ways: Sequence[Way], runs: Mapping[str, Runs]) -> list[Finding]:
+    served = {(way.combination, way.num_sessions): way for way in ways if way.maker is Maker.SERVED}
+    found = []
+    for peer in ways:
+        alike = Combination.PAIR if peer.combination is Combination.PAIR else Combination.ROUTED
+        ours = served.get((alike, peer.num_sessions))
+        if peer.maker in SERVED or ours is None:
+            continue
+        value = ratio(runs[ours.name].tokens_per_second, runs[peer.name].tokens_per_second)
+        aim = AIMS.get((peer.maker, peer.num_sessions == 1))
+        found.append(Finding(f"tokens / s: served / {peer.name}", value, at_least=aim))
+    return found
+
+
+def _same_ids(
+    ways: Sequence[Way], written: Mapping[str, Ids], reference: Mapping[Combination, Ids]
+) -> list[Finding]:
+    found = []
+    for way in ways:
+        if way.combination in reference:
+            share = equal_share(written[way.name], reference[way.combination])
+            what = f"ids as in the reference: {way.name}"
+            found.append(Finding(what, Spread(share, share, share), at_least=1.0, unit="share"))
+    return found
+
+
+def equal_share(written: Ids, expected: Ids) -> float:
+    """How many of the ids are the expected ones, of 1; the first rows of `expected` count."""
+    rows = zip(written, expected[: len(written)], strict=True)
+    same = [a == b for row, wanted in rows for a, b in zip(row, wanted, strict=True)]
+    return sum(same) / len(same)
