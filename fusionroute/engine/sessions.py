@@ -93,6 +93,12 @@ class SessionTable:
         check_state(call, session)
         return session
 
+    def touch(self, call: StepCall, now: float) -> None:
+        """A step was answered without feeding its session."""
+        session = self._sessions[call.session_id]
+        session.fence = call.fence
+        self._touch(session, now)
+
     def can_go_on(self, session: Session, now: float) -> bool:
         """Whether a busy session may be fed one token more; its room is made."""
         length, reserved = session.cached_length + 1, session.reserved_tokens

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from asyncio import Future
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -81,7 +81,7 @@ class Job:
 
     call: StepCall
     arrived: float
-    future: Future[StepOutcome] = field(default_factory=Future)
+    future: Future[StepOutcome]
     session: Session | None = None
     num_cached: int = 0
     num_fed: int = 0

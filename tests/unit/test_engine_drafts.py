@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from fusionroute.engine import Draft, Engine, EngineLimits, StepCall, StepOutcome, prepare_model
+from fusionroute.engine.kept_outcomes import KeptOutcomes
+from fusionroute.engine.session import Session
 from fusionroute.errors import FusionRouteError, Reason
 from fusionroute.fusion import Sampling, choose
 from tests.tiny_models import MAX_CONTEXT, WIDTH, eager_rows, tiny_model, word_tokenizer
@@ -149,3 +152,53 @@ async def test_a_draft_whose_logits_turn_nan_keeps_what_was_good() -> None:
         assert_rows_equal(outcome.rows, eager_rows(reference, PROMPT + wanted[:fatal])[len(PROMPT) - 1 :])
         later = await engine.step(StepCall("s", outcome.position, [40], 1))
         assert_rows_equal(later.rows, eager_rows(reference, [*PROMPT, *wanted[:fatal], 40])[-1:])
+
+
+async def test_a_kept_step_is_answered_again_without_a_forward_until_the_session_goes_on() -> None:
+    engine, _ = make_engine(heads=True)
+    call = StepCall("s", 0, PROMPT, 0, row_indices=[3, 7], draft=Draft(3), keep_rows=True)
+    async with engine:
+        first = await engine.step(call)
+        before = engine.load().num_forwards
+        for again in (call, dataclasses.replace(call, keep_rows=False)):
+            outcome = await engine.step(again)
+            assert torch.equal(outcome.rows, first.rows)
+            assert outcome.head_scores is not None and torch.equal(outcome.head_scores, first.head_scores)  # type: ignore[arg-type]
+            assert (outcome.drafted_ids, outcome.num_computed_tokens) == (first.drafted_ids, 0)
+        assert engine.load().num_forwards == before
+        other = await engine.step(dataclasses.replace(call, row_indices=[4, 7]))
+        assert engine.load().num_forwards > before
+        assert_rows_equal(other.rows[1:], first.rows[1:])
+        await engine.step(call)
+        before = engine.load().num_forwards
+        await engine.step(StepCall("s", 2, [50], 1))
+        assert (await engine.step(call)).num_computed_tokens > 0
+        assert engine.load().num_forwards > before + 1
+
+
+async def test_a_kept_step_is_for_whoever_may_step_the_session() -> None:
+    engine, _ = make_engine()
+    call = StepCall("s", 0, PROMPT, 1, fence=5, keep_rows=True)
+    async with engine:
+        await engine.step(call)
+        for stranger, reason in (
+            (dataclasses.replace(call, fence=4), Reason.STALE_FENCE),
+            (dataclasses.replace(call, expected_epoch=8), Reason.EPOCH_MISMATCH),
+        ):
+            with pytest.raises(FusionRouteError) as caught:
+                await engine.step(stranger)
+            assert caught.value.reason is reason
+        await engine.step(dataclasses.replace(call, fence=6))
+        with pytest.raises(FusionRouteError, match="newer owner"):
+            await engine.step(call)
+
+
+def test_kept_outcomes_are_bounded_in_bytes() -> None:
+    kept = KeptOutcomes(most_bytes=2 * WIDTH * 4)
+    sessions = [Session(f"s{number}", 0.0) for number in range(3)]
+    calls = [StepCall(session.session_id, 0, [4], 1) for session in sessions]
+    for session, call in zip(sessions, calls, strict=True):
+        session.extend([4])
+        kept.keep(call, session, StepOutcome(torch.zeros(1, WIDTH), None, 1, 1, 0.0, 0.0, 1, 1))
+    again = [kept.again(call, session) is not None for call, session in zip(calls, sessions, strict=True)]
+    assert again == [False, True, True]

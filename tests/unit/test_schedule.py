@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from typing import cast
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from tests.tiny_models import eager_rows, tiny_model, word_tokenizer
 
 
 def job(name: str, num_tokens: int, from_position: int = 0) -> Job:
-    return Job(StepCall(name, from_position, [3] * num_tokens, 1), arrived=0.0)
+    nobody = cast("asyncio.Future[StepOutcome]", None)
+    return Job(StepCall(name, from_position, [3] * num_tokens, 1), 0.0, nobody)
 
 
 def decode(name: str) -> Job:

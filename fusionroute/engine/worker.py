@@ -1,0 +1,342 @@
+"""The engine's worker: packs the waiting steps of many sessions into one forward after another.
+
+    admit -> compose a tick -> forward -> commit -> answer
+
+Everything here happens in one thread, which owns the sessions and their caches.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from asyncio import Future
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fusionroute.engine.attention import RaggedBatch, Segment
+from fusionroute.engine.hand_over import Answers, Inbox
+from fusionroute.engine.kept_outcomes import KeptOutcomes
+from fusionroute.engine.model import ForwardOutput, LoadedModel
+from fusionroute.engine.schedule import Schedule
+from fusionroute.engine.session import Session
+from fusionroute.engine.sessions import NoRoomYet, SessionTable, room_taken
+from fusionroute.engine.steps import Chunk, EngineLimits, Job, StepOutcome
+from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
+from fusionroute.fusion import choose
+
+T = TypeVar("T")
+
+ROOM_POLL_SECONDS = 0.01
+
+
+class Worker:
+    """What the worker thread does and knows.
+
+    Args:
+        model: runs the forwards.
+        limits: what may be used.
+
+    Attributes:
+        inbox: steps, and questions to be answered between forwards.
+        num_finished: steps that have ended, one way or another.
+        num_forwards: forwards that have run.
+    """
+
+    def __init__(self, model: LoadedModel, limits: EngineLimits) -> None:
+        self.limits = limits
+        self.inbox: Inbox[Job | Callable[[], None]] = Inbox()
+        self.num_finished = 0
+        self.num_forwards = 0
+        self.is_stopping = False
+        self._model = model
+        self._cache = model.kv_cache()
+        self._kept = KeptOutcomes()
+        self.table = SessionTable(
+            kv_tokens=limits.kv_tokens,
+            max_sessions=limits.max_sessions,
+            max_context_tokens=model.facts.max_context_tokens,
+            logits_width=model.facts.logits_width,
+            epoch=model.facts.epoch,
+            free=self._free,
+        )
+        self._answers = Answers()
+        self._waiting: deque[Job] = deque()  # for room
+        self._running: list[Job] = []  # admitted, not all fed
+        self._idle_awaited: list[Future[None]] = []
+        self._schedule = Schedule(limits)
+
+    def work(self) -> None:
+        """Serves until it is told to stop; what is left then is refused."""
+        with torch.inference_mode():
+            while not self.is_stopping:
+                self._collect()
+                self._admit_waiting()
+                chunks = self._compose()
+                if chunks:
+                    self._execute(chunks)
+                if not (self._running or self._waiting):
+                    self._tell_idle()
+                self._answers.deliver()
+        for job in [*self._running, *self._waiting]:
+            self._fail(job, Unavailable(Reason.DRAINING, "the service has stopped", retry_after_seconds=1.0))
+        self._collect_the_rest()
+        self._tell_idle()
+        self._answers.deliver()
+
+    def stop(self) -> None:
+        """Called in the worker thread: this turn of `work` is the last."""
+        self.is_stopping = True
+
+    def tell_when_idle(self, future: Future[None]) -> None:
+        """Called in the worker thread: settles the future once no step waits or runs."""
+        self._idle_awaited.append(future)
+
+    def answer(self, future: Future[T], question: Callable[[], T]) -> None:
+        """Settles a question's future with its answer."""
+        try:
+            self._answers.add(future, question())
+        except Exception as error:
+            self._answers.add(future, None, error)
+
+    def _collect(self) -> None:
+        """Takes what has arrived, waiting if there is nothing to do."""
+        wait_seconds: float | None = 0.0
+        if not self._running:
+            wait_seconds = ROOM_POLL_SECONDS if self._waiting else None
+        for item in self.inbox.take(wait_seconds):
+            if isinstance(item, Job):
+                self._waiting.append(item)
+            else:
+                item()
+
+    def _collect_the_rest(self) -> None:
+        for item in self.inbox.take(0.0):
+            if isinstance(item, Job):
+                self._fail(
+                    item, Unavailable(Reason.DRAINING, "the service has stopped", retry_after_seconds=1.0)
+                )
+            else:
+                item()
+
+    def _tell_idle(self) -> None:
+        for future in self._idle_awaited:
+            self._answers.add(future, None)
+        self._idle_awaited.clear()
+
+    def _admit_waiting(self) -> None:
+        """Readies the sessions of waiting steps; those without room go on waiting for a while.
+
+        Nobody takes room before somebody who has waited longer for it; steps that need none pass.
+        """
+        is_room_awaited = False
+        for _ in range(len(self._waiting)):
+            job = self._waiting.popleft()
+            now = time.monotonic()
+            if not self._is_wanted(job, now):
+                continue
+            if is_room_awaited and self.table.needs_room(job.call):
+                self._waiting.append(job)
+                continue
+            try:
+                self._admit(job, now)
+            except NoRoomYet:
+                if now - job.arrived > self.limits.room_wait_seconds:
+                    self._fail(job, room_taken(self.limits.kv_tokens))
+                else:
+                    self._waiting.append(job)
+                    is_room_awaited = True
+            except FusionRouteError as error:
+                self._fail(job, error)
+
+    def _admit(self, job: Job, now: float) -> None:
+        """Raises what `SessionTable.begin` raises."""
+        call = job.call
+        again = self._kept.again(call, self.table.check(call))
+        if again is not None:
+            self.table.touch(call, now)
+            self._settle(job, again)
+            return
+        self._kept.forget(call.session_id)
+        job.session, job.num_cached = self.table.begin(call, now)
+        self._cache.room(call.session_id, job.session.reserved_tokens, job.session.cached_length)
+        job.num_fed = job.num_cached
+        self._schedule.arrived(job, now)
+        self._running.append(job)
+
+    def _compose(self) -> list[Chunk]:
+        """The next forward, of the steps that are still wanted."""
+        if not self._running:
+            return []
+        now = time.monotonic()
+        still_running: list[Job] = []
+        for job in self._running:
+            if not self._is_wanted(job, now):
+                continue
+            if job.num_left:
+                still_running.append(job)
+            else:  # all cached, nothing wanted
+                self._succeed(job)
+        self._running = still_running
+        return self._schedule.compose(still_running, now)
+
+    def _execute(self, chunks: list[Chunk]) -> None:
+        started = time.monotonic()
+        served = {id(chunk.job) for chunk in chunks}
+        self._running = [job for job in self._running if id(job) not in served]
+        try:
+            output = self._forward(chunks)
+            are_finite = _are_finite(output.rows)
+        except Exception as error:
+            fault = (
+                error
+                if isinstance(error, FusionRouteError)
+                else InternalFault(Reason.INTERNAL, f"the forward failed: {type(error).__name__}: {error}")
+            )
+            for chunk in chunks:
+                self._spoiled(chunk.job, fault)
+            return
+        finally:
+            self.num_forwards += 1
+        seconds = time.monotonic() - started
+        self._schedule.took(sum(chunk.num_tokens for chunk in chunks), seconds)
+        row = 0
+        for chunk in chunks:
+            job, rows = chunk.job, slice(row, row + len(chunk.wanted))
+            row = rows.stop
+            if not all(are_finite[rows]):
+                self._spoiled(job, _not_finite(job))
+                continue
+            job.started = started if job.started is None else job.started
+            job.forward_seconds += seconds
+            job.num_forwards += 1
+            job.max_batch_sessions = max(job.max_batch_sessions, len(chunks))
+            self._commit(chunk, output, rows)
+
+    def _forward(self, chunks: list[Chunk]) -> ForwardOutput:
+        segments: list[Segment] = []
+        token_ids: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        for chunk in chunks:
+            session = chunk.job.session
+            assert session is not None
+            past, column = session.cached_length, len(token_ids)
+            cache = self._cache.room(session.session_id, session.reserved_tokens, past)
+            count = chunk.stop - chunk.start
+            segments.append(Segment(cache, past, column, column + count))
+            token_ids.extend(chunk.job.token_ids[chunk.start : chunk.stop])
+            positions.extend(range(past, past + count))
+            wanted.extend([column + index - chunk.start for index in chunk.wanted])
+        return self._model.forward(
+            RaggedBatch(segments), token_ids, positions, wanted, exact=chunks[0].job.call.exact
+        )
+
+    def _commit(self, chunk: Chunk, output: ForwardOutput, rows: slice) -> None:
+        """Remembers what a forward has fed to a session."""
+        job, session = chunk.job, chunk.job.session
+        assert session is not None
+        session.extend(job.token_ids[chunk.start : chunk.stop])
+        job.num_fed = chunk.stop
+        shown = slice(rows.start, rows.stop - chunk.num_hidden)
+        if shown.stop > shown.start:
+            job.rows.append(output.rows[shown])
+            if output.head_scores is not None:
+                job.head_scores.append(output.head_scores[shown])
+        if not job.num_left and job.call.draft is not None:
+            self._draft(job, output.rows[rows.stop - 1])
+        if job.num_left:
+            self._running.append(job)
+        else:
+            self._succeed(job)
+
+    def _draft(self, job: Job, row: Tensor) -> None:
+        """Lets the model choose its own next token, unless the draft has come to its end."""
+        draft, session = job.call.draft, job.session
+        assert draft is not None and session is not None
+        if len(job.drafted_ids) >= draft.num_tokens or not self.table.can_go_on(session, time.monotonic()):
+            return
+        choice = choose(row.float().numpy(), draft.sampling, session.cached_length)
+        if choice.logprob >= draft.least_logprob:
+            job.go_on(choice.token_id)
+
+    def _spoiled(self, job: Job, fault: FusionRouteError) -> None:
+        """Fails a step whose forward was no good; one that was drafting keeps what it has."""
+        if job.is_drafting:
+            job.end_draft()
+            self._succeed(job)
+        else:
+            self._fail(job, fault)
+
+    def _is_wanted(self, job: Job, now: float) -> bool:
+        """Whether anybody still waits for the step; ends it if not."""
+        if job.future.cancelled():
+            self._finish(job)
+            return False
+        if job.call.deadline is not None and now > job.call.deadline:
+            late = Unavailable(Reason.DEADLINE_PASSED, "the deadline passed before the step's turn came")
+            self._fail(job, late)
+            return False
+        return True
+
+    def _succeed(self, job: Job) -> None:
+        session = job.session
+        assert session is not None
+        outcome = StepOutcome(
+            rows=_joined(job.rows) if job.rows else self._no_rows(),
+            head_scores=_joined(job.head_scores) if job.head_scores else None,
+            position=session.cached_length,
+            num_computed_tokens=len(job.token_ids) - job.num_cached,
+            queue_seconds=(job.started or time.monotonic()) - job.arrived,
+            forward_seconds=job.forward_seconds,
+            num_forwards=job.num_forwards,
+            max_batch_sessions=job.max_batch_sessions,
+            drafted_ids=tuple(job.drafted_ids),
+        )
+        if job.call.keep_rows:
+            self._kept.keep(job.call, session, replace(outcome))
+        self._settle(job, outcome)
+
+    def _settle(self, job: Job, outcome: StepOutcome) -> None:
+        self._finish(job)
+        self._answers.add(job.future, outcome)
+
+    def _fail(self, job: Job, error: FusionRouteError) -> None:
+        self._finish(job)
+        # The traceback holds the frame that has raised it, and that one the job: they would go only together.
+        self._answers.add(job.future, None, error.with_traceback(None))
+
+    def _finish(self, job: Job) -> None:
+        if job.session is not None:
+            self.table.end(job.session, time.monotonic())
+        self.num_finished += 1
+
+    def _free(self, session_id: str) -> None:
+        self._kept.forget(session_id)
+        self._cache.free(session_id)
+
+    def _no_rows(self) -> Tensor:
+        return torch.empty((0, self._model.facts.logits_width), dtype=self._model.model.dtype)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _are_finite(rows: Tensor) -> list[bool]:
+    """Of each row. One pass over them; element by element it would cost half a millisecond at 128k columns."""
+    return [math.isfinite(total) for total in rows.sum(dim=1, dtype=torch.float32).tolist()]
+
+
+def _not_finite(job: Job) -> InternalFault:
+    session: Session | None = job.session
+    assert session is not None
+    return InternalFault(
+        Reason.NON_FINITE_LOGITS,
+        f"the model gave logits that are not finite for session {session.session_id!r} at position"
+        f" {session.cached_length}; nothing was cached of this step",
+    )
