@@ -1,165 +1,168 @@
-"""How long a token takes: one model by `generate`, the fused reference in one process, the served stack.
+"""How long a token takes: one model by `generate`, the fused loop in one process, the served stack plain and drafted.
 
-All three take turns, run after run, so that a slow minute of the machine hits all of them. The served stack
-also says where its time goes.
+The served stack also says where its time goes.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from pathlib import Path
-from typing import Any
 
-from evaluation.bench_reference import CachedFusion, generate_with_one, load_causal_lm, seconds_of
-from fusionroute.client import RouterClient
-from fusionroute.v1.router_pb2 import (
-    CombineRule,
-    GenerateRequest,
-    GenerationStatistics,
-    TokenIds,
-)
+from evaluation.bench_machine import machine, sizes
+from evaluation.bench_reference import CachedFusion, generate_with_one, load_causal_lm
+from evaluation.bench_report import Bars, Finding, Report, Stacks, Table, speed_table
+from evaluation.bench_runs import NUM_WARMUPS, OnRun, Runs, Spread, Way, ratio, take_turns
+from evaluation.bench_served import ServedStack, ServedTurn, request_for
+from fusionroute.v1.router_pb2 import Drafting, GenerationStatistics
 
-NUM_WARMUP_RUNS = 2
-REFERENCE = "in-process fused reference, cached"
-SERVED = "served stack, as the client sees it"
+ALONE = "HF generate, one expert"
+REFERENCE = "fused in one process, cached"
+PLAIN = "served, plain"
+DRAFTED = "served, drafting auto"
+
+Prompts = Callable[[int], Sequence[int]]
+"""The prompt of a number; prompts of different numbers share little."""
 
 
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Milliseconds per token over several runs."""
-
-    name: str
-    runs: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """Of the runs."""
-        return statistics.median(self.runs)
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What one benchmark run found.
-
-    Attributes:
-        configuration: machine, versions, sizes.
-        speeds: ms per token of each way to decode.
-        shares: ms per token of the served stack by where it went, of the run with the median total.
-        num_equal_ids: how many of the served ids equal those of the reference.
-    """
-
-    configuration: Mapping[str, Any]
-    speeds: tuple[Speed, ...]
-    shares: Mapping[str, float]
-    num_equal_ids: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The same for programs."""
-        speeds = [{**asdict(speed), "median": speed.median} for speed in self.speeds]
-        return {
-            "configuration": dict(self.configuration),
-            "ms_per_token": speeds,
-            "served_ms_per_token_by_part": dict(self.shares),
-            "served_ids_equal_to_reference": self.num_equal_ids,
-        }
-
-
-@dataclass(slots=True)
-class Served:
-    """A running stack, asked over one connection."""
-
-    router: RouterClient
-    prompt_ids: Sequence[int]
-    num_tokens: int
-    statistics: list[GenerationStatistics] = field(default_factory=list)
-
-    async def generate(self) -> list[int]:
-        """Greedy plain sum, `num_tokens` new ids in a new session."""
-        request = GenerateRequest(
-            token_ids=TokenIds(ids=self.prompt_ids), combine=CombineRule.COMBINE_RULE_SUM
-        )
-        request.sampling.max_tokens = self.num_tokens
-        request.sampling.ignore_eos = True
-        ids: list[int] = []
-        session_id = ""
-        async with aclosing(self.router.generate(request)) as events:
-            async for event in events:
-                kind = event.WhichOneof("event")
-                if kind == "started":
-                    session_id = event.started.session_id
-                elif kind == "token":
-                    ids.append(event.token.id)
-                else:
-                    self.statistics.append(event.finished.statistics)
-        await self.router.delete_session(session_id)
-        return ids
-
-
-async def measure(
-    router: RouterClient,
-    checkpoint: str | Path,
-    experts: Mapping[str, str | Path],
-    prompt_ids: Sequence[int],
+async def measure_decode(
+    stack: ServedStack,
+    prompts: Prompts,
     *,
     num_tokens: int,
     num_runs: int,
     threads: int,
-    on_run: Callable[[int], None] = lambda number: None,
+    is_tiny: bool = False,
+    on_run: OnRun = lambda done, total: None,
 ) -> Report:
-    """Measures all three ways on the same prompt.
+    """Measures all ways on the same prompts, another prompt in each round.
 
     Args:
-        router: a client of the running stack.
-        checkpoint: the router checkpoint that the stack serves.
-        experts: the folders of its experts by slot.
-        prompt_ids: the prompt.
         num_tokens: new tokens of each run.
-        num_runs: measured runs of each way, after `NUM_WARMUP_RUNS` that are not.
+        num_runs: measured rounds.
         threads: of torch in this process; give the services as many.
-        on_run: told the number of each run that ends, warm-up included.
+        is_tiny: whether forwards take so little that the aim is about the loop in one process.
     """
     import torch
 
     torch.set_num_threads(threads)
-    fusion = CachedFusion.load(checkpoint, experts)
-    slot, folder = next(iter(experts.items()))
+    fusion = CachedFusion.load(stack.checkpoint, stack.experts)
+    slot, folder = next(iter(stack.experts.items()))
     single = load_causal_lm(folder)
-    served = Served(router, prompt_ids, num_tokens)
-    times: dict[str, list[float]] = {f"HF generate, expert {slot} alone": [], REFERENCE: [], SERVED: []}
-    alone = next(iter(times))
-    for number in range(NUM_WARMUP_RUNS + num_runs):
-        seconds, _ = seconds_of(lambda: generate_with_one(single, prompt_ids, num_tokens))
-        times[alone].append(seconds)
-        seconds, reference_ids = seconds_of(lambda: fusion.generate(prompt_ids, num_tokens))
-        times[REFERENCE].append(seconds)
-        started_at = time.perf_counter()
-        served_ids = await served.generate()
-        times[SERVED].append(time.perf_counter() - started_at)
-        on_run(number)
-    speeds = tuple(
-        Speed(name, tuple(1000 * each / num_tokens for each in seconds[NUM_WARMUP_RUNS:]))
-        for name, seconds in times.items()
-    )
+    answers: dict[str, list[list[int]]] = {REFERENCE: [], PLAIN: [], DRAFTED: []}
+    turns: dict[str, list[ServedTurn]] = {PLAIN: [], DRAFTED: []}
+
+    # The two ways in this process hold up its event loop, on which nothing else runs meanwhile.
+    async def alone(number: int) -> int:
+        return len(generate_with_one(single, prompts(number), num_tokens))
+
+    async def reference(number: int) -> int:
+        answers[REFERENCE].append(fusion.generate(prompts(number), num_tokens))
+        return num_tokens
+
+    def served(name: str, drafting: Drafting.ValueType) -> Way:
+        async def way(number: int) -> int:
+            turn = await stack.turn(request_for(prompts(number), num_tokens, drafting=drafting))
+            answers[name].append(turn.ids)
+            turns[name].append(turn)
+            return len(turn.ids)
+
+        return way
+
+    runs = await take_turns(
+        {
+            ALONE: alone,
+            REFERENCE: reference,
+            PLAIN: served(PLAIN, Drafting.DRAFTING_OFF),
+            DRAFTED: served(DRAFTED, Drafting.DRAFTING_AUTO),
+        },
+        num_runs=num_runs, pids=stack.all_pids, tidy=stack.tidy, on_run=on_run,
+    )  # fmt: skip
+    plain = [turn.statistics for turn in turns[PLAIN][NUM_WARMUPS:]]
+    parts = {
+        "in one process": {"both forwards": Spread.of(runs[REFERENCE].ms_per_token).median},
+        PLAIN: shares(plain, num_tokens),
+        DRAFTED: shares([turn.statistics for turn in turns[DRAFTED][NUM_WARMUPS:]], num_tokens),
+    }
     return Report(
-        configuration=configuration(single, fusion, prompt_ids, num_tokens, num_runs, threads),
-        speeds=speeds,
-        shares=shares(served.statistics[NUM_WARMUP_RUNS:], num_tokens),
-        num_equal_ids=sum(a == b for a, b in zip(served_ids, reference_ids, strict=True)),
-    )
+        suite="decode",
+        question="How long does a fused token take, and where does its time go?",
+        configuration={
+            **machine(threads), **sizes(folder), "experts": len(stack.experts), "alone": slot,
+            "prompt_tokens": len(prompts(0)), "new_tokens": num_tokens, "runs": num_runs, "warmups": NUM_WARMUPS,
+            "combine": "sum", "greedy": True,
+        },
+        findings=_findings(runs, plain, answers, num_tokens, is_tiny=is_tiny),
+        tables=(speed_table("One session", runs), _parts_table(parts)),
+        panels=(
+            Bars("One session, whole turns", "ms per token",
+                 {name: Spread.of(each.ms_per_token) for name, each in runs.items()}),
+            Stacks("Where a token's time goes", "ms per token",
+                   {name: {part: value for part, value in of_way.items() if part != "total"}
+                    for name, of_way in parts.items()}),
+        ),
+        notes=(
+            "Every round has another prompt, the same for all ways; prefill is included everywhere.",
+            "'router forward' includes handing the step to the engine's thread; 'wire' is waiting for an expert beyond"
+            " its forwards.",
+        ),
+        runs={"decode": runs},
+    )  # fmt: skip
+
+
+def _findings(
+    runs: Mapping[str, Runs],
+    plain: Sequence[GenerationStatistics],
+    answers: Mapping[str, Sequence[Sequence[int]]],
+    num_tokens: int,
+    *,
+    is_tiny: bool,
+) -> list[Finding]:
+    forwards = [each.router_seconds + each.expert_forward_seconds for each in plain]
+    return [
+        Finding(
+            "served plain step / (router forward + expert forward)",
+            ratio((each.total_seconds for each in plain), forwards),
+            at_most=None if is_tiny else 1.05,
+        ),
+        Finding(
+            "served plain / fused in one process",
+            ratio(runs[PLAIN].ms_per_token, runs[REFERENCE].ms_per_token),
+            at_most=1.25 if is_tiny else None,
+        ),
+        Finding(
+            "served plain, CPU / fused in one process, CPU",
+            ratio(runs[PLAIN].cpu_ms_per_token, runs[REFERENCE].cpu_ms_per_token),
+        ),
+        Finding(
+            "speed of served with drafting / HF generate of one expert",
+            ratio(runs[ALONE].ms_per_token, runs[DRAFTED].ms_per_token),
+            at_least=1.0,
+        ),
+        Finding(
+            "served plain ids equal to those of the loop in one process",
+            equal_share(answers[PLAIN], answers[REFERENCE]),
+        ),
+        Finding(
+            "drafted ids equal to plain ids", equal_share(answers[DRAFTED], answers[PLAIN]), at_least=1.0
+        ),
+    ]
+
+
+def equal_share(some: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> Spread:
+    """Of the ids of each answer, those up to the first that differs; 1 where all are equal."""
+    return Spread.of(_equal_beginning(a, b) for a, b in zip(some, others, strict=True))
+
+
+def _equal_beginning(a: Sequence[int], b: Sequence[int]) -> float:
+    length = max(len(a), len(b))
+    pairs = zip(a, b, strict=False)
+    return next((place for place, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b))) / length
 
 
 def shares(turns: Sequence[GenerationStatistics], num_tokens: int) -> dict[str, float]:
     """Milliseconds per token by where they went, of the turn with the median total.
 
     "wire" is what waiting for experts took beyond their forwards: queue, serialising, sockets. "rest" is what
-    the router's total holds beyond all parts.
+    the router's total holds beyond all parts; below zero where parts ran side by side.
     """
     turn = sorted(turns, key=lambda each: each.total_seconds)[len(turns) // 2]
     parts = {
@@ -174,39 +177,11 @@ def shares(turns: Sequence[GenerationStatistics], num_tokens: int) -> dict[str, 
     return {name: 1000 * seconds / num_tokens for name, seconds in parts.items()}
 
 
-def configuration(
-    model: Any, fusion: CachedFusion, prompt_ids: Sequence[int], num_tokens: int, num_runs: int, threads: int
-) -> dict[str, Any]:
-    """Everything without which the numbers mean nothing."""
-    config = model.config
-    num_switches = sum(a != b for a, b in zip(fusion.chosen, fusion.chosen[1:], strict=False))
-    return {
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads_per_process": threads,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "transformers", "grpcio", "fusionroute")},
-        "model": config.model_type,
-        "hidden": config.hidden_size,
-        "layers": config.num_hidden_layers,
-        "vocabulary": config.vocab_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "experts": len(fusion.experts),
-        "prompt_tokens": len(prompt_ids),
-        "new_tokens": num_tokens,
-        "runs": num_runs,
-        "warmup_runs": NUM_WARMUP_RUNS,
-        "combine": "sum",
-        "expert_switches": num_switches,
-    }
-
-
-def cpu_model() -> str:
-    """The processor's name as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def _parts_table(parts: Mapping[str, Mapping[str, float]]) -> Table:
+    names = list(parts[PLAIN])
+    rows = [
+        [way, *(of_way.get(name) for name in names)]
+        for way, of_way in parts.items()
+        if way in (PLAIN, DRAFTED)
+    ]
+    return Table("Served, ms per token by part (median turn)", ("way", *names), rows)

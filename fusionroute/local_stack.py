@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fusionroute import private_redis, processes
@@ -93,6 +93,8 @@ class StackPlan:
     trainer: bool = False
     # give each daemon a watch port, any free one
     watch: bool = False
+    # further environment of the daemons, for example settings by their variables
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     def device_of(self, process: str) -> str:
         """Where a process runs its model."""
@@ -293,7 +295,7 @@ class _Launch:
         }
         # In the environment, not among the arguments, which everybody can read: it may hold a password.
         redis = {"REDIS_URL": self.redis_url} if self.redis_url else {}
-        return {**removed, **threads, **redis, "PYTHONUNBUFFERED": "1"}
+        return {**removed, **threads, **redis, "PYTHONUNBUFFERED": "1", **self.plan.variables}
 
     def _wait_for_address(self, name: str) -> str:
         ready_file = self.folder / "ready" / name

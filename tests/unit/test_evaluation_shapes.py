@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,28 @@ def test_a_random_family_can_be_served_and_changes_experts(tmp_path: Path, dtype
     ids = prompt(SHAPE)
     assert len(ids) == 64
     assert max(ids) < 300
+    records = [record.weights_fingerprint for record in checkpoint.manifest.experts]
+    assert records == [each.weights_fingerprint for each in facts[1:]], "written without being loaded"
     fusion = CachedFusion.load(family.router, family.experts)
-    fusion.generate(ids, 30)
-    assert len(fusion.chosen) == 30
+    answer = fusion.generate(ids, 40)
+    assert len(set(fusion.chosen)) > 1
+    assert len(set(answer)) > 8, "no loop of one token"
+
+
+def test_a_family_has_as_many_experts_as_wanted_and_a_smaller_router_with_gates(tmp_path: Path) -> None:
+    small = replace(SHAPE, hidden=16, layers=1)
+    family = write_family(tmp_path, SHAPE, "float32", num_experts=5, router_shape=small, with_gates=True)
+    checkpoint = load_checkpoint(family.router)
+    assert len(family.experts) == len(checkpoint.manifest.experts) == 5
+    assert checkpoint.heads.layout.has_gate and checkpoint.heads.layout.has_sum_gate
+    assert checkpoint.heads.routing_weight.shape == (5, 16)
+
+
+def test_prompts_of_different_numbers_share_no_beginning() -> None:
+    for number in range(1, 8):
+        assert prompt(SHAPE, number=number)[0] != prompt(SHAPE, number=0)[0]
+
+
+def test_keys_and_values_are_counted_as_the_model_keeps_them() -> None:
+    # two layers, two key-value heads of size 8, keys and values of two bytes
+    assert SHAPE.kv_bytes_per_token("bfloat16") == 2 * 2 * 2 * 8 * 2

@@ -1,0 +1,138 @@
+"""What `fusionroute bench` measures: trained or random models, and stacks that are started for the occasion."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from evaluation.bench_report import Report
+    from evaluation.bench_served import ServedStack
+    from fusionroute.stack_state import StackState
+
+LAB_PROMPTS = 64
+
+Prompts = Callable[[int], Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """A router checkpoint and its experts, with prompts that suit them.
+
+    Attributes:
+        experts: folders by slot.
+        prompts: the prompt of a number.
+        is_tiny: whether their forwards take hardly more than the way between processes.
+        variables: settings of the daemons, by environment variable.
+    """
+
+    router: str
+    experts: Mapping[str, str]
+    prompts: Prompts
+    is_tiny: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def models(lab: str, shape: str | None, dtype: str, **family: Any) -> Iterator[Models]:
+    """The trained family, or one of random weights that is deleted afterwards.
+
+    Args:
+        family: further arguments of `write_family`.
+    """
+    if shape is None:
+        yield lab_models(lab)
+        return
+    with random_models(shape, dtype, **family) as made:
+        yield made
+
+
+@contextmanager
+def random_models(shape: str, dtype: str, **family: Any) -> Iterator[Models]:
+    """Random weights of a shape for as long as the block lasts."""
+    from evaluation.bench_shapes import SHAPES, prompt, write_family
+
+    with tempfile.TemporaryDirectory(prefix="fusionroute-bench-") as folder:
+        click.echo(f"writing random models of shape {shape}, {dtype}", err=True)
+        sizes = SHAPES[shape]
+        random = write_family(Path(folder), sizes, dtype, **family)
+        experts = {slot: str(path) for slot, path in random.experts.items()}
+        is_tiny = sizes.hidden <= 64
+        yield Models(str(random.router), experts, lambda number: prompt(sizes, number=number), is_tiny)
+
+
+def lab_models(lab: str) -> Models:
+    """The family of `fusionroute lab build`, with held-out items as prompts."""
+    from evaluation.items import rounds_of_items
+    from fusionroute.cli.lab import build_family
+    from fusionroute.vocabulary import load_tokenizer
+
+    family = build_family(lab)
+    tokenizer = load_tokenizer(str(family.router))
+    items = [item for each in rounds_of_items(LAB_PROMPTS // 16) for item in each]
+    prompts = [tokenizer(item.prompt)["input_ids"] for item in items]
+    experts = {slot: str(path) for slot, path in family.experts.items()}
+    return Models(str(family.router), experts, lambda number: prompts[number % len(prompts)], is_tiny=True)
+
+
+def measure(
+    served: Sequence[Models], threads: int, work: Callable[[Sequence[ServedStack]], Awaitable[Report]]
+) -> Report:
+    """Starts a stack for each of the models, all at a time, lets the work measure them, and stops them."""
+    from fusionroute.cli.stack import temporary_stack
+    from fusionroute.local_stack import StackPlan
+
+    with ExitStack() as stacks:
+        states = [
+            stacks.enter_context(
+                temporary_stack(
+                    StackPlan(
+                        each.router,
+                        each.experts,
+                        port=0,
+                        threads=threads,
+                        isolated=True,
+                        variables=each.variables,
+                    )
+                )
+            )[0]
+            for each in served
+        ]
+        return asyncio.run(_measure(list(zip(states, served, strict=True)), work))
+
+
+async def _measure(
+    running: Sequence[tuple[StackState, Models]], work: Callable[[Sequence[ServedStack]], Awaitable[Report]]
+) -> Report:
+    from evaluation.bench_served import ServedStack
+    from fusionroute.client import RouterClient
+    from fusionroute.processes import session_members
+
+    async with AsyncExitStack() as clients:
+        stacks = [
+            ServedStack(
+                router=await clients.enter_async_context(RouterClient.open(state.router_address)),
+                checkpoint=made.router,
+                experts=made.experts,
+                pids={
+                    record.name: [each.pid for each in session_members(record)] for record in state.processes
+                },
+                addresses=state.addresses,
+            )
+            for state, made in running
+        ]
+        return await work(stacks)
+
+
+def threads_of(asked: int, num_processes: int) -> int:
+    """Torch threads of each process: as asked, or the cores shared out."""
+    from fusionroute.local_stack import threads_for
+
+    return asked or threads_for(num_processes)
