@@ -52,7 +52,7 @@ class Stepping:
             deadline = None if timeout_seconds is None else arrived + timeout_seconds
             checks.check_answer_size([request], facts, self._max_message_bytes)
             checks.check_step(request, facts)
-            future = asyncio.ensure_future(held.engine.step(_step_call(request, deadline)))
+            future = held.engine.submit(_step_call(request, deadline))
         except FusionRouteError as error:
             held.release()
             watching.note_failed_step(self._slot, error.reason.value, arrived)

@@ -106,6 +106,29 @@ def matrix_to_numpy(matrix: common_pb2.Matrix, expected_width: int) -> NDArray[n
     return converted
 
 
+def check_shared(matrix: common_pb2.Matrix, expected_width: int, offset: int, num_bytes: int) -> int:
+    """How many float32 numbers of a matrix stand in shared memory.
+
+    Args:
+        matrix: from a peer, so nothing about it is believed.
+        expected_width: V as the peer's identity promised it.
+        offset, num_bytes: the place that the rows were given.
+
+    Raises:
+        InvalidRequest: they stand elsewhere, are of another format or width, or do not fit.
+    """
+    if matrix.dtype != common_pb2.DTYPE_FLOAT32:
+        raise invalid("matrix.dtype", matrix.dtype, "FLOAT32 was asked for")
+    if matrix.width != expected_width:
+        raise invalid("matrix.width", matrix.width, f"the logits width is {expected_width}")
+    if matrix.shared_offset != offset:
+        raise invalid("matrix.shared_offset", matrix.shared_offset, f"the place begins at {offset}")
+    count = matrix.num_rows * matrix.width
+    if count * 4 > num_bytes:
+        raise invalid("matrix.num_rows", matrix.num_rows, f"the place has {num_bytes} bytes")
+    return count
+
+
 def identity_to_message(facts: ModelFacts) -> common_pb2.ModelIdentity:
     """Which model answers."""
     return common_pb2.ModelIdentity(

@@ -49,6 +49,7 @@ class Directory:
         max_message_bytes: largest gRPC message.
         lease_seconds: an instance that vanished from the registry without a goodbye is a last resort for so long.
         access: certificates and key to show to experts.
+        shared_memory_bytes: size of the memory for rows that is offered to each expert; 0 = none.
         instances: by instance id, vanished ones included.
     """
 
@@ -56,6 +57,7 @@ class Directory:
     max_message_bytes: int = grpc_runtime.MAX_MESSAGE_BYTES
     lease_seconds: float = 10.0
     access: ClientAccess | None = None
+    shared_memory_bytes: int = 0
     instances: dict[str, Instance] = field(default_factory=dict)
     _budgets: dict[str, RetryBudget] = field(default_factory=dict)
     _down_since: dict[str, float] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class Directory:
                 await end_task(revival)
             async with AsyncExitStack() as stack:
                 for instance in self.instances.values():
-                    stack.push_async_callback(instance.channel.close)
+                    stack.push_async_callback(instance.close)
 
     # --- who to ask ------------------------------------------------------------------------------------------------
 
@@ -230,14 +232,16 @@ class Directory:
                 await self._drop(name)
 
     async def _drop(self, name: str) -> None:
-        await self.instances.pop(name).channel.close()
+        await self.instances.pop(name).close()
 
     def _connected(self, entry: registry_pb2.ExpertEntry) -> Instance:
         channel = grpc_runtime.channel(
             entry.address, max_message_bytes=self.max_message_bytes, access=self.access
         )
         stub = expert_pb2_grpc.ExpertServiceStub(channel)
-        return Instance(entry, channel, stub, on_breaker=self._breaker_changed)
+        return Instance(
+            entry, channel, stub, on_breaker=self._breaker_changed, memory_bytes=self.shared_memory_bytes
+        )
 
     async def _keep_fresh(self) -> None:
         while True:

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc
+import numpy as np
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from numpy.typing import NDArray
 
 from fusionroute import tracing, wire
 from fusionroute.engine import StepCall
@@ -20,9 +23,17 @@ from fusionroute.v1 import expert_pb2, expert_pb2_grpc, registry_pb2
 from router_service.asking import Answer
 from router_service.breaker import Breaker, BreakerState
 from router_service.instance_choice import Standing, View
+from router_service.step_line import NoStreams, StepLine
+
+log = structlog.get_logger(__name__)
 
 CLOSE_SECONDS = 2.0
 KNOCK_SECONDS = 1.0
+MAX_STREAMED_TOKENS = 16_384
+"""A longer step, such as the replay of a long session, goes by a call of its own and holds up nobody."""
+FLOAT_BYTES = 4
+LEAST_SHARED_BYTES = 16_384
+"""Smaller rows gain nothing from shared memory."""
 SILENCE_SECONDS = 0.25
 """An attempt that was given less time than this says nothing about the server when it is broken off."""
 
@@ -30,6 +41,35 @@ _STANDINGS = {
     registry_pb2.EXPERT_STATE_READY: Standing.READY,
     registry_pb2.EXPERT_STATE_STANDBY: Standing.STANDBY,
 }
+
+
+def step_request(call: StepCall, epoch: int) -> expert_pb2.StepRequest:
+    """A step as the contract has it, for a model of an epoch."""
+    request = expert_pb2.StepRequest(
+        session_id=call.session_id,
+        from_position=call.from_position,
+        token_ids=call.token_ids,
+        num_rows=0 if call.row_indices else call.num_rows,
+        expected_epoch=epoch,
+        fence=call.fence,
+        prefix_digest=call.prefix_digest,
+        row_indices=call.row_indices,
+        exact=call.exact,
+    )
+    draft = call.draft
+    if draft is not None:
+        request.draft_tokens = draft.num_tokens
+        choice = request.draft_choice
+        choice.temperature, choice.top_k = draft.sampling.temperature, draft.sampling.top_k
+        choice.top_p, choice.min_p = draft.sampling.top_p, draft.sampling.min_p
+        choice.seed, choice.min_probability = draft.sampling.seed, draft.min_probability
+    return request
+
+
+def _rows_bytes(call: StepCall, width: int) -> int:
+    """What the rows of a step need at most, as float32."""
+    num_drafted = 0 if call.draft is None else call.draft.num_tokens
+    return (len(call.wanted) + num_drafted) * width * FLOAT_BYTES
 
 
 def _nothing(instance: Instance) -> None:
@@ -45,6 +85,9 @@ class Instance:
         gone_since: the registry has not listed it since then; None while it does.
         num_in_flight: steps of this router that it works on.
         on_breaker: hears when the breaker has changed its state.
+        memory_bytes: size of the memory that is offered for rows; 0 = none.
+        has_streams: False once the expert was found not to know streams.
+        line: the way of steps to it.
     """
 
     entry: registry_pb2.ExpertEntry
@@ -55,6 +98,14 @@ class Instance:
     gone_since: float | None = None
     num_in_flight: int = 0
     on_breaker: Callable[[Instance], None] = _nothing
+    memory_bytes: int = 0
+    has_streams: bool = True
+    line: StepLine = field(init=False)
+
+    def __post_init__(self) -> None:
+        is_worth_it = self.entry.model.logits_width * FLOAT_BYTES >= LEAST_SHARED_BYTES
+        memory_bytes = self.memory_bytes if is_worth_it else 0
+        self.line = StepLine(self.stub, self.entry.address, memory_bytes=memory_bytes)
 
     @property
     def name(self) -> str:
@@ -102,10 +153,11 @@ class Instance:
     async def step(self, call: StepCall, deadline: float) -> Answer:
         """One step over the wire, watched by the breaker. Raises FusionRouteError."""
         name, epoch, began = self.name, self.epoch, time.monotonic()  # the entry may change meanwhile
+        width = self.entry.model.logits_width
         self.breaker.begin()
         self.num_in_flight += 1
         try:
-            response = await self._call(call, deadline, began)
+            response, rows = await self._call(call, deadline, width)
         except FusionRouteError as error:
             self._judge(error, time.monotonic() - began)
             raise
@@ -116,7 +168,6 @@ class Instance:
             self.num_in_flight -= 1
         if self.breaker.succeed():
             self.on_breaker(self)
-        rows = wire.matrix_to_numpy(response.rows, self.entry.model.logits_width)
         return Answer(
             rows=rows,
             head_scores=None,
@@ -126,19 +177,26 @@ class Instance:
             drafted_ids=tuple(response.drafted_ids),
         )
 
-    async def _call(self, call: StepCall, deadline: float, now: float) -> expert_pb2.StepResponse:
-        request = expert_pb2.StepRequest(
-            session_id=call.session_id,
-            from_position=call.from_position,
-            token_ids=call.token_ids,
-            num_rows=call.num_rows,
-            expected_epoch=self.entry.model.epoch,
-            fence=call.fence,
-            prefix_digest=call.prefix_digest,
-        )
+    async def _call(
+        self, call: StepCall, deadline: float, width: int
+    ) -> tuple[expert_pb2.StepResponse, NDArray[np.float32]]:
+        """The answer to a step and its rows [n, V], over the stream where the expert knows streams."""
+        request = step_request(call, self.entry.model.epoch)
+        if self.has_streams and len(call.token_ids) <= MAX_STREAMED_TOKENS:
+            try:
+                reply = await self.line.step(request, deadline, _rows_bytes(call, width))
+                return reply.response, reply.rows(width)
+            except NoStreams:
+                self.has_streams = False
+                log.info("expert_without_streams", address=self.entry.address, slot=self.entry.slot)
+        response = await self._unary(request, deadline)
+        return response, wire.matrix_to_numpy(response.rows, width)
+
+    async def _unary(self, request: expert_pb2.StepRequest, deadline: float) -> expert_pb2.StepResponse:
+        timeout = max(0.001, deadline - time.monotonic())
         try:
             metadata = outgoing_metadata(tracing.traceparent())
-            return await self.stub.Step(request, timeout=max(0.001, deadline - now), metadata=metadata)
+            return await self.stub.Step(request, timeout=timeout, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise error_from_peer(error, self.entry.address) from error
         except asyncio.CancelledError:
@@ -180,3 +238,8 @@ class Instance:
         request = expert_pb2.CloseSessionRequest(session_id=session_id, fence=fence)
         with contextlib.suppress(grpc.aio.AioRpcError):
             await self.stub.CloseSession(request, timeout=CLOSE_SECONDS)
+
+    async def close(self) -> None:
+        """Ends the streams and closes the connection; steps that wait fail."""
+        await self.line.close()
+        await self.channel.close()

@@ -87,6 +87,9 @@ class KnownEngine:
             1 + len(drafted), len(self.lengths), tuple(drafted),
         )  # fmt: skip
 
+    def submit(self, call: StepCall) -> asyncio.Future[StepOutcome]:
+        return asyncio.ensure_future(self.step(call))
+
     async def close_session(self, session_id: str, fence: int = 0) -> bool:
         self.num_closing += 1
         await self.closing_gate.wait()

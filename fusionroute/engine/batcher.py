@@ -71,7 +71,26 @@ class Engine:
         Raises:
             InvalidRequest, SessionStateError, OutOfRoom, Unavailable, InternalFault: see `ExpertService.Step`.
         """
-        return await self._accepted(call)
+        return await self.submit(call)
+
+    def submit(self, call: StepCall) -> asyncio.Future[StepOutcome]:
+        """As `step`, for whoever waits in another way. Cancelling the future gives the step up.
+
+        Raises:
+            Unavailable, OutOfRoom: it is not taken.
+        """
+        if self._draining or self._stopping:
+            raise Unavailable(Reason.DRAINING, "the service is about to stop", retry_after_seconds=1.0)
+        if self._num_unfinished >= self.limits.max_queue:
+            raise OutOfRoom(
+                Reason.QUEUE_FULL,
+                f"{self._num_unfinished} steps are waiting, the limit is {self.limits.max_queue}",
+                retry_after_seconds=0.1,
+            )
+        job = Job(call, time.monotonic(), asyncio.get_running_loop().create_future())
+        self._num_accepted += 1
+        self._worker.inbox.put(job)
+        return job.future
 
     async def step_batch(self, calls: Sequence[StepCall]) -> list[StepOutcome | FusionRouteError]:
         """Steps of several sessions; one that fails does not hinder the others."""
@@ -129,21 +148,6 @@ class Engine:
     @property
     def _num_unfinished(self) -> int:
         return self._num_accepted - self._worker.num_finished
-
-    def _accepted(self, call: StepCall) -> asyncio.Future[StepOutcome]:
-        """Hands a step to the worker."""
-        if self._draining or self._stopping:
-            raise Unavailable(Reason.DRAINING, "the service is about to stop", retry_after_seconds=1.0)
-        if self._num_unfinished >= self.limits.max_queue:
-            raise OutOfRoom(
-                Reason.QUEUE_FULL,
-                f"{self._num_unfinished} steps are waiting, the limit is {self.limits.max_queue}",
-                retry_after_seconds=0.1,
-            )
-        job = Job(call, time.monotonic(), asyncio.get_running_loop().create_future())
-        self._num_accepted += 1
-        self._worker.inbox.put(job)
-        return job.future
 
     async def _ask(self, question: Callable[[SessionTable], T]) -> T:
         """Asks in the worker thread, between forwards."""

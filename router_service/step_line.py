@@ -1,0 +1,159 @@
+"""The way to one expert instance: its streams of steps, one after the other.
+
+A stream that has ended, broken or grown old is replaced by the next step. The first one offers no memory for rows, as
+to take it lasts some milliseconds; once it is there, a second stream with it takes over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from fusionroute.errors import FusionRouteError
+from fusionroute.shared_memory import MemoryRefused, Place, RowMemory, remove_abandoned
+from fusionroute.v1 import expert_pb2, expert_pb2_grpc
+from fusionroute.wire import check_shared, matrix_to_numpy
+from router_service.step_stream import NoStreams, StepStream
+
+__all__ = ["NoStreams", "Reply", "StepLine"]
+
+MAX_STREAM_SECONDS = 300.0
+"""Older streams are replaced, so that a connection that was to be given up, or new certificates, are not held up."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An expert's answer, and the place that its rows were given.
+
+    Attributes:
+        response: with rows in it or not.
+        place: None where the rows can only be in the response.
+    """
+
+    response: expert_pb2.StepResponse
+    place: Place | None = None
+
+    def rows(self, width: int) -> NDArray[np.float32]:
+        """The rows [n, V], read-only; from shared memory without a copy. To be called once.
+
+        Raises:
+            InvalidRequest: they are not what was promised.
+        """
+        matrix = self.response.rows
+        if self.place is None or not matrix.HasField("shared_offset"):
+            if self.place is not None:
+                self.place.give_back()
+            return matrix_to_numpy(matrix, width)
+        try:
+            num_floats = check_shared(matrix, width, self.place.offset, self.place.num_bytes)
+        except FusionRouteError:
+            self.place.give_back()
+            raise
+        return self.place.floats(num_floats).reshape(matrix.num_rows, width)
+
+
+class StepLine:
+    """Streams to one instance, one after the other.
+
+    Args:
+        stub: of the instance.
+        address: of it, for people.
+        memory_bytes: of the memory in which rows may come; 0 = none is offered.
+        max_stream_seconds: an older stream is replaced.
+    """
+
+    def __init__(
+        self,
+        stub: expert_pb2_grpc.ExpertServiceAsyncStub,
+        address: str,
+        *,
+        memory_bytes: int = 0,
+        max_stream_seconds: float = MAX_STREAM_SECONDS,
+    ) -> None:
+        self._stub = stub
+        self._address = address
+        self._memory_bytes = memory_bytes
+        self._max_stream_seconds = max_stream_seconds
+        self._stream: StepStream | None = None
+        self._retired: set[StepStream] = set()
+        self._preparing: asyncio.Future[RowMemory] | None = None
+
+    async def step(self, request: expert_pb2.StepRequest, deadline: float, rows_bytes: int = 0) -> Reply:
+        """One step. Raises FusionRouteError; NoStreams when the expert knows no streams."""
+        stream = self._current()
+        waiting = stream.submit(request, deadline, rows_bytes)
+        try:
+            return Reply(await waiting.future, waiting.place)
+        except asyncio.CancelledError:
+            stream.forget(waiting)
+            raise
+
+    async def close(self) -> None:
+        """Ends all streams; steps that wait fail."""
+        for stream in (self._stream, *self._retired):
+            if stream is not None:
+                await stream.close()
+        self._stream = None
+        if self._preparing is not None:
+            with suppress(MemoryRefused):
+                (await self._preparing).unlink()
+
+    def _current(self) -> StepStream:
+        """The stream to use now."""
+        stream = self._stream
+        lives = stream is not None and stream.takes_steps
+        is_old = stream is not None and time.monotonic() - stream.opened_at > self._max_stream_seconds
+        if stream is not None and stream.was_refused_memory:
+            self._memory_bytes = 0  # the expert is on another host
+        if stream is not None and lives and not is_old and (stream.has_offered or not self._memory_bytes):
+            return stream
+        memory = self._prepared()
+        # What is there serves until a memory to offer is ready.
+        if stream is None or not lives or memory is not None or not self._memory_bytes:
+            self._stream = self._open(memory)
+            if stream is not None:
+                self._retire(stream)
+            return self._stream
+        return stream
+
+    def _prepared(self) -> RowMemory | None:
+        """A memory to offer; None while it is being made, or where there can be none."""
+        if not self._memory_bytes:
+            return None
+        loop = asyncio.get_running_loop()
+        if self._preparing is None:
+            self._preparing = loop.run_in_executor(None, _new_memory, self._memory_bytes)
+        if not self._preparing.done():
+            return None
+        preparing, self._preparing = self._preparing, None
+        try:
+            memory = preparing.result()
+            memory.publish()
+        except MemoryRefused as error:
+            log.info("rows_by_message", peer=self._address, message=str(error))
+            self._memory_bytes = 0
+            return None
+        return memory
+
+    def _open(self, memory: RowMemory | None) -> StepStream:
+        return StepStream(self._stub.StepStream(), self._address, memory)
+
+    def _retire(self, stream: StepStream) -> None:
+        if not stream.takes_steps:
+            return
+        stream.retire()
+        self._retired.add(stream)
+        stream.on_end = self._retired.discard
+
+
+def _new_memory(num_bytes: int) -> RowMemory:
+    remove_abandoned()
+    return RowMemory(num_bytes)

@@ -1,0 +1,277 @@
+"""Steps to one expert instance over a long-lived stream.
+
+    steps that become ready in one turn of the event loop -> one message -> the expert
+    all that the expert has ended at a moment             <- one message <-
+
+A stream that ends or breaks fails its steps; `StepLine` opens the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import Context
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc
+import structlog
+
+from fusionroute import tracing
+from fusionroute.background import end_task
+from fusionroute.errors import FusionRouteError, Reason, Unavailable
+from fusionroute.rpc_context import current_request
+from fusionroute.rpc_errors import TRANSPORT, error_from_peer
+from fusionroute.shared_memory import Place, RowMemory
+from fusionroute.v1 import common_pb2, expert_pb2
+from fusionroute.wire import step_error_from_message
+
+MAX_MESSAGE_STEPS = 256
+MAX_MESSAGE_TOKENS = 65_536
+MAX_MESSAGE_CANCELLED = 4096
+
+log = structlog.get_logger(__name__)
+
+Call: TypeAlias = "grpc.aio.StreamStreamCall[expert_pb2.StepStreamRequest, expert_pb2.StepStreamResponse]"
+
+
+def _nothing(stream: StepStream) -> None:
+    """Nobody wants to know."""
+
+
+class NoStreams(Exception):
+    """The expert does not know streams; nothing has happened."""
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A step that is not answered yet.
+
+    Attributes:
+        future: its answer; done already where nobody waits for it any more.
+        place: where its rows may be, the expert's until the answer is there.
+    """
+
+    step_id: int
+    future: asyncio.Future[expert_pb2.StepResponse]
+    place: Place | None = None
+    timer: asyncio.TimerHandle | None = None
+
+
+class StepStream:
+    """One stream, from its making on.
+
+    Attributes:
+        opened_at: time.monotonic() when it was made.
+        was_refused_memory: the expert cannot map what was offered.
+        on_end: hears that it has ended.
+
+    Args:
+        call: the stream as gRPC made it.
+        address: of the expert, for people.
+        memory: to offer; None = rows come in messages.
+    """
+
+    def __init__(self, call: Call, address: str, memory: RowMemory | None) -> None:
+        self._call = call
+        self._address = address
+        self._offered = memory
+        self._has_offered = memory is not None
+        self.was_refused_memory = False
+        self.on_end: Callable[[StepStream], None] = _nothing
+        self._memory: RowMemory | None = None  # once the expert has accepted it
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, Waiting] = {}
+        self._steps: deque[expert_pb2.StreamedStep] = deque()
+        self._cancelled: list[int] = []
+        self._wake = asyncio.Event()
+        self._is_retired = False
+        self._error: FusionRouteError | NoStreams | None = None
+        self.opened_at = time.monotonic()
+        # The stream is nobody's in particular: log lines of its tasks must not name the turn that opened it.
+        self._writing = asyncio.create_task(self._write(), name=f"steps to {address}", context=Context())
+        self._reading = asyncio.create_task(self._read(), name=f"rows of {address}", context=Context())
+
+    @property
+    def has_offered(self) -> bool:
+        """Whether it has begun with an offer of memory."""
+        return self._has_offered
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether it can be used for a further step."""
+        return self._error is None and not self._is_retired
+
+    def submit(self, request: expert_pb2.StepRequest, deadline: float, rows_bytes: int) -> Waiting:
+        """Sends a step.
+
+        Args:
+            request: the step; its `dtype` is changed when its rows come through shared memory.
+            deadline: on the clock of time.monotonic().
+            rows_bytes: what its rows need at most as float32.
+        """
+        loop = asyncio.get_running_loop()
+        seconds = max(0.001, deadline - time.monotonic())
+        waiting = Waiting(next(self._ids), loop.create_future())
+        streamed = expert_pb2.StreamedStep(
+            id=waiting.step_id,
+            step=request,
+            timeout_seconds=seconds,
+            request_id=current_request(),
+            traceparent=tracing.traceparent(),
+        )
+        if rows_bytes and self._memory is not None and (place := self._memory.place(rows_bytes)) is not None:
+            waiting.place = place
+            streamed.shared_offset, streamed.shared_bytes = place.offset, place.num_bytes
+            streamed.step.dtype = common_pb2.DTYPE_FLOAT32  # read where they stand, without a copy
+        waiting.timer = loop.call_later(seconds, self._expire, waiting)
+        self._waiting[waiting.step_id] = waiting
+        self._steps.append(streamed)
+        self._wake.set()
+        return waiting
+
+    def forget(self, waiting: Waiting) -> None:
+        """Nobody waits for a step any more. Its place stays the expert's until the expert has let go of it."""
+        if waiting.timer is not None:
+            waiting.timer.cancel()
+        if waiting.step_id in self._waiting:
+            self._cancelled.append(waiting.step_id)
+            self._wake.set()
+
+    def retire(self) -> None:
+        """Takes no further steps and ends when those that it has are answered."""
+        self._is_retired = True
+        self._wake.set()
+
+    async def close(self) -> None:
+        """Ends it now; steps that wait fail."""
+        self._end(_gone(f"the connection to {self._address} was closed"))
+        await end_task(self._writing)
+        await end_task(self._reading)
+        self._call.cancel()
+
+    # --- going out -------------------------------------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        # What becomes of a stream that cannot be written to, the reader learns.
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+            await self._call.write(self._first())
+            while True:
+                while self._steps or self._cancelled:
+                    await self._call.write(self._next())
+                if self._is_retired and not self._waiting:
+                    await self._call.done_writing()
+                    return
+                self._wake.clear()
+                await self._wake.wait()
+
+    def _first(self) -> expert_pb2.StepStreamRequest:
+        message = self._next()
+        if self._offered is not None:
+            message.shared_memory.name = self._offered.name
+            message.shared_memory.num_bytes = self._offered.num_bytes
+            message.shared_memory.proof = self._offered.proof
+        return message
+
+    def _next(self) -> expert_pb2.StepStreamRequest:
+        """All that is ready, as far as one message holds it."""
+        steps: list[expert_pb2.StreamedStep] = []
+        num_tokens = 0
+        while self._steps and len(steps) < MAX_MESSAGE_STEPS and num_tokens < MAX_MESSAGE_TOKENS:
+            steps.append(self._steps.popleft())
+            num_tokens += len(steps[-1].step.token_ids)
+        cancelled = self._cancelled[:MAX_MESSAGE_CANCELLED]
+        del self._cancelled[:MAX_MESSAGE_CANCELLED]
+        return expert_pb2.StepStreamRequest(steps=steps, cancelled=cancelled)
+
+    # --- coming in -------------------------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        error: FusionRouteError | NoStreams = _gone(f"{self._address} has ended the stream")
+        is_first = True
+        try:
+            async for response in self._call:
+                if is_first:
+                    is_first = False
+                    self._greeted(response)
+                for result in response.results:
+                    self._answered(result)
+        except grpc.aio.AioRpcError as broken:
+            is_unknown = broken.code() is grpc.StatusCode.UNIMPLEMENTED
+            error = NoStreams() if is_unknown else error_from_peer(broken, self._address)
+        except asyncio.CancelledError:
+            # By `close`, or by a channel that is closed and cancels its calls.
+            error = _gone(f"the connection to {self._address} was closed")
+            raise
+        except Exception:
+            log.exception("stream_unreadable", peer=self._address)
+            error = _gone(f"{self._address} sent what is no answer")
+            self._call.cancel()
+        finally:
+            self._end(error)
+
+    def _greeted(self, response: expert_pb2.StepStreamResponse) -> None:
+        if self._offered is not None:
+            self._offered.unlink()
+            self.was_refused_memory = not response.shared_memory_accepted
+            if response.shared_memory_accepted:
+                self._memory = self._offered
+            self._offered = None
+
+    def _answered(self, result: expert_pb2.StreamedResult) -> None:
+        waiting = self._waiting.pop(result.id, None)
+        if waiting is None:
+            return
+        if waiting.timer is not None:
+            waiting.timer.cancel()
+        is_wanted = not waiting.future.done()
+        if self._is_retired and not self._waiting:
+            self._wake.set()
+        if result.result.WhichOneof("result") == "response":
+            if is_wanted:
+                waiting.future.set_result(result.result.response)
+                return
+        elif is_wanted:
+            waiting.future.set_exception(step_error_from_message(result.result.error))
+        if waiting.place is not None:
+            waiting.place.give_back()
+
+    def _expire(self, waiting: Waiting) -> None:
+        if not waiting.future.done():
+            waiting.future.set_exception(
+                Unavailable(
+                    Reason.DEADLINE_PASSED,
+                    f"{self._address}: no answer in time",
+                    metadata={TRANSPORT: "DEADLINE_EXCEEDED"},
+                )
+            )
+        self.forget(waiting)
+
+    def _end(self, error: FusionRouteError | NoStreams) -> None:
+        """Fails all steps; the memory is given up with the stream, whatever the expert may still write there."""
+        if self._error is not None:
+            return
+        self._error = error
+        if self._offered is not None:
+            self._offered.unlink()
+        self._offered = self._memory = None
+        for waiting in self._waiting.values():
+            if waiting.timer is not None:
+                waiting.timer.cancel()
+            if not waiting.future.done():
+                waiting.future.set_exception(
+                    error.afresh() if isinstance(error, FusionRouteError) else NoStreams()
+                )
+        self._waiting.clear()
+        self._steps.clear()
+        self._cancelled.clear()
+        self._writing.cancel()
+        self.on_end(self)
+
+
+def _gone(message: str) -> Unavailable:
+    return Unavailable(Reason.EXPERT_UNAVAILABLE, message, metadata={TRANSPORT: "UNAVAILABLE"})
