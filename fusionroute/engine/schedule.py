@@ -3,6 +3,8 @@
     short steps (decoding)   all of them, oldest first
     long steps (prefills)    one after another, a chunk each; those served go to the end of the line
 
+Exact steps and others never share a forward; where both wait, they take turns.
+
 While others decode, the prefills of one forward share a budget that follows the measured speed, so that a forward,
 and with it everybody's next token, takes about as long as wanted however long the prompts are.
 """
@@ -30,6 +32,7 @@ class Schedule:
     limits: EngineLimits
     seconds_per_token: float | None = None
     _last_decode: float = field(default=float("-inf"))
+    _was_exact: bool = field(default=False)
 
     def arrived(self, job: Job, now: float) -> None:
         """Hears of a step that was admitted."""
@@ -44,7 +47,7 @@ class Schedule:
         """
         short: list[Job] = []
         long: list[Job] = []
-        for job in running:
+        for job in self._of_one_kind(list(running)):
             (short if job.num_left <= SHORT_TOKENS else long).append(job)
         budget = self.prefill_tokens(now)
         room = self.limits.max_batch_tokens
@@ -52,6 +55,14 @@ class Schedule:
         chunks = _take(short, room - kept_for_long, room)
         room -= sum(chunk.num_tokens for chunk in chunks)
         return chunks + _take(long, min(room, budget), self.limits.prefill_chunk_tokens)
+
+    def _of_one_kind(self, running: list[Job]) -> list[Job]:
+        exact = [job for job in running if job.call.exact]
+        if exact and len(exact) < len(running):
+            self._was_exact = not self._was_exact
+            return exact if self._was_exact else [job for job in running if not job.call.exact]
+        self._was_exact = bool(exact)
+        return running
 
     def prefill_tokens(self, now: float) -> int:
         """Tokens of long steps in one forward."""

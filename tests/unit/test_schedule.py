@@ -27,6 +27,11 @@ def decode(name: str) -> Job:
     return job(name, 1, from_position=9)
 
 
+def exact(name: str) -> Job:
+    nobody = cast("asyncio.Future[StepOutcome]", None)
+    return Job(StepCall(name, 9, [3], 1, exact=True), 0.0, nobody)
+
+
 def counts(chunks: list[Chunk]) -> dict[str, int]:
     return {chunk.job.call.session_id: chunk.num_tokens for chunk in chunks}
 
@@ -99,6 +104,15 @@ def test_prompts_take_turns() -> None:
         running = fed(running, chunks)
     assert order[:3] == [["long"], ["short"], ["short", "middle"]]
     assert Counter(name for names in order for name in names)["long"] == pytest.approx(400 / 32, abs=1)
+
+
+def test_exact_steps_and_others_take_turns_and_never_share_a_forward() -> None:
+    schedule = Schedule(EngineLimits())
+    running = [decode("d0"), exact("e0"), decode("d1"), exact("e1")]
+    forwards = [set(counts(schedule.compose(running, now=0.0))) for _ in range(4)]
+    assert forwards == [{"e0", "e1"}, {"d0", "d1"}] * 2
+    assert counts(schedule.compose([exact("e0")], now=0.0)) == {"e0": 1}
+    assert counts(schedule.compose([decode("d0"), exact("e0")], now=0.0)) == {"d0": 1}
 
 
 def test_prompts_get_on_when_decoding_sessions_could_fill_every_forward() -> None:
