@@ -17,6 +17,8 @@ AIMS: Mapping[tuple[Maker, bool], float] = {
     (Maker.PROXY_LOOP, False): 1.0,
     (Maker.GENLM, True): 5.0,
     (Maker.GENLM, False): 5.0,
+    (Maker.GENLM_TUNED, True): 5.0,
+    (Maker.GENLM_TUNED, False): 5.0,
 }
 """Least tokens per second of the served stack over those of a peer, for one session (True) and for several."""
 NOTES = (
@@ -24,8 +26,9 @@ NOTES = (
     " each round; median, least and most are over the rounds.",
     "Peers that combine the router with the first expert are compared with the stack doing the same; all others with"
     " the stack following its routes.",
-    "genlm-control keeps keys and values of prompts, none of generated tokens. Its batching is set in its favour: a"
-    " forward begins as soon as every session has asked.",
+    "e: the expert's logits, r: the router's. One expert: the first of the checkpoint throughout.",
+    "genlm-control as it comes waits 20 ms for further queries and keeps no keys and values; tuned, it waits for all"
+    " sessions and keeps those of the prompts. Those of generated tokens it keeps in neither case.",
     "Ids are held against loops in this process, one prompt at a time. In 16-bit formats texts may differ by rounding.",
 )
 SERVED = (Maker.SERVED, Maker.SERVED_PLAIN)

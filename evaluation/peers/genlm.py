@@ -29,11 +29,13 @@ class GenlmProduct:
 
     Attributes:
         versions: of genlm-control and what it computes with, by name.
+        patience_seconds: how long it may take to end by itself.
     """
 
     process: asyncio.subprocess.Process
     log: Path
     versions: Mapping[str, str]
+    patience_seconds: float = END_TIMEOUT_SECONDS
 
     @classmethod
     @asynccontextmanager
@@ -83,14 +85,27 @@ class GenlmProduct:
             await peer._end()
 
     async def generate(
-        self, num_sessions: int, num_tokens: int, timeout_seconds: float = RUN_TIMEOUT_SECONDS
+        self,
+        num_sessions: int,
+        num_tokens: int,
+        *,
+        is_tuned: bool = False,
+        timeout_seconds: float = RUN_TIMEOUT_SECONDS,
     ) -> list[list[int]]:
         """Greedy new ids for the first `num_sessions` prompts, all at the same time.
+
+        Args:
+            is_tuned: with what its settings can do for this work, see `genlm_worker`; else as they come.
 
         Raises:
             PeerFailed: the process has ended or did not answer in time.
         """
-        request = {"do": "generate", "num_sessions": num_sessions, "num_tokens": num_tokens}
+        request = {
+            "do": "generate",
+            "num_sessions": num_sessions,
+            "num_tokens": num_tokens,
+            "is_tuned": is_tuned,
+        }
         ids: list[list[int]] = (await self._ask(request, timeout_seconds))["ids"]
         return ids
 
@@ -114,7 +129,7 @@ class GenlmProduct:
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
-            async with asyncio.timeout(END_TIMEOUT_SECONDS):
+            async with asyncio.timeout(self.patience_seconds):
                 await self.process.wait()
         except TimeoutError:
             with suppress(ProcessLookupError):

@@ -4,7 +4,7 @@ Started by `evaluation.peers.genlm` as a script; it may import nothing of this p
 and answers each with one:
 
     {"do": "load", "models": [FOLDER, FOLDER], "prompts": [[ID, ...], ...], "threads": 1}  ->  {"versions": {...}}
-    {"do": "generate", "num_sessions": 8, "num_tokens": 256}  ->  {"ids": [[ID, ...], ...]}
+    {"do": "generate", "num_sessions": 8, "num_tokens": 256, "is_tuned": true}  ->  {"ids": [[ID, ...], ...]}
 
 The end of its input ends it. What a library prints goes to standard error.
 """
@@ -48,24 +48,26 @@ class Pair:
         loaded = [AutoModelForCausalLM.from_pretrained(each, dtype="auto").eval() for each in folders]
         tokenizer = stand_in_tokenizer(min(model.config.vocab_size for model in loaded))
         self.models = [AsyncTransformer(model, tokenizer) for model in loaded]
+        self.batch_sizes = [model.batch_size for model in self.models]
         first, second = (PromptedLLM(model) for model in self.models)
         self.prompts = [list(each) for each in prompts]
         self.products = [
             Product(first.spawn(prompt_ids=each), second.spawn(prompt_ids=each)) for each in self.prompts
         ]
 
-    async def generate(self, num_sessions: int, num_tokens: int) -> list[list[int]]:
+    async def generate(self, num_sessions: int, num_tokens: int, *, is_tuned: bool) -> list[list[int]]:
         """Greedy, `num_tokens` new ids for each of the first `num_sessions` prompts, all at the same time.
 
-        Its batching is set in its favour: a batch begins as soon as every session has asked, not 20 ms later. It keeps
-        keys and values of the prompts; of what is generated it keeps none.
+        As it comes, a batch waits 20 ms for further queries and prompts are computed anew for each token. Tuned, a
+        batch begins as soon as every session has asked, and keys and values of the prompts are kept. Those of what is
+        generated it keeps in neither case.
         """
         prompts = self.prompts[:num_sessions]
         apart = num_apart(prompts)
-        for model in self.models:
+        for model, batch_size in zip(self.models, self.batch_sizes, strict=True):
             model.clear_cache()
-            model.batch_size = num_sessions
-            for prompt in prompts:
+            model.batch_size = num_sessions if is_tuned else batch_size
+            for prompt in prompts if is_tuned else ():
                 if len(prompt) > apart:
                     model.cache_kv(prompt[:-apart])
         return await asyncio.gather(*(write(each, num_tokens) for each in self.products[:num_sessions]))
@@ -103,7 +105,8 @@ def serve(requests: TextIO, answers: TextIO) -> None:
             answer: dict[str, Any] = {"versions": {name: metadata.version(name) for name in names}}
         else:
             assert pair is not None, "load comes first"
-            answer = {"ids": asyncio.run(pair.generate(request["num_sessions"], request["num_tokens"]))}
+            sizes = request["num_sessions"], request["num_tokens"]
+            answer = {"ids": asyncio.run(pair.generate(*sizes, is_tuned=request["is_tuned"]))}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -17,7 +17,7 @@ from evaluation.bench_served import ServedStack
 from evaluation.peers.findings import Ids, report
 from evaluation.peers.genlm import GenlmProduct, PeerFailed
 from evaluation.peers.in_process import Prompts
-from evaluation.peers.ways import InProcess, Maker, Way, genlm_way, served_ways
+from evaluation.peers.ways import InProcess, Maker, Way, genlm_ways, served_ways
 
 NUM_WARMUPS = 1
 NUM_SESSIONS = (1, 8)
@@ -94,7 +94,7 @@ def _ways(stack: ServedStack, plan: Plan, models: InProcess, genlm: GenlmProduct
     for number in plan.num_sessions:
         ways += models.ways(plan.prompts, number, plan.num_tokens)
         if genlm is not None:
-            ways.append(genlm_way(genlm, number, plan.num_tokens))
+            ways += genlm_ways(genlm, number, plan.num_tokens)
         ways += served_ways(stack, plan.prompts, number, plan.num_tokens)
     return ways
 

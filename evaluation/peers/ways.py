@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from evaluation.bench_reference import CachedFusion
@@ -19,23 +20,24 @@ LOOKUP_TOKENS = 4
 class Combination(Enum):
     """Which models write the text together. Ways with the same one write the same ids."""
 
-    ONE = "one expert"
-    ROUTED = "router + routed expert"
-    PAIR = "router + first expert"
-    PROXY = "router + first expert - second expert"
+    ONE = "e"
+    ROUTED = "e + r, routed"
+    PAIR = "e + r, one expert"
+    PROXY = "base + e - anti"
 
 
 class Maker(Enum):
     """Who decodes."""
 
     GENERATE = "HF generate"
-    ASSISTED = "HF assisted generation, drafts by the router"
-    LOOKUP = "HF assisted generation, prompt lookup"
-    CACHED_LOOP = "in-process loop with caches"
-    PROXY_LOOP = "proxy-tuning-style in-process loop"
+    ASSISTED = "HF assisted by the router"
+    LOOKUP = "HF prompt lookup"
+    CACHED_LOOP = "in-process loop"
+    PROXY_LOOP = "proxy-tuning loop"
     GENLM = "genlm-control"
+    GENLM_TUNED = "genlm-control, tuned"
     SERVED = "served FusionRoute"
-    SERVED_PLAIN = "served FusionRoute without drafting"
+    SERVED_PLAIN = "served, no drafts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +130,17 @@ class InProcess:
         }
 
 
-def genlm_way(genlm: GenlmProduct, num_sessions: int, num_tokens: int) -> Way:
-    """The product of router and first expert."""
-    return Way(Maker.GENLM, Combination.PAIR, num_sessions, lambda: genlm.generate(num_sessions, num_tokens))
+def genlm_ways(genlm: GenlmProduct, num_sessions: int, num_tokens: int) -> list[Way]:
+    """The product of router and first expert, with its settings as they come and with the best for this work."""
+    return [
+        Way(
+            maker,
+            Combination.PAIR,
+            num_sessions,
+            partial(genlm.generate, num_sessions, num_tokens, is_tuned=is_tuned),
+        )
+        for maker, is_tuned in ((Maker.GENLM, False), (Maker.GENLM_TUNED, True))
+    ]
 
 
 def served_ways(stack: ServedStack, prompts: Prompts, num_sessions: int, num_tokens: int) -> list[Way]:
