@@ -252,9 +252,14 @@ class Choice:
 
 def choose(fused: Row, sampling: Sampling, position: int, seen: SeenTokens | None = None) -> Choice:
     """Chooses the token for `position` of the session from fused scores [V]; ties go to the lowest id."""
-    scores = _adjusted(fused, sampling, seen)
-    token = int(np.argmax(scores)) if sampling.temperature == 0.0 else _sample(scores, sampling, position)
+    token = pick(fused, sampling, position, seen)
     return Choice(token, float(fused[token]) - logsumexp(fused))
+
+
+def pick(fused: Row, sampling: Sampling, position: int, seen: SeenTokens | None = None) -> int:
+    """The id that `choose` chooses, without its probability."""
+    scores = _adjusted(fused, sampling, seen)
+    return int(np.argmax(scores)) if sampling.temperature == 0.0 else _sample(scores, sampling, position)
 
 
 def top_candidates(row: Row, count: int) -> list[Choice]:

@@ -35,12 +35,14 @@ from fusionroute.watch_server import Watched, check_watch_port_free, watching
 from router_service import metrics
 from router_service.admission import Admission
 from router_service.asking import LocalModel, Patience
+from router_service.draft_policy import Experience
+from router_service.drafting import DraftingMode
 from router_service.experts import Directory, RemoteExpert
-from router_service.generation import Ensemble
 from router_service.kv_budget import kv_budget
 from router_service.promotion_watch import CheckpointSource, PromotionWatch
 from router_service.registry_servicer import Admit, RegistryServicer
 from router_service.registry_store import RegistryStore
+from router_service.rounds import Ensemble
 from router_service.servicer import RouterServicer
 from router_service.serving import PromotionReport, ServedCheckpoints, Serving
 from router_service.session_store import SessionStore
@@ -241,6 +243,7 @@ async def serve_checkpoint(
         max_context_tokens=min(model.facts.max_context_tokens, settings.kv_tokens),
         checkpoint=loaded.fingerprint,
         default_policy=OnExpertUnavailable(settings.on_expert_unavailable),
+        default_drafting=DraftingMode(settings.drafting),
     )
     metrics.know(offer.slots)
     ensemble = Ensemble(
@@ -256,6 +259,8 @@ async def serve_checkpoint(
             hedge_after_seconds=settings.hedge_after_seconds,
         ),
         degrade_after_seconds=settings.degrade_after_seconds,
+        experience=Experience(up_to_turns=settings.draft_up_to_turns),
+        early=settings.asks_early(),
     )
     return Serving(checkpoint_id, checkpoint.manifest, engine, ensemble, offer, model.tokenizer, stop)
 

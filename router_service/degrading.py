@@ -13,7 +13,7 @@ from fusionroute.errors import FusionRouteError, Reason, Unavailable
 from fusionroute.fusion import CombineRule, Decision, OnExpertUnavailable, next_best, without_expert
 from router_service import metrics
 from router_service.asking import ABSENT, Answer, Model, Patience, ask
-from router_service.session_text import Text
+from router_service.session_text import NEXT_ROW, Text, Wanted
 
 log = structlog.get_logger(__name__)
 
@@ -37,9 +37,14 @@ class Policy:
 
 
 async def ask_expert(
-    experts: Sequence[Model], text: Text, decision: Decision, policy: Policy, patience: Patience
+    experts: Sequence[Model],
+    text: Text,
+    decision: Decision,
+    policy: Policy,
+    patience: Patience,
+    wanted: Wanted = NEXT_ROW,
 ) -> tuple[Decision, Answer | None]:
-    """The row of the picked expert, or of who stands in for it; with the decision as it was carried out.
+    """Rows of the picked expert, or the next row of who stands in for it; with the decision as it was carried out.
 
     Raises:
         FusionRouteError: as `ask`; EXPERT_UNAVAILABLE when the policy knows nobody who could stand in.
@@ -47,7 +52,7 @@ async def ask_expert(
     assert decision.expert is not None
     picked = experts[decision.expert]
     if policy.on_unavailable is OnExpertUnavailable.WAIT:
-        return decision, await ask(picked, text, patience)
+        return decision, await ask(picked, text, patience, wanted)
     deadline = time.monotonic() + patience.row_seconds
     # Counted from when the slot was first seen down: only the first token waits, those that follow go on at once.
     absent_seconds = policy.degrade_after_seconds - picked.absent_seconds(text)
@@ -55,7 +60,7 @@ async def ask_expert(
     if absent_seconds > 0:
         try:
             less = patience.while_absent(absent_seconds, policy.degrade_after_seconds)
-            return decision, await ask(picked, text, less)
+            return decision, await ask(picked, text, less, wanted)
         except FusionRouteError as error:
             if error.reason not in ABSENT:
                 raise
@@ -64,7 +69,8 @@ async def ask_expert(
         case OnExpertUnavailable.ROUTER_ONLY:
             found: tuple[Decision, Answer | None] = without_expert(decision), None
         case OnExpertUnavailable.NEXT_BEST:
-            found = await _ask_next_best(experts, text, decision, policy, patience, deadline)
+            alone = Wanted(exact=wanted.exact)
+            found = await _ask_next_best(experts, text, decision, policy, patience, deadline, alone)
         case _:
             raise _unavailable(picked.slot) from missing
     if found[0].expert != decision.expert:
@@ -79,6 +85,7 @@ async def _ask_next_best(
     policy: Policy,
     patience: Patience,
     deadline: float,
+    wanted: Wanted,
 ) -> tuple[Decision, Answer | None]:
     """Asks one after the other by weight; where nobody is left, waits for any of them to come back."""
     failed = {decision.expert}
@@ -100,7 +107,7 @@ async def _ask_next_best(
         after = policy.degrade_after_seconds
         less = replace(patience.while_absent(after, after), row_seconds=deadline - time.monotonic())
         try:
-            return found, await ask(experts[found.expert], text, less)
+            return found, await ask(experts[found.expert], text, less, wanted)
         except FusionRouteError as error:
             if error.reason not in ABSENT or time.monotonic() >= deadline:
                 raise

@@ -1,88 +1,49 @@
 """The decode loop: ask, fuse, choose, remember, emit.
 
 `TurnWriter` holds what one turn needs; `write` is the loop. The text is a pure function of tokens, turn and
-checkpoint: nothing in here looks at a clock, at other sessions or at how often something had to be asked.
+checkpoint: clocks and other sessions decide only how many rows are asked for at a time, never what is made of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 import structlog
 
-from fusionroute import tracing
 from fusionroute.errors import FusionRouteError, Reason
 from fusionroute.fusion import (
     Choice,
-    Decision,
-    HeadLayout,
+    CombineRule,
     Row,
     SeenTokens,
     choose,
-    decide,
     fuse,
-    needs_router,
     top_candidates,
 )
 from fusionroute.telemetry import is_debugging
 from router_service import metrics
-from router_service.asking import Answer, Model, Patience, ask
-from router_service.degrading import Policy, ask_expert
+from router_service.costs import Costs
+from router_service.draft_policy import DRAFT_PROBABILITY, TurnDrafting
+from router_service.drafting import Drafter, Lookup, Plan
 from router_service.records import TokenRecord, TokenSource
+from router_service.rounds import Ensemble, Round, RoundAsker, Scores
 from router_service.session_text import Text
 from router_service.stored_session import FinishReason
 from router_service.text import AnswerText
 from router_service.token_log import TokenLog
-from router_service.turn_request import Showing, Turn
+from router_service.turn_request import Turn, Wishes
 
 log = structlog.get_logger(__name__)
 
 LARGE_ROW = 16384
 """Sampling from rows longer than this takes milliseconds, which the event loop is spared."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ensemble:
-    """Who can be asked: the router and the experts in the checkpoint's order.
-
-    Attributes:
-        end_ids: ids that end an answer.
-        max_context_tokens: longest session.
-        router_patience: for a row of the router.
-        expert_patience: for a row of an expert.
-        degrade_after_seconds: how long an expert may be missed before another way is gone, where the turn allows it.
-    """
-
-    router: Model
-    experts: Sequence[Model]
-    layout: HeadLayout
-    end_ids: frozenset[int]
-    max_context_tokens: int
-    router_patience: Patience
-    expert_patience: Patience
-    degrade_after_seconds: float
-
-
-@dataclass(slots=True)
-class Costs:
-    """What a turn has cost so far; seconds on the clock of time.monotonic()."""
-
-    started: float = field(default_factory=time.monotonic)
-    first_token_seconds: float = 0.0
-    num_router_forwards: int = 0
-    num_expert_calls: int = 0
-    router_seconds: float = 0.0
-    expert_seconds: float = 0.0
-    expert_forward_seconds: float = 0.0
-    fuse_seconds: float = 0.0
-    num_replays: int = 0
-    num_retries: int = 0
-    num_degraded_tokens: int = 0
-    store_seconds: float = 0.0
-    total_seconds: float = 0.0
+LOOK_TOKENS = 4
+"""Of every so many tokens one is compared with what drafters would have proposed, where that takes a while."""
+LEAST_LOGPROB = math.log(DRAFT_PROBABILITY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +89,7 @@ class TurnWriter:
 
     ensemble: Ensemble
     turn: Turn
-    showing: Showing
+    wishes: Wishes
     text: Text
     answer_position: int
     answer_text: AnswerText
@@ -136,14 +97,20 @@ class TurnWriter:
     is_cancelled: Callable[[], bool]
     costs: Costs = field(default_factory=Costs)
     ending: Ending | None = None
-    _policy: Policy = field(init=False)
-    _traced: set[str] = field(default_factory=set)
     is_asking: bool = False
     """Whether the writer waits for a model, so that cancelling its task interrupts nothing else."""
+    _asker: RoundAsker = field(init=False)
+    _drafting: TurnDrafting = field(init=False)
+    _proposed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        self._policy = Policy(
-            self.turn.rule, self.turn.on_expert_unavailable, self.ensemble.degrade_after_seconds
+        self._asker = RoundAsker(self.ensemble, self.turn, self.text, self.costs)
+        self._drafting = TurnDrafting(
+            self.wishes.drafting,
+            drafters_of(self.turn),
+            self.ensemble.experience,
+            Lookup(self.text.tokens),
+            self.ensemble.early,
         )
 
     async def write(self) -> AsyncGenerator[WrittenToken, None]:
@@ -152,109 +119,120 @@ class TurnWriter:
         for token_id in self.text.tokens[self.answer_position :]:
             seen.add(token_id)
         reason = self._reason_to_end()
-        while reason is None:
-            try:
-                self.is_asking = True
-                router = await self._ask_router() if self._needs_router else None
-                decision = decide(
-                    self.turn.rule,
-                    self.ensemble.layout,
-                    None if router is None or router.head_scores is None else router.head_scores[0],
-                    self.turn.fixed_expert,
-                )
-                taken, expert = await self._ask_expert(decision)
-                if router is None and expert is None:
-                    router = await self._ask_router()  # it was not needed beside the expert that is not there
-            except FusionRouteError as error:
-                if error.reason is Reason.CONTEXT_FULL and self._num_written:
-                    reason = FinishReason.CONTEXT
-                    break
-                raise
-            except asyncio.CancelledError:
-                if not self.is_cancelled():
+        with self.ensemble.experience.one_more_turn():
+            while reason is None:
+                started = time.monotonic()
+                try:
+                    self.is_asking = True
+                    round_ = await self._asker.ask(self._plan())
+                except FusionRouteError as error:
+                    if error.reason is Reason.CONTEXT_FULL and self._num_written:
+                        reason = FinishReason.CONTEXT
+                        break
                     raise
-                _take_back_cancellation()
-                reason = FinishReason.CANCELLED
-                break
-            finally:
-                self.is_asking = False
-            is_degraded = taken.expert != decision.expert
-            token = await self._next_token(router, expert, taken, seen, is_degraded=is_degraded)
-            await self._until_there_is_room()
-            self.log.append(token.record)
-            self.text.tokens.append(token.record.token_id)
-            seen.add(token.record.token_id)
-            yield token
-            reason = self._reason_to_end()
+                except asyncio.CancelledError:
+                    if not self.is_cancelled():
+                        raise
+                    _take_back_cancellation()
+                    reason = FinishReason.CANCELLED
+                    break
+                finally:
+                    self.is_asking = False
+                asked_seconds, num_before = time.monotonic() - started, self._num_written
+                for scores in round_.scores:
+                    token = await self._next_token(scores, seen)
+                    await self._until_there_is_room()
+                    self.log.append(token.record)
+                    self.text.tokens.append(token.record.token_id)
+                    seen.add(token.record.token_id)
+                    yield token
+                    reason = self._reason_to_end()
+                    if reason is not None or not self._came_true(round_, self._num_written - num_before):
+                        break
+                self._learn(round_, self._num_written - num_before, asked_seconds)
         self.costs.num_replays, self.costs.num_retries = self.text.num_replays, self.text.num_retries
         self.ending = Ending(reason, self.answer_text.finish(), self.answer_text.stop or "")
 
-    @property
-    def _needs_router(self) -> bool:
-        return needs_router(self.turn.rule, self.turn.fixed_expert)
+    # --- rounds ----------------------------------------------------------------------------------------------------
 
-    async def _ask_router(self) -> Answer:
-        started = time.monotonic()
-        answer = await ask(self.ensemble.router, self.text, self.ensemble.router_patience)
-        seconds = time.monotonic() - started
-        metrics.ROUTER_FORWARD_SECONDS.observe(seconds)
-        self._trace("router", seconds, answer)
-        self.costs.router_seconds += seconds
-        self.costs.num_router_forwards += 1
-        return answer
+    def _plan(self) -> Plan:
+        lookup = self._drafting.lookup
+        lookup.note_last()
+        self._proposed = lookup.propose(1) if self._drafting.is_choosing else ()
+        room = self.ensemble.max_context_tokens - len(self.text.tokens)
+        num_left = min(self.turn.max_tokens - self._num_written, room)
+        return self._drafting.plan(num_left, can_be_early=self._asker.can_ask_guess())
 
-    async def _ask_expert(self, decision: Decision) -> tuple[Decision, Answer | None]:
-        """The expert's row, and the decision as it was carried out: another one where the picked one is missing."""
-        if decision.expert is None:
-            return decision, None
-        ensemble, started = self.ensemble, time.monotonic()
-        taken, answer = await ask_expert(
-            ensemble.experts, self.text, decision, self._policy, ensemble.expert_patience
-        )
-        seconds = time.monotonic() - started
-        self.costs.expert_seconds += seconds
-        metrics.EXPERT_WAIT_SECONDS.observe(seconds - (0.0 if answer is None else answer.forward_seconds))
-        if answer is not None:
-            metrics.EXPERT_FORWARD_SECONDS.observe(answer.forward_seconds)
-            self._trace("expert", seconds, answer)
-            self.costs.expert_forward_seconds += answer.forward_seconds
-            self.costs.num_expert_calls += 1
-        return taken, answer
+    def _came_true(self, round_: Round, num_tokens: int) -> bool:
+        """Whether the last of a round's tokens is the one that the rows of the next are based on."""
+        drafted = round_.draft[num_tokens - 1 : num_tokens]
+        return drafted == (self.text.tokens[-1],)
 
-    async def _next_token(
-        self,
-        router: Answer | None,
-        expert: Answer | None,
-        decision: Decision,
-        seen: SeenTokens,
-        *,
-        is_degraded: bool,
-    ) -> WrittenToken:
-        started = time.monotonic()
-        router_row = None if router is None else router.rows[0]
-        expert_row = None if expert is None else expert.rows[0]
-        fused = fuse(self.turn.rule, decision, expert_row, router_row)
-        if len(fused) > LARGE_ROW and (self.turn.sampling.temperature or self.showing.num_top_candidates):
-            choice, top = await asyncio.to_thread(self._choose, fused, expert_row, router_row, seen)
+    def _learn(self, round_: Round, num_tokens: int, seconds: float) -> None:
+        """What the round says about the next ones."""
+        drafting, drafter = self._drafting, round_.plan.drafter
+        if drafter is None or not round_.draft:
+            self._compare(round_.scores[0])
+            is_first, is_degraded = self._num_written == 1, round_.scores[0].is_degraded
+            if not is_first and not is_degraded:  # which took what others do not
+                drafting.experience.note_token(round_.plan, seconds, round_.router_seconds, round_.expert_seconds)
         else:
-            choice, top = self._choose(fused, expert_row, router_row, seen)
-        if expert is None or decision.expert is None:
+            num_accepted = num_tokens if self._came_true(round_, num_tokens) else num_tokens - 1
+            drafting.experience.note_round(round_.plan, len(round_.draft), num_tokens, seconds)
+            for index in range(min(num_accepted + 1, len(round_.draft))):
+                drafting.note_token(drafter, was_right=index < num_accepted)
+            self.costs.note_draft(drafter, len(round_.draft), num_accepted)
+            metrics.note_draft(drafter.value, len(round_.draft), num_accepted)
+        drafting.num_seen += num_tokens
+        self._asker.last_expert = round_.scores[num_tokens - 1].taken.expert
+
+    def _compare(self, scores: Scores) -> None:
+        """Compares the token just written with what drafters would have proposed; costs no forward."""
+        drafting = self._drafting
+        if not drafting.is_choosing:
+            return
+        written, position = self.text.tokens[-1], len(self.text.tokens) - 1
+        for drafter in drafting.drafters:
+            if drafter is Drafter.LOOKUP:
+                if self._proposed:
+                    drafting.note_token(drafter, was_right=self._proposed[0] == written)
+                continue
+            row = scores.router if drafter is Drafter.ROUTER else scores.expert
+            if row is None or (len(row) > LARGE_ROW and position % LOOK_TOKENS):
+                continue
+            choice = choose(row, self._asker.draft_sampling, position)
+            if choice.logprob < LEAST_LOGPROB:
+                continue  # it would have stopped before
+            is_guess = drafter is Drafter.ROUTER or scores.taken.expert == self._asker.guess
+            drafting.note_token(drafter, was_right=is_guess and choice.token_id == written)
+
+    def _is_slow(self, row: Row) -> bool:
+        """Whether choosing from a row takes long enough to be kept off the event loop."""
+        return len(row) > LARGE_ROW and self.turn.sampling.temperature != 0.0
+
+    # --- tokens ----------------------------------------------------------------------------------------------------
+
+    async def _next_token(self, scores: Scores, seen: SeenTokens) -> WrittenToken:
+        started = time.monotonic()
+        decision, is_degraded = scores.taken, scores.is_degraded
+        fused = fuse(self.turn.rule, decision, scores.expert, scores.router)
+        if self._is_slow(fused) or (self.wishes.num_top_candidates and len(fused) > LARGE_ROW):
+            choice, top = await asyncio.to_thread(self._choose, fused, scores, seen)
+        else:
+            choice, top = self._choose(fused, scores, seen)
+        if scores.expert is None or decision.expert is None:
             record = TokenRecord(choice.token_id, choice.logprob, TokenSource.ROUTER, degraded=is_degraded)
         else:
+            source = TokenSource.EXPERT
             record = TokenRecord(
-                choice.token_id,
-                choice.logprob,
-                TokenSource.EXPERT,
-                decision.expert,
-                expert.epoch,
-                is_degraded,
+                choice.token_id, choice.logprob, source, decision.expert, scores.epoch, is_degraded
             )
         self.costs.num_degraded_tokens += is_degraded
         token = WrittenToken(
             index=self._num_written,
             record=record,
             text=self.answer_text.push(choice.token_id),
-            weights=tuple(decision.weights.tolist()) if self.showing.routing_weights else (),
+            weights=tuple(decision.weights.tolist()) if self.wishes.routing_weights else (),
             top=top,
         )
         seconds = time.monotonic() - started
@@ -278,28 +256,17 @@ class TurnWriter:
         await self.log.room()
         metrics.STORE_WAIT_SECONDS.observe(time.monotonic() - started)
 
-    def _trace(self, who: str, seconds: float, answer: Answer) -> None:
-        """The first row of each cache, which is its prefill, and slow ones."""
-        if tracing.is_on() and (answer.cache not in self._traced or seconds > tracing.SLOW_SECONDS):
-            facts: tracing.Attributes = {
-                "cache": answer.cache,
-                "position": len(self.text.tokens),
-                "forward_seconds": answer.forward_seconds,
-            }
-            tracing.note(f"row of {who}", seconds, facts)
-            self._traced.add(answer.cache)
-
     def _choose(
-        self, fused: Row, expert_row: Row | None, router_row: Row | None, seen: SeenTokens
+        self, fused: Row, scores: Scores, seen: SeenTokens
     ) -> tuple[Choice, Candidates | None]:
         choice = choose(fused, self.turn.sampling, len(self.text.tokens), seen)
-        count = self.showing.num_top_candidates
+        count = self.wishes.num_top_candidates
         if not count:
             return choice, None
         return choice, Candidates(
             fused=top_candidates(fused, count),
-            expert=[] if expert_row is None else top_candidates(expert_row, count),
-            router=[] if router_row is None else top_candidates(router_row, count),
+            expert=[] if scores.expert is None else top_candidates(scores.expert, count),
+            router=[] if scores.router is None else top_candidates(scores.router, count),
         )
 
     @property
@@ -320,6 +287,17 @@ class TurnWriter:
         if self.is_cancelled() or self.log.cancel_requested:
             return FinishReason.CANCELLED
         return None
+
+
+def drafters_of(turn: Turn) -> tuple[Drafter, ...]:
+    """Who could propose tokens under a turn's rule."""
+    has_router = not (turn.rule is CombineRule.ROUTE and turn.fixed_expert is not None)
+    drafters = [Drafter.LOOKUP]
+    if turn.rule is not CombineRule.ROUTER:
+        drafters.append(Drafter.EXPERT)
+    if has_router and turn.rule is not CombineRule.ROUTE:
+        drafters.append(Drafter.ROUTER)
+    return tuple(drafters)
 
 
 def _take_back_cancellation() -> None:

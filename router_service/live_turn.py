@@ -8,8 +8,9 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from fusionroute.errors import FusionRouteError
-from router_service.generation import Costs, Ending, WrittenToken
-from router_service.turn_request import Showing, Turn
+from router_service.costs import Costs
+from router_service.generation import Ending, WrittenToken
+from router_service.turn_request import Turn, Wishes
 
 
 def _nothing() -> None:
@@ -32,7 +33,7 @@ class LiveTurn:
     session_id: str
     request_id: str
     turn: Turn
-    showing: Showing
+    wishes: Wishes
     answer_position: int
     context: list[int] = field(default_factory=list)
     is_written_here: bool = False

@@ -48,6 +48,30 @@ DEGRADED_TOKENS = Counter(
     registry=REGISTRY,
 )
 
+DRAFTED_TOKENS = Counter(
+    f"{PREFIX}_drafted_tokens",
+    "Tokens proposed in advance, by drafter (router, expert, lookup) and outcome (accepted, rejected).",
+    ["drafter", "outcome"],
+    registry=REGISTRY,
+)
+DRAFT_ROUNDS = Counter(
+    f"{PREFIX}_draft_rounds", "Times that proposed tokens were checked, by drafter.", ["drafter"], registry=REGISTRY
+)
+EARLY_ASKS = Counter(
+    f"{PREFIX}_early_asks",
+    "Tokens for which an expert was asked before the router had routed, by outcome (hit, miss).",
+    ["outcome"],
+    registry=REGISTRY,
+)
+
+
+def note_draft(drafter: str, num_drafted: int, num_accepted: int) -> None:
+    """A draft was checked."""
+    DRAFT_ROUNDS.labels(drafter).inc()
+    DRAFTED_TOKENS.labels(drafter, "accepted").inc(num_accepted)
+    DRAFTED_TOKENS.labels(drafter, "rejected").inc(num_drafted - num_accepted)
+
+
 # --- turns -------------------------------------------------------------------------------------------------------
 
 TURNS = Counter(

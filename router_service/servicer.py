@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,14 +16,15 @@ from fusionroute.rpc_context import bind_request
 from fusionroute.v1 import router_pb2, router_pb2_grpc
 from fusionroute.wire import identity_to_message, load_to_message
 from router_service import metrics
+from router_service.costs import Costs
 from router_service.experts import Directory
-from router_service.generation import Candidates, Costs, WrittenToken
+from router_service.generation import Candidates, WrittenToken
 from router_service.live_turn import LiveTurn
 from router_service.serving import ServedCheckpoints, Serving
 from router_service.session_store import SessionStore
 from router_service.stored_session import FinishReason, SessionState
 from router_service.turn_keeper import TurnKeeper
-from router_service.turn_request import POLICY_MESSAGES, RULE_MESSAGES, Turn
+from router_service.turn_request import DRAFTER_MESSAGES, POLICY_MESSAGES, RULE_MESSAGES, Turn
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -231,4 +233,10 @@ def _statistics(costs: Costs | None) -> router_pb2.GenerationStatistics | None:
         store_seconds=costs.store_seconds,
         num_retries=costs.num_retries,
         num_degraded_tokens=costs.num_degraded_tokens,
+        drafting=[
+            router_pb2.DraftingStatistics(drafter=DRAFTER_MESSAGES[drafter], **asdict(counts))
+            for drafter, counts in costs.drafts.items()
+        ],
+        num_early_asks=costs.num_early_asks,
+        num_early_hits=costs.num_early_hits,
     )

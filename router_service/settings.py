@@ -69,6 +69,18 @@ class RouterSettings(ModelSettings):
         None,
         description="A replica is asked as well when an expert has not answered for so long; absent = never.",
     )
+    drafting: Literal["auto", "off", "router", "expert", "lookup"] = Field(
+        "auto",
+        description="Who proposes tokens for router and experts to check, when a request does not say; auto = whoever"
+        " pays, off = nobody. The text does not depend on it.",
+    )
+    early_asks: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether the last token's expert is asked before the router has routed; auto = where it pays.",
+    )
+    draft_up_to_turns: Annotated[int, Field(ge=0)] = Field(
+        4, description="With more turns than these at a time, auto drafts nothing and asks nobody early."
+    )
     alone_seconds: Seconds = Field(
         30.0, description="A turn that nobody has followed for so long is put aside until it is resumed."
     )
@@ -84,6 +96,10 @@ class RouterSettings(ModelSettings):
     expert_lease_seconds: Seconds = Field(
         10.0, description="An expert that is silent for so long leaves the registry."
     )
+
+    def asks_early(self) -> bool | None:
+        """`early_asks`; None = where it pays."""
+        return {"auto": None, "on": True, "off": False}[self.early_asks]
 
     def spare_slot_names(self) -> tuple[str, ...]:
         """`spare_slots` one by one."""

@@ -30,7 +30,7 @@ from router_service.session_text import Text
 from router_service.stored_session import FinishReason, OpenTurn, SessionState, StoredSession
 from router_service.turn_admission import Reservation, TurnAdmission
 from router_service.turn_reader import answer_text_of, latest_turn, read_back
-from router_service.turn_request import Offer, Showing, Turn, read_prompt, read_showing, read_turn
+from router_service.turn_request import Offer, Turn, Wishes, read_prompt, read_turn, read_wishes
 from router_service.turn_runner import Draft, TurnLimits, TurnRunner, released_on_error
 
 log = structlog.get_logger(__name__)
@@ -49,7 +49,7 @@ class _Request:
     message: router_pb2.GenerateRequest
     serving: Serving
     turn: Turn
-    showing: Showing
+    wishes: Wishes
     session_id: str
     turn_id: str
 
@@ -91,10 +91,10 @@ class TurnKeeper:
             FusionRouteError: the request cannot be served; nothing was written.
         """
         with self.served.current.in_use() as serving:
-            turn, showing = read_turn(request, serving.offer), read_showing(request)
+            turn, wishes = read_turn(request, serving.offer), read_wishes(request, serving.offer)
             session_id = request.session_id or new_session_id()
             turn_id = request.request_id or uuid4().hex
-            return await self._generate(_Request(request, serving, turn, showing, session_id, turn_id))
+            return await self._generate(_Request(request, serving, turn, wishes, session_id, turn_id))
 
     async def resume(self, session_id: str, from_token: int = 0) -> LiveTurn:
         """The latest turn of a session: running here, complete, followed while another router writes it, or continued.
@@ -203,7 +203,7 @@ class TurnKeeper:
                     request.session_id,
                     request.turn_id,
                     turn,
-                    request.showing,
+                    request.wishes,
                     begun.answer_position,
                     context=text.tokens[-CONTEXT_TOKENS:],
                 )

@@ -9,7 +9,7 @@ from router_service.records import to_token_records
 from router_service.serving import CONTEXT_TOKENS, Serving
 from router_service.stored_session import StoredSession, StoredTurn
 from router_service.text import AnswerText
-from router_service.turn_request import Showing, Turn
+from router_service.turn_request import Turn, Wishes
 
 
 def latest_turn(stored: StoredSession) -> StoredTurn:
@@ -33,7 +33,7 @@ def read_back(serving: Serving, stored: StoredSession) -> LiveTurn:
         stored.session_id,
         turn.request_id,
         parameters,
-        Showing(),
+        Wishes(drafting=serving.offer.default_drafting),
         turn.answer_position,
         context=context_of(stored),
     )

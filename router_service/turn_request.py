@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fusionroute.errors import InvalidRequest, Reason, SessionStateError, invalid
 from fusionroute.fusion import CombineRule, OnExpertUnavailable, Sampling
 from fusionroute.v1 import router_pb2
+from router_service.drafting import DraftingMode
 from router_service.request_limits import check_limits
 from router_service.stored_session import TurnParameters
 
@@ -47,6 +48,20 @@ POLICY_MESSAGES = {
 }
 
 
+_DRAFTING: dict[int, DraftingMode] = {
+    router_pb2.DRAFTING_AUTO: DraftingMode.AUTO,
+    router_pb2.DRAFTING_OFF: DraftingMode.OFF,
+    router_pb2.DRAFTING_ROUTER: DraftingMode.ROUTER,
+    router_pb2.DRAFTING_EXPERT: DraftingMode.EXPERT,
+    router_pb2.DRAFTING_LOOKUP: DraftingMode.LOOKUP,
+}
+DRAFTER_MESSAGES = {
+    mode.drafter: router_pb2.Drafting.ValueType(number)
+    for number, mode in _DRAFTING.items()
+    if mode.drafter is not None
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """How one answer is written. All that the next token depends on besides the tokens is in here.
@@ -61,6 +76,7 @@ class Turn:
         checkpoint: fingerprint of the router checkpoint.
         slots: the experts' slots in that checkpoint's order, so that the answer's tokens keep their experts' names.
         on_expert_unavailable: what becomes of tokens whose expert is not there.
+        exact: scores are the same bits however they are computed.
     """
 
     rule: CombineRule
@@ -72,6 +88,7 @@ class Turn:
     checkpoint: str
     slots: tuple[str, ...]
     on_expert_unavailable: OnExpertUnavailable = OnExpertUnavailable.WAIT
+    exact: bool = False
 
     def to_stored(self) -> TurnParameters:
         """As it stands in the store, so that another writer can go on with it."""
@@ -85,6 +102,7 @@ class Turn:
             "fixed_expert": self.fixed_expert,
             "slots": list(self.slots),
             "on_expert_unavailable": self.on_expert_unavailable.value,
+            "exact": self.exact,
         }
         return TurnParameters(self.sampling.seed, self.rule.value, self.checkpoint, rest)
 
@@ -95,6 +113,7 @@ class Turn:
         own = {name: rest.pop(name) for name in ("max_tokens", "ignore_eos", "fixed_expert")}
         stops, slots = tuple(rest.pop("stops")), tuple(rest.pop("slots"))
         policy = OnExpertUnavailable(rest.pop("on_expert_unavailable", OnExpertUnavailable.WAIT.value))
+        exact = rest.pop("exact", False)
         rest["logit_bias"] = {int(token): bias for token, bias in rest["logit_bias"].items()}
         sampling = Sampling(seed=stored.seed, **rest)
         return cls(
@@ -104,16 +123,23 @@ class Turn:
             slots=slots,
             checkpoint=stored.checkpoint,
             on_expert_unavailable=policy,
+            exact=exact,
             **own,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Showing:
-    """What token events show besides the token; it does not influence the text."""
+class Wishes:
+    """What a request wants besides the text, which does not depend on it.
+
+    Attributes:
+        routing_weights, num_top_candidates: what token events show besides the token.
+        drafting: who may propose tokens.
+    """
 
     routing_weights: bool = False
     num_top_candidates: int = 0
+    drafting: DraftingMode = DraftingMode.AUTO
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +154,7 @@ class Offer:
         max_context_tokens: longest session.
         checkpoint: fingerprint of the checkpoint.
         default_policy: what is done while an expert is not there, when a request does not say.
+        default_drafting: who may propose tokens, when a request does not say.
     """
 
     slots: tuple[str, ...]
@@ -137,6 +164,7 @@ class Offer:
     max_context_tokens: int
     checkpoint: str
     default_policy: OnExpertUnavailable = OnExpertUnavailable.WAIT
+    default_drafting: DraftingMode = DraftingMode.AUTO
 
 
 def read_turn(request: router_pb2.GenerateRequest, offer: Offer) -> Turn:
@@ -168,14 +196,18 @@ def read_turn(request: router_pb2.GenerateRequest, offer: Offer) -> Turn:
         checkpoint=offer.checkpoint,
         slots=offer.slots,
         on_expert_unavailable=_read_policy(request, offer.default_policy),
+        exact=request.exact,
     )
 
 
-def read_showing(request: router_pb2.GenerateRequest) -> Showing:
-    """What a request wants token events to show. Raises InvalidRequest."""
+def read_wishes(request: router_pb2.GenerateRequest, offer: Offer) -> Wishes:
+    """What a request wants besides the text. Raises InvalidRequest."""
     if request.num_top_candidates > MAX_TOP_CANDIDATES:
         raise invalid("num_top_candidates", request.num_top_candidates, f"0 to {MAX_TOP_CANDIDATES}")
-    return Showing(request.return_routing_weights, request.num_top_candidates)
+    if request.drafting and request.drafting not in _DRAFTING:
+        raise invalid("drafting", request.drafting, "a value of Drafting")
+    drafting = _DRAFTING.get(request.drafting, offer.default_drafting)
+    return Wishes(request.return_routing_weights, request.num_top_candidates, drafting)
 
 
 async def read_prompt(

@@ -275,7 +275,7 @@ class TurnRunner:
             writer = TurnWriter(
                 ensemble=draft.serving.ensemble,
                 turn=live.turn,
-                showing=live.showing,
+                wishes=live.wishes,
                 text=text,
                 answer_position=live.answer_position,
                 answer_text=answer_text,

@@ -1,0 +1,354 @@
+"""One round of a turn: the rows that score the next token, and with a draft those that score what follows it.
+
+    nobody drafts     router, then the expert it has picked           one token
+    asked early       router and the last token's expert together     one token
+    router drafts     router continues itself, experts check          up to draft + 1 tokens
+    expert drafts     the last expert continues, the router checks    up to draft + 1 tokens
+    lookup            the text proposes, router and experts check     up to draft + 1 tokens
+
+Whatever the way, row j of a model is the one it gives after the text and the first j drafted tokens, so the tokens
+that a round gives are those that single tokens would have given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fusionroute import tracing
+from fusionroute.background import end_task
+from fusionroute.engine import Draft
+from fusionroute.errors import FusionRouteError
+from fusionroute.fusion import Decision, HeadLayout, Row, Sampling, decide, needs_router
+from router_service import metrics
+from router_service.asking import Answer, Model, Patience, ask
+from router_service.costs import Costs
+from router_service.degrading import Policy, ask_expert
+from router_service.draft_policy import Experience
+from router_service.drafting import Drafter, Plan
+from router_service.session_text import NEXT_ROW, Text, Wanted
+from router_service.turn_request import Turn
+
+UNSURE_SECONDS = 0.5
+"""How long one may be missed whom the router has not picked, or not for the next token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ensemble:
+    """Who can be asked: the router and the experts in the checkpoint's order.
+
+    Attributes:
+        end_ids: ids that end an answer.
+        max_context_tokens: longest session.
+        router_patience: for a row of the router.
+        expert_patience: for a row of an expert.
+        degrade_after_seconds: how long an expert may be missed before another way is gone, where the turn allows it.
+        experience: what its turns have learnt about drafting.
+        early: whether experts are asked before the router has routed; None = where it pays.
+    """
+
+    router: Model
+    experts: Sequence[Model]
+    layout: HeadLayout
+    end_ids: frozenset[int]
+    max_context_tokens: int
+    router_patience: Patience
+    expert_patience: Patience
+    degrade_after_seconds: float
+    experience: Experience = field(default_factory=Experience)
+    early: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What one token is chosen from.
+
+    Attributes:
+        picked: the router's decision.
+        taken: the decision as it was carried out; another one where the picked expert was not there.
+        router, expert: rows [V]; None of who was not asked.
+        epoch: of the expert's slot; 0 without one.
+    """
+
+    picked: Decision
+    taken: Decision
+    router: Row | None
+    expert: Row | None
+    epoch: int
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether somebody stood in for the picked expert."""
+        return self.taken.expert != self.picked.expert
+
+
+@dataclass(slots=True)
+class Round:
+    """The rows of a round.
+
+    Attributes:
+        plan: how it was made.
+        draft: the tokens proposed.
+        scores: of the next token, then of those after each drafted one, as far as rows could be had; at least one.
+        router_seconds, expert_seconds: what was waited for them.
+    """
+
+    plan: Plan
+    draft: tuple[int, ...] = ()
+    scores: list[Scores] = field(default_factory=list)
+    router_seconds: float = 0.0
+    expert_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class RoundAsker:
+    """Asks for the rows of a turn's rounds.
+
+    Attributes:
+        costs: what was asked and how long it took is added here.
+        last_expert: who took part in the last token; None before the first, and where the router wrote it alone.
+    """
+
+    ensemble: Ensemble
+    turn: Turn
+    text: Text
+    costs: Costs
+    last_expert: int | None = None
+    _policy: Policy = field(init=False)
+    _draft_of_models: Draft = field(init=False)
+    _traced: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        turn = self.turn
+        self._policy = Policy(turn.rule, turn.on_expert_unavailable, self.ensemble.degrade_after_seconds)
+        # Penalties and biases are left out: a draft need not be right.
+        alike = replace(
+            turn.sampling, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias={}
+        )
+        self._draft_of_models = Draft(1, alike)
+
+    @property
+    def draft_sampling(self) -> Sampling:
+        """How models choose what they draft."""
+        return self._draft_of_models.sampling
+
+    @property
+    def needs_router(self) -> bool:
+        """Whether tokens of this turn take a forward of the router."""
+        return needs_router(self.turn.rule, self.turn.fixed_expert)
+
+    @property
+    def guess(self) -> int | None:
+        """The expert that will take part in the next token, as far as can be told before the router has routed."""
+        return self.turn.fixed_expert if self.turn.fixed_expert is not None else self.last_expert
+
+    def can_ask_guess(self) -> bool:
+        """Whether there is a guess and somebody serves it."""
+        guess = self.guess
+        return guess is not None and self.ensemble.experts[guess].can_be_asked(self.text)
+
+    async def ask(self, plan: Plan) -> Round:
+        """The rows of a round.
+
+        Raises:
+            FusionRouteError: the next token's rows cannot be had; what belongs to drafted tokens is left out instead.
+        """
+        known: dict[int, Answer] = {}
+        draft = plan.ids
+        router_before, expert_before = self.costs.router_seconds, self.costs.expert_seconds
+        if plan.drafter is Drafter.EXPERT:
+            answer = await self._ask_guess(Wanted(drafting=self._drafting(plan), exact=self.turn.exact))
+            if answer is not None:
+                assert self.guess is not None
+                known, draft = {self.guess: answer}, answer.drafted_ids
+        early = self._begin_early() if plan.early else None
+        try:
+            router = await self._ask_router(plan, draft) if self.needs_router else None
+            if router is not None:
+                draft += router.drafted_ids
+            round_ = Round(plan, draft)
+            decisions = [self._decide(router, row) for row in range(len(draft) + 1)]
+            if early is not None:
+                await self._await_early(early, decisions[0], known)
+            await self._fill(round_, decisions, router, known)
+        finally:
+            if early is not None:
+                await end_task(early)
+        round_.router_seconds = self.costs.router_seconds - router_before
+        round_.expert_seconds = self.costs.expert_seconds - expert_before
+        return round_
+
+    async def ask_router_alone(self) -> Answer:
+        """The router's row for the next token."""
+        return await self._ask_router(Plan(), ())
+
+    # --- the router ------------------------------------------------------------------------------------------------
+
+    async def _ask_router(self, plan: Plan, draft: Sequence[int]) -> Answer:
+        started = time.monotonic()
+        drafting = self._drafting(plan) if plan.drafter is Drafter.ROUTER else None
+        wanted = NEXT_ROW
+        if draft or drafting or self.turn.exact:
+            wanted = Wanted(draft, range(len(draft) + 1), drafting, self.turn.exact)
+        answer = await ask(self.ensemble.router, self.text, self.ensemble.router_patience, wanted)
+        seconds = time.monotonic() - started
+        metrics.ROUTER_FORWARD_SECONDS.observe(seconds)
+        self._trace("router", seconds, answer)
+        self.costs.router_seconds += seconds
+        self.costs.num_router_forwards += 1 + len(answer.drafted_ids)
+        return answer
+
+    def _decide(self, router: Answer | None, row: int) -> Decision:
+        scores = None if router is None or router.head_scores is None else router.head_scores[row]
+        return decide(self.turn.rule, self.ensemble.layout, scores, self.turn.fixed_expert)
+
+    # --- an expert before the router has routed --------------------------------------------------------------------
+
+    def _begin_early(self) -> asyncio.Task[Answer | None]:
+        self.costs.num_early_asks += 1
+        return asyncio.create_task(self._ask_guess(Wanted(exact=self.turn.exact)))
+
+    async def _await_early(
+        self, early: asyncio.Task[Answer | None], decision: Decision, known: dict[int, Answer]
+    ) -> None:
+        """The early answer, if it is the picked expert's; else it goes on beside the right one's, as its catch-up."""
+        if decision.expert is None or decision.expert != self.guess:
+            metrics.EARLY_ASKS.labels("miss").inc()
+            self.costs.num_expert_calls += 1
+            return
+        metrics.EARLY_ASKS.labels("hit").inc()
+        self.costs.num_early_hits += 1
+        started = time.monotonic()
+        answer = await early
+        if answer is not None:
+            known[decision.expert] = answer
+            self._count_expert(time.monotonic() - started, answer)
+
+    async def _ask_guess(self, wanted: Wanted) -> Answer | None:
+        """Rows of the expert that is probably picked; None where it cannot be asked, which says nothing yet."""
+        guess = self.guess
+        assert guess is not None
+        started = time.monotonic()
+        patience = self.ensemble.expert_patience.while_absent(UNSURE_SECONDS, UNSURE_SECONDS)
+        try:
+            answer = await ask(self.ensemble.experts[guess], self.text, patience, wanted)
+        except FusionRouteError:
+            return None
+        if wanted.drafting is not None:
+            self._count_expert(time.monotonic() - started, answer)
+        return answer
+
+    # --- experts as the router has routed --------------------------------------------------------------------------
+
+    async def _fill(
+        self, round_: Round, decisions: Sequence[Decision], router: Answer | None, known: dict[int, Answer]
+    ) -> None:
+        """Asks the picked experts for what is not known yet, all at the same time; enters what could be had."""
+        wanted: dict[int, list[int]] = {}
+        for row, decision in enumerate(decisions):
+            if decision.expert is not None and decision.expert not in known:
+                wanted.setdefault(decision.expert, []).append(row)
+        first = decisions[0]
+        taken, stand_in = first, None
+        others = {expert: rows for expert, rows in wanted.items() if expert != first.expert}
+        tasks = {
+            expert: asyncio.create_task(self._ask_for_draft(expert, self._wanted(round_, rows)))
+            for expert, rows in others.items()
+        }
+        rows_of: dict[int, Sequence[int]] = {expert: range(len(decisions)) for expert in known}
+        rows_of |= wanted
+        try:
+            if first.expert in wanted:
+                taken, stand_in = await self._ask_first(first, self._wanted(round_, wanted[first.expert]))
+                if stand_in is not None and taken.expert == first.expert:
+                    known[first.expert] = stand_in
+            for expert, task in tasks.items():
+                answer = await task
+                if answer is not None:
+                    known[expert] = answer
+        finally:
+            for task in tasks.values():
+                await end_task(task)
+        if taken.expert is None and router is None:
+            router = await self.ask_router_alone()  # it was not needed beside the expert that is not there
+        self._enter(round_, decisions, router, known, rows_of)
+        if taken.expert != first.expert:
+            router_row = None if router is None else router.rows[0]
+            expert_row = None if stand_in is None else stand_in.rows[0]
+            epoch = 0 if stand_in is None else stand_in.epoch
+            round_.scores = [Scores(first, taken, router_row, expert_row, epoch)]
+
+    @staticmethod
+    def _enter(
+        round_: Round,
+        decisions: Sequence[Decision],
+        router: Answer | None,
+        known: dict[int, Answer],
+        rows_of: Mapping[int, Sequence[int]],
+    ) -> None:
+        """Scores row after row, up to the first one that is missing."""
+        for row, decision in enumerate(decisions):
+            router_row = None if router is None else router.rows[row]
+            if decision.expert is None:
+                round_.scores.append(Scores(decision, decision, router_row, None, 0))
+                continue
+            answer = known.get(decision.expert)
+            if answer is None:
+                return
+            expert_row = answer.rows[rows_of[decision.expert].index(row)]
+            round_.scores.append(Scores(decision, decision, router_row, expert_row, answer.epoch))
+
+    async def _ask_first(self, decision: Decision, wanted: Wanted) -> tuple[Decision, Answer | None]:
+        """Rows of the expert that is picked for the next token, or the one of who stands in for it."""
+        ensemble, started = self.ensemble, time.monotonic()
+        taken, answer = await ask_expert(
+            ensemble.experts, self.text, decision, self._policy, ensemble.expert_patience, wanted
+        )
+        self._count_expert(time.monotonic() - started, answer)
+        return taken, answer
+
+    async def _ask_for_draft(self, expert: int, wanted: Wanted) -> Answer | None:
+        """Rows that matter only if the tokens before them come true; None where they cannot be had."""
+        patience = self.ensemble.expert_patience.while_absent(UNSURE_SECONDS, UNSURE_SECONDS)
+        try:
+            answer = await ask(self.ensemble.experts[expert], self.text, patience, wanted)
+        except FusionRouteError:
+            return None
+        self.costs.num_expert_calls += 1
+        return answer
+
+    def _wanted(self, round_: Round, rows: Sequence[int]) -> Wanted:
+        if rows == [0] and not self.turn.exact:
+            return NEXT_ROW
+        return Wanted(round_.draft, rows, exact=self.turn.exact)
+
+    def _drafting(self, plan: Plan) -> Draft:
+        return replace(
+            self._draft_of_models, num_tokens=plan.num_tokens, min_probability=plan.least_probability
+        )
+
+    # --- what it has cost ------------------------------------------------------------------------------------------
+
+    def _count_expert(self, seconds: float, answer: Answer | None) -> None:
+        self.costs.expert_seconds += seconds
+        forward_seconds = 0.0 if answer is None else min(seconds, answer.forward_seconds)
+        metrics.EXPERT_WAIT_SECONDS.observe(seconds - forward_seconds)
+        if answer is not None:
+            metrics.EXPERT_FORWARD_SECONDS.observe(forward_seconds)
+            self._trace("expert", seconds, answer)
+            self.costs.expert_forward_seconds += forward_seconds
+            self.costs.num_expert_calls += 1
+
+    def _trace(self, who: str, seconds: float, answer: Answer) -> None:
+        """The first row of each cache, which is its prefill, and slow ones."""
+        if tracing.is_on() and (answer.cache not in self._traced or seconds > tracing.SLOW_SECONDS):
+            facts: tracing.Attributes = {
+                "cache": answer.cache,
+                "position": len(self.text.tokens),
+                "forward_seconds": answer.forward_seconds,
+            }
+            tracing.note(f"row of {who}", seconds, facts)
+            self._traced.add(answer.cache)
+
