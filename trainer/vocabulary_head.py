@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusionroute.engine.model import CHECK_TOLERANCE
+from fusionroute.engine.admission import CHECK_TOLERANCE
 from fusionroute.errors import ModelRejected, Reason
 from trainer.chunked_rows import BLOCK_NUMBERS, FrozenRows, FusedLogPartition, GoldLogprobs, RowMaker, chunks
 

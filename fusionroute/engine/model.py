@@ -1,7 +1,6 @@
 """Loading a Hugging Face causal language model so that the engine can run it on ragged batches.
 
-The only place that loads a model. A family that is not known to work is admitted when its ragged logits equal those
-of its own eager attention on a short check, else refused by name.
+The only place that loads a model. What runs it, and whether it is taken at all, is decided in `engine.admission`.
 """
 
 from __future__ import annotations
@@ -17,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusionroute.engine import attention
-from fusionroute.engine.attention import RaggedBatch, Segment, UnsupportedAttention
-from fusionroute.engine.kv_cache import KVCache, SessionCache
-from fusionroute.errors import ModelRejected, Reason
+from fusionroute.engine.admission import admitted_network, unsupported
+from fusionroute.engine.attention import RaggedBatch
+from fusionroute.engine.host_copies import HostCopies
+from fusionroute.engine.kv_cache import KVCache
+from fusionroute.engine.network import Network
+from fusionroute.errors import ModelRejected, Reason, invalid
 from fusionroute.vocabulary import (
     check_location,
     end_ids,
@@ -33,16 +34,7 @@ from fusionroute.vocabulary import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FAMILIES = ("gemma2", "llama", "qwen2", "qwen3")
-"""Families (transformers' model_type) that are tested; others must pass the check at load."""
-
-ROPE_TYPES_REFUSED = ("dynamic", "longrope")
-"""Their rotary angles depend on the longest sequence in the row, not on the session alone."""
-
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference from eager logits, relative to the largest logit, that the check at load forgives."""
 
 Heads = Callable[[Tensor], Tensor]
 
@@ -73,9 +65,10 @@ class LoadedModel:
     """A model ready for ragged batches.
 
     Args:
-        model: a transformers causal LM whose attention is `attention.ragged_attention`.
+        model: a transformers causal LM.
         tokenizer: its tokenizer.
         facts: which model this is.
+        network: runs the model's forward; keeps hidden states if there are heads.
         heads: maps final hidden states [n, H] to scores [n, k].
     """
 
@@ -84,16 +77,16 @@ class LoadedModel:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         facts: ModelFacts,
+        network: Network,
         heads: Heads | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.facts = facts
         self.end_ids = end_ids(tokenizer, model.generation_config)
+        self._network = network
         self._heads = heads
-        self._final = _FinalHidden()
-        if heads is not None:
-            model.get_output_embeddings().register_forward_pre_hook(self._final.keep)
+        self._copies = HostCopies(model.device)
 
     def kv_cache(self) -> KVCache:
         """Empty caches for the sessions of an engine."""
@@ -114,40 +107,27 @@ class LoadedModel:
             batch: the segments of the row.
             token_ids, positions: of every column.
             wanted: columns whose logits are returned, in this order.
-            exact: rows have the same bits whatever else is in the forward.
+            exact: rows have the same bits whatever else is in the forward, and however the tokens came before, if
+                those were computed so too.
 
         Raises:
-            UnsupportedAttention: `exact` of a model that cannot.
+            InvalidRequest: `exact` of a model that is not run by our own decoder.
         """
-        if exact:
-            raise UnsupportedAttention("rows of this model depend on what else is in the forward")
-        device = self.model.device
-        logits = self.model(
-            input_ids=torch.tensor([token_ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=device),
-            use_cache=False,
-            ragged_batch=batch,
-        ).logits
-        rows = logits[0, :, : self.facts.logits_width].to("cpu")
-        head_scores = None
-        if self._heads is not None and (hidden := self._final.take()) is not None:
-            head_scores = self._heads(hidden[0]).to("cpu")
+        if exact and not self._network.can_be_exact:
+            raise invalid("exact", True, f"False for {self.facts.name!r}, whose forward is its module's")
+        batch.exact = exact
+        logits, hidden = self._network.run(batch, token_ids, positions, wanted)
+        if self._heads is None or hidden is None:
+            return ForwardOutput(self._copies.take(logits)[0], None)
+        rows, head_scores = self._copies.take(logits, self._scores(self._heads, hidden, exact))
         return ForwardOutput(rows, head_scores)
 
-
-class _FinalHidden:
-    """What the output embeddings were given last. Apart from the model, which would else never be freed at once."""
-
-    def __init__(self) -> None:
-        self._hidden: Tensor | None = None
-
-    def keep(self, _module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._hidden = inputs[0]
-
-    def take(self) -> Tensor | None:
-        hidden, self._hidden = self._hidden, None
-        return hidden
+    @staticmethod
+    def _scores(heads: Heads, hidden: Tensor, exact: bool) -> Tensor:
+        """Scores [n, k]; the exact ones each alone, so that all have been computed in the same shape."""
+        if not exact or hidden.shape[0] <= 1:
+            return heads(hidden)
+        return torch.cat([heads(row) for row in hidden[:, None]])
 
 
 def load_model(
@@ -176,7 +156,6 @@ def load_model(
     return prepare_model(model, tokenizer, name=path_or_id, heads=heads, epoch=epoch)
 
 
-@torch.inference_mode()
 def prepare_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -193,7 +172,6 @@ def prepare_model(
             Reason.VOCABULARY_MISMATCH,
             f"{name!r} has {embeddings} token embeddings, its tokenizer knows {width} ids",
         )
-    _check_rope(model.config, name)
     facts = ModelFacts(
         name=name,
         weights_fingerprint=weights_fingerprint(model),
@@ -204,15 +182,14 @@ def prepare_model(
         max_context_tokens=int(getattr(model.config, "max_position_embeddings", 1 << 20)),
         epoch=time.time_ns() // 1_000_000 if epoch is None else epoch,
     )
-    attention.register()
-    model.eval()
-    eager = None
-    if facts.family not in FAMILIES:
-        eager = _eager_logits(model, _check_tokens(width))
-    model.set_attn_implementation(attention.IMPLEMENTATION)
-    loaded = LoadedModel(model, tokenizer, facts, heads)
-    _warm_up(loaded, eager)
-    return loaded
+    network = admitted_network(
+        model,
+        name=name,
+        width=width,
+        max_context_tokens=facts.max_context_tokens,
+        keeps_hidden=heads is not None,
+    )
+    return LoadedModel(model, tokenizer, facts, network, heads)
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
@@ -270,7 +247,7 @@ def load_weights(
             **split,
         )
     except ValueError as error:
-        raise _unsupported(config.model_type, path_or_id, first_line(error)) from error
+        raise unsupported(config.model_type, path_or_id, first_line(error)) from error
     except Exception as error:
         raise _not_loadable(path_or_id, error) from error
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -296,63 +273,3 @@ def _detached_from_files(model: PreTrainedModel) -> PreTrainedModel:
 def _not_loadable(path_or_id: str, error: Exception) -> ModelRejected:
     reason = Reason.MODEL_BROKEN if Path(path_or_id).expanduser().is_dir() else Reason.MODEL_NOT_FOUND
     return ModelRejected(reason, f"{path_or_id!r} cannot be loaded: {first_line(error)}")
-
-
-def _unsupported(family: str, name: str, why: str) -> ModelRejected:
-    return ModelRejected(
-        Reason.MODEL_UNSUPPORTED,
-        f"{name!r} is of family {family!r}, which is not supported ({why}); supported: {', '.join(FAMILIES)}",
-    )
-
-
-def _check_rope(config: Any, name: str) -> None:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    layers = parameters.values() if all(isinstance(v, dict) for v in parameters.values()) else [parameters]
-    for layer in layers:
-        rope_type = layer.get("rope_type") if isinstance(layer, dict) else None
-        if rope_type in ROPE_TYPES_REFUSED:
-            raise _unsupported(config.model_type, name, f"rope_type {rope_type!r} depends on the batch")
-
-
-def _check_tokens(width: int) -> list[int]:
-    return [(7 * step + 3) % width for step in range(24)]
-
-
-def _eager_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
-    model.set_attn_implementation("eager")
-    logits: Tensor = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits
-    return logits[0].to("cpu")
-
-
-def _warm_up(loaded: LoadedModel, eager: Tensor | None) -> None:
-    """One prompt in two chunks beside another session: finite logits, and equal to eager ones where those are given."""
-    facts = loaded.facts
-    tokens = _check_tokens(facts.logits_width)[: facts.max_context_tokens]
-    half = len(tokens) // 2
-    mine, other = SessionCache(len(tokens)), SessionCache(len(tokens))
-    rows = []
-    try:
-        for start, stop in ((0, half), (half, len(tokens))):
-            count = stop - start
-            batch = RaggedBatch([Segment(mine, start, 0, count), Segment(other, start, count, 2 * count)])
-            chunk, positions = tokens[start:stop], list(range(start, stop))
-            output = loaded.forward(batch, chunk + chunk[::-1], positions * 2, range(count))
-            rows.append(output.rows)
-    except (UnsupportedAttention, TypeError) as error:
-        raise _unsupported(facts.family, facts.name, str(error)) from error
-    got = torch.cat(rows)
-    if not torch.isfinite(got).all():
-        raise ModelRejected(
-            Reason.MODEL_BROKEN,
-            f"{facts.name!r} produces logits that are not finite (NaN or infinite weights?)",
-        )
-    if eager is not None:
-        wanted = eager[:, : facts.logits_width].float()
-        difference = float((got.float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
-        limit = CHECK_TOLERANCE[loaded.model.dtype]
-        if difference > limit:
-            raise _unsupported(
-                facts.family,
-                facts.name,
-                f"its logits differ from eager ones by {difference:.1e}, limit {limit:.0e}",
-            )

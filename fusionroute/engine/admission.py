@@ -1,0 +1,129 @@
+"""Which models are taken, and what runs their forward: nothing that was not held against the model's own code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import structlog
+import torch
+from torch import Tensor
+
+from fusionroute.engine import attention
+from fusionroute.engine.attention import RaggedBatch, Segment, UnsupportedAttention
+from fusionroute.engine.decoder import decoder_of
+from fusionroute.engine.kv_cache import SessionCache
+from fusionroute.engine.module_forward import ModuleForward
+from fusionroute.engine.network import Network
+from fusionroute.errors import ModelRejected, Reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FAMILIES = ("gemma2", "llama", "qwen2", "qwen3")
+"""Families (transformers' model_type) that are tested; others must pass the check at load."""
+
+ROPE_TYPES_REFUSED = ("dynamic", "longrope")
+"""Their rotary angles depend on the longest sequence in the row, not on the session alone."""
+
+CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest difference from eager logits, relative to the largest logit, that the check at load forgives."""
+
+CHECK_TOKENS = 24
+
+log = structlog.get_logger(__name__)
+
+
+@torch.inference_mode()
+def admitted_network(
+    model: PreTrainedModel, *, name: str, width: int, max_context_tokens: int, keeps_hidden: bool
+) -> Network:
+    """What is to run the model's forward: our own decoder where it gives the model's logits, else the module.
+
+    Args:
+        model: in memory, in any state; its attention is replaced.
+        name: for messages.
+        width: logits per row.
+        max_context_tokens: the most that the model takes.
+        keeps_hidden: whether final hidden states are wanted.
+
+    Raises:
+        ModelRejected: MODEL_UNSUPPORTED or MODEL_BROKEN, naming the model.
+    """
+    _check_rope(model.config, name)
+    family = model.config.model_type
+    attention.register()
+    model.eval()
+    tokens = [(7 * step + 3) % width for step in range(min(CHECK_TOKENS, max_context_tokens))]
+    decoder = decoder_of(model, width)
+    eager = None
+    if decoder is not None or family not in FAMILIES:
+        eager = _finite(_eager_logits(model, tokens)[:, :width], name)
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    if decoder is not None and eager is not None:
+        if (fault := _difference(_rows_in_chunks(decoder, tokens), eager)) is None:
+            decoder.choose_layouts()
+            return decoder
+        log.warning("decoder_not_used", model=name, family=family, why=fault)
+    network = ModuleForward(model, width, keeps_hidden=keeps_hidden)
+    try:
+        rows = _finite(_rows_in_chunks(network, tokens), name)
+    except (UnsupportedAttention, TypeError) as error:
+        raise unsupported(family, name, str(error)) from error
+    if eager is not None and (fault := _difference(rows, eager)) is not None:
+        raise unsupported(family, name, fault)
+    return network
+
+
+def unsupported(family: str, name: str, why: str) -> ModelRejected:
+    """The refusal of a model that the engine cannot run."""
+    return ModelRejected(
+        Reason.MODEL_UNSUPPORTED,
+        f"{name!r} is of family {family!r}, which is not supported ({why}); supported: {', '.join(FAMILIES)}",
+    )
+
+
+def _check_rope(config: Any, name: str) -> None:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    layers = parameters.values() if all(isinstance(v, dict) for v in parameters.values()) else [parameters]
+    for layer in layers:
+        rope_type = layer.get("rope_type") if isinstance(layer, dict) else None
+        if rope_type in ROPE_TYPES_REFUSED:
+            raise unsupported(config.model_type, name, f"rope_type {rope_type!r} depends on the batch")
+
+
+def _eager_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
+    model.set_attn_implementation("eager")
+    logits: Tensor = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits
+    return logits[0].to("cpu")
+
+
+def _rows_in_chunks(network: Network, tokens: list[int]) -> Tensor:
+    """Logits of one prompt in two chunks, each beside another session."""
+    half = len(tokens) // 2
+    mine, other = SessionCache(len(tokens)), SessionCache(len(tokens))
+    rows = []
+    for start, stop in ((0, half), (half, len(tokens))):
+        count = stop - start
+        batch = RaggedBatch([Segment(mine, start, 0, count), Segment(other, start, count, 2 * count)])
+        chunk, positions = tokens[start:stop], list(range(start, stop))
+        rows.append(network.run(batch, chunk + chunk[::-1], positions * 2, range(count))[0].to("cpu"))
+    return torch.cat(rows)
+
+
+def _finite(rows: Tensor, name: str) -> Tensor:
+    if not torch.isfinite(rows).all():
+        raise ModelRejected(
+            Reason.MODEL_BROKEN,
+            f"{name!r} produces logits that are not finite (NaN or infinite weights?)",
+        )
+    return rows
+
+
+def _difference(rows: Tensor, eager: Tensor) -> str | None:
+    """What is wrong with the rows; None if nothing is."""
+    wanted = eager.float()
+    difference = float((rows.float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
+    limit = CHECK_TOLERANCE[eager.dtype]
+    if difference <= limit:
+        return None
+    return f"its logits differ from eager ones by {difference:.1e}, limit {limit:.0e}"
