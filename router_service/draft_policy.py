@@ -69,7 +69,7 @@ class Trials:
     _is_early: bool = False
     _rest_tokens: int = 64
 
-    BLOCK_TOKENS = 8
+    BLOCK_TOKENS = 4
     LONGEST_REST_TOKENS = 4096
 
     def choose(self) -> bool:
