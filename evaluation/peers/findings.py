@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.bench_report import Bars, Finding, Report, speed_table
+from evaluation.bench_report import Bars, Finding, Report, Table, speed_table
 from evaluation.bench_runs import Runs, Spread, ratio
-from evaluation.peers.ways import Combination, Maker, Way
+from evaluation.peers.ways import Combination, Maker, Way, sessions
 
 SUITE = "peers"
 QUESTION = "How fast is the served stack beside what others offer for the same models?"
@@ -54,10 +54,11 @@ def report(
         not_measured: why, by who is missing.
     """
     missing = tuple(f"Not measured: {maker.value}: {reason}" for maker, reason in not_measured.items())
+    shares = _shares(ways, written, reference)
     tables, panels = [], []
     for number in sorted({way.num_sessions for way in ways}):
         of_number = {way.title: runs[way.name] for way in ways if way.num_sessions == number}
-        title = f"{number} session{'s' if number > 1 else ''}"
+        title = sessions(number)
         tables.append(speed_table(title, of_number))
         speeds = {name: Spread.of(each.tokens_per_second) for name, each in of_number.items()}
         panels.append(Bars(title, "tokens / s", speeds))
@@ -65,8 +66,8 @@ def report(
         SUITE,
         QUESTION,
         configuration,
-        (*_ratios(ways, runs), *_same_ids(ways, written, reference)),
-        tables,
+        (*_ratios(ways, runs), *_same_ids(shares)),
+        (*tables, _id_table(shares)),
         panels,
         (*missing, *NOTES),
         {"ways": dict(runs)},
@@ -87,16 +88,34 @@ def _ratios(ways: Sequence[Way], runs: Mapping[str, Runs]) -> list[Finding]:
     return found
 
 
-def _same_ids(
+def _shares(
     ways: Sequence[Way], written: Mapping[str, Ids], reference: Mapping[Combination, Ids]
-) -> list[Finding]:
-    found = []
-    for way in ways:
-        if way.combination in reference:
-            share = equal_share(written[way.name], reference[way.combination])
-            what = f"ids as in the reference: {way.name}"
-            found.append(Finding(what, Spread(share, share, share), at_least=1.0, unit="share"))
-    return found
+) -> dict[Way, float]:
+    """How much of what each way wrote is as in the reference, of 1."""
+    known = [way for way in ways if way.combination in reference]
+    return {way: equal_share(written[way.name], reference[way.combination]) for way in known}
+
+
+def _id_table(shares: Mapping[Way, float]) -> Table:
+    return Table(
+        "Ids as in the reference", ("way", "share"), [[way.name, share] for way, share in shares.items()]
+    )
+
+
+def _same_ids(shares: Mapping[Way, float]) -> list[Finding]:
+    """The least share among ways that shall write the same."""
+    alike: dict[tuple[Combination, int], list[float]] = {}
+    for way, share in shares.items():
+        alike.setdefault((way.combination, way.num_sessions), []).append(share)
+    return [
+        Finding(
+            f"ids as in the reference, least of {len(each)} ways: {combination.value}, {sessions(number)}",
+            Spread(min(each), min(each), max(each)),
+            at_least=1.0,
+            unit="share",
+        )
+        for (combination, number), each in alike.items()
+    ]
 
 
 def equal_share(written: Ids, expected: Ids) -> float:

@@ -61,7 +61,12 @@ class Way:
     @property
     def name(self) -> str:
         """The title with the number of sessions."""
-        return f"{self.title}, {self.num_sessions} session{'s' if self.num_sessions > 1 else ''}"
+        return f"{self.title}, {sessions(self.num_sessions)}"
+
+
+def sessions(number: int) -> str:
+    """In words."""
+    return "1 session" if number == 1 else f"{number} sessions"
 
 
 @dataclass(slots=True)
