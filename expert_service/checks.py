@@ -61,6 +61,12 @@ def check_step(request: expert_pb2.StepRequest, facts: ModelFacts) -> None:
             f"{len(request.token_ids)} token_ids are more than the model's {facts.max_context_tokens} tokens",
             metadata={"field": "token_ids", "limit": str(facts.max_context_tokens)},
         )
+    if len(request.row_indices) > len(request.token_ids):
+        raise invalid(
+            "row_indices",
+            f"{len(request.row_indices)} indices",
+            f"at most one for each of {len(request.token_ids)} token_ids",
+        )
     end = request.from_position + len(request.token_ids) + request.draft_tokens
     if request.draft_tokens and end > facts.max_context_tokens:
         raise InvalidRequest(
@@ -120,7 +126,9 @@ def check_batch(request: expert_pb2.StepBatchRequest) -> None:
 def check_streamed(request: expert_pb2.StepStreamRequest) -> None:
     """Raises InvalidRequest for a message that is larger than one may be."""
     if len(request.steps) > MAX_BATCH_STEPS:
-        raise invalid("steps", f"{len(request.steps)} steps", f"at most {MAX_BATCH_STEPS} steps in one message")
+        raise invalid(
+            "steps", f"{len(request.steps)} steps", f"at most {MAX_BATCH_STEPS} steps in one message"
+        )
     if len(request.cancelled) > MAX_STREAM_CANCELLED:
         raise invalid(
             "cancelled", f"{len(request.cancelled)} ids", f"at most {MAX_STREAM_CANCELLED} ids in one message"

@@ -10,21 +10,27 @@ caller or ran out of time. Only a stream that breaks answers nothing; its steps 
 from __future__ import annotations
 
 import asyncio
+import mmap
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
+import structlog
+
 from expert_service import checks
-from expert_service.stepping import BegunStep, Stepping
+from expert_service.stepping import BegunStep, PackRows, Stepping
 from fusionroute.background import end_task
 from fusionroute.engine import StepOutcome
 from fusionroute.errors import FusionRouteError, OutOfRoom, Reason, StatusCode, Unavailable, invalid
 from fusionroute.rpc_context import StreamedCall
 from fusionroute.rpc_errors import told
+from fusionroute.shared_memory import MemoryRefused, open_memory
 from fusionroute.v1 import expert_pb2
-from fusionroute.wire import step_error_to_message
+from fusionroute.wire import SharedPlace, rows_to_matrix, step_error_to_message
+
+log = structlog.get_logger(__name__)
 
 RPC = "ExpertService/Step"
 """Streamed steps are measured as what they are."""
@@ -43,11 +49,13 @@ class _Running:
     """A step that is not answered yet.
 
     Attributes:
+        pack: puts its rows where the caller has room for them.
         given_up: why it was cancelled; None while it is wanted.
     """
 
     begun: BegunStep
     call: StreamedCall
+    pack: PackRows
     timer: asyncio.TimerHandle | None = None
     given_up: expert_pb2.StepError | None = None
 
@@ -75,6 +83,7 @@ class StepStream:
         self._wake = asyncio.Event()
         self._was_sent = asyncio.Event()
         self._ends_when_idle = False
+        self._memory: mmap.mmap | None = None
 
     def end_when_idle(self) -> None:
         """Ends the stream as soon as every step that has been read is answered."""
@@ -126,7 +135,9 @@ class StepStream:
                 await self._was_sent.wait()
 
     def _greet(self, request: expert_pb2.StepStreamRequest) -> None:
-        self._hello = expert_pb2.StepStreamResponse()
+        if request.HasField("shared_memory"):
+            self._memory = _opened(request.shared_memory)
+        self._hello = expert_pb2.StepStreamResponse(shared_memory_accepted=self._memory is not None)
         self._wake.set()
 
     def _begin(self, streamed: expert_pb2.StreamedStep) -> None:
@@ -136,7 +147,8 @@ class StepStream:
         try:
             checks.check_streamed_step(streamed)
             self._check_room()
-            running = _Running(call.run(partial(self._hand_over, streamed)), call)
+            pack = self._place_of(streamed)
+            running = _Running(call.run(partial(self._hand_over, streamed)), call, pack)
         except Exception as error:
             self._answer(streamed.id, call, error=told(error, RPC))
             return
@@ -149,6 +161,12 @@ class StepStream:
     def _hand_over(self, streamed: expert_pb2.StreamedStep) -> BegunStep:
         timeout_seconds = streamed.timeout_seconds
         return self._stepping.begin(streamed.step, timeout_seconds=timeout_seconds or None)
+
+    def _place_of(self, streamed: expert_pb2.StreamedStep) -> PackRows:
+        """Where the rows of a step go. Raises InvalidRequest when that is not within the memory."""
+        if self._memory is None or not streamed.HasField("shared_offset"):
+            return rows_to_matrix
+        return SharedPlace(self._memory, streamed.shared_offset, streamed.shared_bytes).pack
 
     def _check_room(self) -> None:
         if len(self._running) >= MAX_UNANSWERED_STEPS:
@@ -166,7 +184,7 @@ class StepStream:
         if running.timer is not None:
             running.timer.cancel()
         try:
-            response = running.call.run(running.begun.response)
+            response = running.call.run(partial(running.begun.response, running.pack))
         except asyncio.CancelledError:
             self._give_up(step_id, running)
         except Exception as error:
@@ -206,6 +224,14 @@ class StepStream:
             num_bytes += result.ByteSize()
             response.results.append(result)
         return response
+
+
+def _opened(offer: expert_pb2.SharedMemoryOffer) -> mmap.mmap | None:
+    try:
+        return open_memory(offer.name, offer.num_bytes, offer.proof)
+    except MemoryRefused as refused:
+        log.info("rows_by_message", message=str(refused))
+        return None
 
 
 def _error(code: StatusCode, reason: str, message: str) -> expert_pb2.StepError:

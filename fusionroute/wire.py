@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,8 @@ from fusionroute.v1 import common_pb2, expert_pb2
 
 if TYPE_CHECKING:
     from fusionroute.engine import EngineLoad, ModelFacts
+
+PLACE_ALIGNMENT_BYTES = 8
 
 _TORCH_DTYPES: dict[common_pb2.Dtype.ValueType, torch.dtype] = {
     common_pb2.DTYPE_FLOAT32: torch.float32,
@@ -76,6 +79,47 @@ def rows_to_matrix(
         # numpy has no bfloat16, so the bytes go through an integer view.
         data=packed.view(torch.uint8).numpy().tobytes(),
     )
+
+
+class SharedPlace:
+    """Where a caller has room for the rows of one step, in a memory that is shared with it.
+
+    Args:
+        memory: as `fusionroute.shared_memory.open_memory` maps it.
+        offset, num_bytes: as the caller says, so neither is believed.
+
+    Raises:
+        InvalidRequest: the place does not lie within the memory.
+    """
+
+    __slots__ = ("_memory", "_num_bytes", "_offset")
+
+    def __init__(self, memory: mmap.mmap, offset: int, num_bytes: int) -> None:
+        if offset % PLACE_ALIGNMENT_BYTES:
+            raise invalid("shared_offset", offset, f"a multiple of {PLACE_ALIGNMENT_BYTES}")
+        if offset + num_bytes > len(memory):
+            raise invalid(
+                "shared_offset", offset, f"{offset} + {num_bytes} bytes lie beyond the memory's {len(memory)}"
+            )
+        self._memory, self._offset, self._num_bytes = memory, offset, num_bytes
+
+    def pack(
+        self, rows: torch.Tensor, dtype: common_pb2.Dtype.ValueType = common_pb2.DTYPE_UNSPECIFIED
+    ) -> common_pb2.Matrix:
+        """As `rows_to_matrix`, writing the rows into the place if they fit there."""
+        assert rows.ndim == 2, rows.shape
+        if dtype == common_pb2.DTYPE_UNSPECIFIED:
+            dtype = _DTYPES_BY_NAME[str(rows.dtype).removeprefix("torch.")]
+        num_bytes = rows.numel() * bytes_per_number(dtype)
+        if not 0 < num_bytes <= self._num_bytes:
+            return rows_to_matrix(rows, dtype)
+        place = torch.frombuffer(
+            self._memory, dtype=_TORCH_DTYPES[dtype], count=rows.numel(), offset=self._offset
+        )
+        place.view(rows.shape).copy_(rows.detach())
+        return common_pb2.Matrix(
+            dtype=dtype, num_rows=rows.shape[0], width=rows.shape[1], shared_offset=self._offset
+        )
 
 
 def matrix_to_numpy(matrix: common_pb2.Matrix, expected_width: int) -> NDArray[np.float32]:

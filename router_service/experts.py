@@ -22,7 +22,7 @@ from router_service import metrics
 from router_service.asking import Cache
 from router_service.breaker import BreakerState
 from router_service.instance_choice import NEW_SESSION, Standing, Wish, can_be_asked, choose
-from router_service.instances import Instance
+from router_service.instances import SHARED_MEMORY_BYTES, Instance
 from router_service.retry_budget import RetryBudget
 from router_service.session_text import Text
 
@@ -57,7 +57,7 @@ class Directory:
     max_message_bytes: int = grpc_runtime.MAX_MESSAGE_BYTES
     lease_seconds: float = 10.0
     access: ClientAccess | None = None
-    shared_memory_bytes: int = 0
+    shared_memory_bytes: int = SHARED_MEMORY_BYTES
     instances: dict[str, Instance] = field(default_factory=dict)
     _budgets: dict[str, RetryBudget] = field(default_factory=dict)
     _down_since: dict[str, float] = field(default_factory=dict)

@@ -32,6 +32,9 @@ KNOCK_SECONDS = 1.0
 MAX_STREAMED_TOKENS = 16_384
 """A longer step, such as the replay of a long session, goes by a call of its own and holds up nobody."""
 FLOAT_BYTES = 4
+SHARED_MEMORY_BYTES = 32 * 2**20
+"""For the rows of one instance that are on their way or still looked at; more of them come in messages."""
+MOST_SHARED_ROWS = 128
 LEAST_SHARED_BYTES = 16_384
 """Smaller rows gain nothing from shared memory."""
 SILENCE_SECONDS = 0.25
@@ -103,8 +106,10 @@ class Instance:
     line: StepLine = field(init=False)
 
     def __post_init__(self) -> None:
-        is_worth_it = self.entry.model.logits_width * FLOAT_BYTES >= LEAST_SHARED_BYTES
-        memory_bytes = self.memory_bytes if is_worth_it else 0
+        row_bytes = self.entry.model.logits_width * FLOAT_BYTES
+        memory_bytes = min(self.memory_bytes, MOST_SHARED_ROWS * row_bytes)
+        if row_bytes < LEAST_SHARED_BYTES:
+            memory_bytes = 0
         self.line = StepLine(self.stub, self.entry.address, memory_bytes=memory_bytes)
 
     @property

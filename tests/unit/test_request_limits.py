@@ -13,6 +13,7 @@ from expert_service import checks
 from fusionroute.engine import ModelFacts
 from fusionroute.errors import FusionRouteError, InvalidRequest, Reason, StatusCode, invalid
 from fusionroute.private_redis import connect
+from fusionroute.shared_memory import MemoryRefused, open_memory
 from fusionroute.v1 import common_pb2, expert_pb2, registry_pb2, router_pb2, trainer_pb2
 from router_service.registry_servicer import RegistryServicer
 from router_service.registry_store import RegistryStore
@@ -86,6 +87,13 @@ def step(request: expert_pb2.StepRequest) -> None:
     checks.check_step(request, FACTS)
 
 
+def offer(request: expert_pb2.SharedMemoryOffer) -> None:
+    """A memory that is refused is no error: rows come in messages."""
+    with pytest.raises(MemoryRefused) as refused:
+        open_memory(request.name, request.num_bytes, request.proof)
+    raise invalid("shared_memory", "", str(refused.value))
+
+
 def score(request: expert_pb2.ScoreRequest) -> None:
     checks.check_score(request, FACTS)
 
@@ -119,6 +127,19 @@ TOO_MUCH: dict[str, tuple[Call, Any]] = {
     "StepBatchRequest.steps": (
         checks.check_batch,
         E.StepBatchRequest(steps=[E.StepRequest(session_id=str(n)) for n in range(257)]),
+    ),
+    "StepRequest.row_indices": (step, E.StepRequest(session_id="s", token_ids=[1], row_indices=range(MANY))),
+    "StepStreamRequest.steps": (
+        checks.check_streamed, E.StepStreamRequest(steps=[E.StreamedStep(id=n) for n in range(257)])
+    ),
+    "StepStreamRequest.cancelled": (
+        checks.check_streamed, E.StepStreamRequest(cancelled=range(MANY))
+    ),
+    "StreamedStep.request_id": (checks.check_streamed_step, E.StreamedStep(request_id=LONG)),
+    "StreamedStep.traceparent": (checks.check_streamed_step, E.StreamedStep(traceparent=LONG)),
+    "SharedMemoryOffer.name": (offer, E.SharedMemoryOffer(name=LONG, num_bytes=4096, proof=bytes(32))),
+    "SharedMemoryOffer.proof": (
+        offer, E.SharedMemoryOffer(name="fusionroute-rows-" + "0" * 32, num_bytes=4096, proof=bytes(MANY))
     ),
     "CloseSessionRequest.session_id": (close, E.CloseSessionRequest(session_id=LONG)),
     "ScoreRequest.sequences": (score, E.ScoreRequest(sequences=[E.TokenSequence()] * 257)),
