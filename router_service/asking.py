@@ -130,6 +130,19 @@ async def ask(model: Model, text: Text, patience: Patience, wanted: Wanted = NEX
     return await _Asking(model, text, patience, wanted).answer()
 
 
+def check_answer(answer: Answer, wanted: Wanted) -> None:
+    """Raises InternalFault unless an answer has as many rows as were asked for, and drafted ids that exist."""
+    most = 0 if wanted.drafting is None else wanted.drafting.num_tokens
+    num_rows, width = answer.rows.shape
+    drafted = answer.drafted_ids
+    if len(drafted) > most or num_rows != len(wanted.rows) + len(drafted) or max(drafted, default=0) >= width:
+        raise InternalFault(
+            Reason.INTERNAL,
+            f"{answer.cache} answered {num_rows} rows and {len(drafted)} drafted tokens; {len(wanted.rows)} rows and at"
+            f" most {most} drafted tokens below {width} were asked for",
+        )
+
+
 class _Asking:
     """Rows being asked for: what has been tried, and until when."""
 
@@ -165,6 +178,7 @@ class _Asking:
                     answer = await cache.step(call, attempt_deadline)
                 else:
                     answer = await self._hedged(cache, call, attempt_deadline)
+                check_answer(answer, self.wanted)
             except FusionRouteError as error:
                 await self._mend(cache, call, error)
                 continue

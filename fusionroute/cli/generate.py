@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 RULES = ("sum", "gated_sum", "mixture", "select", "route", "router")
 POLICIES = ("wait", "next_best", "router_only", "fail")
+DRAFTING = ("auto", "off", "router", "expert", "lookup")
 TRACE_CANDIDATES = 3
 
 
@@ -61,6 +62,12 @@ class Output:
     type=click.Choice(POLICIES),
     help="What to do while an expert is not there; else as the router's settings say.",
 )
+@click.option("--exact", is_flag=True, help="Scores that are the same bits however they are computed; slower.")
+@click.option(
+    "--drafting",
+    type=click.Choice(DRAFTING),
+    help="Who proposes several tokens at a time; the text stays the same. Else as the router's settings say.",
+)
 @click.option("--session", metavar="ID", help="Continue a session (or begin one of this name): multi-turn.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the chat template, as the user's message.")
 @click.option("--trace", is_flag=True, help="Per token: expert, logprob, routing weights, top candidates.")
@@ -92,6 +99,8 @@ def build_request(
     combine: str | None = None,
     expert: str | None = None,
     policy: str | None = None,
+    exact: bool = False,
+    drafting: str | None = None,
     session: str | None = None,
     chat: bool = False,
     **sampling: Any,
@@ -105,11 +114,12 @@ def build_request(
         ChatMessage,
         ChatMessages,
         CombineRule,
+        Drafting,
         GenerateRequest,
         OnExpertUnavailable,
     )
 
-    request = GenerateRequest(session_id=session or "", fixed_expert=expert or "")
+    request = GenerateRequest(session_id=session or "", fixed_expert=expert or "", exact=exact)
     if chat:
         request.messages.CopyFrom(ChatMessages(messages=[ChatMessage(role="user", content=prompt)]))
     else:
@@ -118,6 +128,8 @@ def build_request(
         request.combine = CombineRule.Value(f"COMBINE_RULE_{combine.upper()}")
     if policy:
         request.on_expert_unavailable = OnExpertUnavailable.Value(f"ON_EXPERT_UNAVAILABLE_{policy.upper()}")
+    if drafting:
+        request.drafting = Drafting.Value(f"DRAFTING_{drafting.upper()}")
     if trace:
         request.return_routing_weights = True
         request.num_top_candidates = TRACE_CANDIDATES

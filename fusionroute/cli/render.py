@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from rich.cells import cell_len
 from rich.text import Text
 
-from fusionroute.v1.router_pb2 import Candidate, Finished, GenerationEvent, Started, Token
+from fusionroute.v1.router_pb2 import (
+    Candidate,
+    Drafting,
+    Finished,
+    GenerationEvent,
+    GenerationStatistics,
+    Started,
+    Token,
+)
 
 ROUTER_MARK = "+"
 ROUTER_STYLE = "bold red"
@@ -144,11 +152,23 @@ def summary_text(started: Started, finished: Finished) -> Text:
     calls = f", {spent.num_expert_calls} expert calls" if spent.num_expert_calls else ""
     if spent.num_degraded_tokens:
         calls += f", {spent.num_degraded_tokens} tokens degraded: their expert was not there"
+    calls += drafting_text(spent)
     return Text(
         f"{finished.num_generated_tokens} tokens after {finished.num_prompt_tokens}, {reason}{speed}{calls}; "
         f"{rule_name(started.combine)}, seed {started.seed}, session {started.session_id}",
         style="dim",
     )
+
+
+def drafting_text(spent: GenerationStatistics) -> str:
+    """What came of proposed tokens and early asks; empty where there were none."""
+    text = ""
+    for each in spent.drafting:
+        drafter = Drafting.Name(each.drafter).removeprefix("DRAFTING_").lower()
+        text += f", {each.num_accepted_tokens} of {each.num_drafted_tokens} tokens drafted by {drafter} accepted"
+    if spent.num_early_asks:
+        text += f", {spent.num_early_hits} of {spent.num_early_asks} early asks right"
+    return text
 
 
 FINISH_WORDS = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from fusionroute.engine import StepCall
+from fusionroute.engine import Draft, StepCall
 from fusionroute.errors import (
     FusionRouteError,
     InternalFault,
@@ -20,7 +20,7 @@ from fusionroute.errors import (
 )
 from router_service.asking import Answer, Patience, ask
 from router_service.records import TokenRecord, TokenSource, pack, pack_prompt, unpack
-from router_service.session_text import Text
+from router_service.session_text import Text, Wanted
 
 PATIENCE = Patience(20.0, attempt_seconds=1.0)
 
@@ -184,3 +184,52 @@ def test_a_resumed_text_goes_on_above_the_epochs_of_its_latest_turn() -> None:
     assert text.tokens == [4, 5, 6, 7, 8, 9]
     assert (text.floor("math"), text.floor("strings"), text.floor("format")) == (12, 31, 0)
     assert Text.resumed("s", 1, records, 5, ("math", "strings")).floor("strings") == 0
+
+
+@dataclass
+class Answering(FakeCache):
+    """Answers what it was told to."""
+
+    answer: Answer = field(default_factory=lambda: Answer(np.zeros((1, 3), np.float32), None, 7, "a@1", 0.0))
+
+    async def step(self, call: StepCall, deadline: float) -> Answer:
+        self.calls.append(call)
+        return self.answer
+
+
+async def test_what_a_cache_holds_beyond_the_text_counts_as_far_as_it_comes_true() -> None:
+    rows = np.zeros((3, 9), np.float32)
+    model = FakeModel(Answering(answer=Answer(rows, None, 7, "a@1", 0.0)))
+    text = Text("s", 1, [4, 5])
+    await ask(model, text, PATIENCE, Wanted([6, 7], range(3)))
+    text.tokens += [6, 8]  # the second drafted token was another one
+    model.cache = FakeCache()
+    await ask(model, text, PATIENCE)
+    assert text.cached_length("a@1") == 4
+    assert [(c.from_position, list(c.token_ids)) for c in model.cache.calls] == [(3, [8])]
+
+
+async def test_only_rows_asked_for_are_named_and_only_tokens_up_to_the_last_of_them_sent() -> None:
+    text = Text("s", 1, [4, 5])
+    call = text.call("a@1", 0.0, Wanted([6, 7, 8], [0, 2]))
+    assert (call.token_ids, call.num_rows, list(call.row_indices)) == ([4, 5, 6, 7], 0, [1, 3])
+    assert (call.from_position, call.end_position) == (0, 4)
+    tail = text.call("a@1", 0.0, Wanted([6, 7, 8], [1, 2]))
+    assert (tail.token_ids, tail.num_rows, list(tail.row_indices)) == ([4, 5, 6, 7], 2, [])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(np.zeros((0, 3), np.float32), None, 7, "a@1", 0.0),
+        Answer(np.zeros((2, 3), np.float32), None, 7, "a@1", 0.0, (1,)),
+        Answer(np.zeros((4, 3), np.float32), None, 7, "a@1", 0.0, (1, 2, 3)),
+        Answer(np.zeros((3, 3), np.float32), None, 7, "a@1", 0.0, (1, 3)),
+    ],
+)
+async def test_an_answer_of_another_size_or_with_ids_that_do_not_exist_is_a_fault(answer: Answer) -> None:
+    model, text = FakeModel(Answering(answer=answer)), Text("s", 1, [4, 5])
+    wanted = Wanted(drafting=Draft(2)) if answer.drafted_ids != (1,) else Wanted()
+    with pytest.raises(InternalFault, match=r"rows and .* drafted tokens"):
+        await ask(model, text, PATIENCE, wanted)
+    assert text.cached_length("a@1") == 0

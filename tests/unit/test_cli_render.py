@@ -19,6 +19,7 @@ from fusionroute.lab.tasks import examples
 from fusionroute.v1.router_pb2 import (
     Candidate,
     CombineRule,
+    Drafting,
     Finished,
     FinishReason,
     GenerationEvent,
@@ -138,6 +139,16 @@ def test_the_summary_tells_how_to_get_the_same_answer_again() -> None:
     text = summary_text(EVENTS[0].started, finished).plain
     assert "2 tokens after 4, length reached, 5.0 ms per token" in text
     assert "sum, seed 7, session s" in text
+
+
+def test_the_summary_tells_what_came_of_drafts_and_early_asks() -> None:
+    finished = Finished(reason=FinishReason.FINISH_REASON_LENGTH, num_generated_tokens=2)
+    finished.statistics.num_early_asks, finished.statistics.num_early_hits = 9, 4
+    finished.statistics.drafting.add(
+        drafter=Drafting.DRAFTING_LOOKUP, num_rounds=1, num_drafted_tokens=4, num_accepted_tokens=3
+    )
+    text = summary_text(EVENTS[0].started, finished).plain
+    assert "3 of 4 tokens drafted by lookup accepted, 4 of 9 early asks right" in text
 
 
 def test_rules_are_called_as_the_options_call_them() -> None:
