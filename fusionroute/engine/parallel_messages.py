@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-Plain: TypeAlias = str | int | bool | None
+Plain: TypeAlias = str | int | list[list[str | int]]
 
 _HEADER_LENGTH = struct.Struct("!I")
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from fusionroute.engine.kv_cache import KVCache
+from fusionroute.engine.kv_cache import KVCache, SessionCache
 from fusionroute.engine.parallel_cache import MIRRORED, NotedCache, repeat
 from fusionroute.engine.parallel_link import SECRET_BYTES, FollowerEnd, LeadEnd, PeerLost
 from fusionroute.engine.parallel_messages import CacheCall, ForwardOrder, SegmentPlace, pack, unpack
@@ -122,22 +122,51 @@ def test_an_order_arrives_as_it_was_sent() -> None:
     assert unpack(pack(order)) == order
 
 
+def sent(calls: list[CacheCall]) -> list[CacheCall]:
+    return list(unpack(pack(ForwardOrder(calls, [], [], [], []))).cache_calls)
+
+
+def same(mine: SessionCache, theirs: SessionCache) -> bool:
+    """Whether both hold the same, asked by writing one more token to each."""
+    assert (mine.capacity_tokens, mine.num_shared) == (theirs.capacity_tokens, theirs.num_shared)
+    shared = [view.pair(0, view.part.start)[0] for view in mine.shared]
+    others = [view.pair(0, view.part.start)[0] for view in theirs.shared]
+    assert len(shared) == len(others) and all(map(torch.equal, shared, others))
+    more = torch.ones(1, 2, 2)
+    at = mine.num_shared + mine.capacity_tokens - 1
+    first, second = (cache.extend(0, at, more, more)[0] for cache in (mine, theirs))
+    kept = mine.capacity_tokens // 2
+    return torch.equal(first[:, :kept], second[:, :kept])
+
+
 def test_caches_that_repeat_what_was_noted_hold_the_same() -> None:
     noted, others = NotedCache(), KVCache()
-    known: dict = {}
-    first = noted.room("a", 4, 0)
+    known: dict[str, SessionCache] = {}
+    first = noted.room("a", 8, 0)
     noted.room("b", 2, 0)
-    repeat(noted.take_calls(), others, known)
-    new = torch.arange(12.0).reshape(3, 2, 2)
+    repeat(sent(noted.take_calls()), others, known)
+    new = torch.arange(32.0).reshape(8, 2, 2)
     for cache in (first, known["a"]):
         cache.extend(0, 0, new, new)
-    grown = noted.room("a", 8, 3)
+    noted.copy("c", "a", 6, 12)
+    noted.split("a", "part", 4, 8, 8)
+    noted.build_upon("d", 4, [("part", 3)])
+    noted.rename("a", "e")
     noted.free("b")
-    repeat(noted.take_calls(), others, known)
-    assert set(known) == {"a"} and noted.session_of(grown) == "a"
-    more = torch.ones(1, 2, 2)
-    assert torch.equal(known["a"].extend(0, 3, more, more)[0], grown.extend(0, 3, more, more)[0])
+    mine = {name: noted.room(name, 8, 6) for name in "cde"}
+    repeat(sent(noted.take_calls()), others, known)
+    assert set(known) == {"c", "d", "e"}
+    assert [noted.session_of(mine[name]) for name in "cde"] == ["c", "d", "e"]
+    assert known["d"].num_shared == 3 and known["e"].num_shared == 4
+    assert all(same(mine[name], known[name]) for name in "ce")
+    noted.free("d")
+    noted.free("e")
+    noted.free_part("part")
+    repeat(sent(noted.take_calls()), others, known)
+    assert set(known) == {"c"}
     assert noted.take_calls() == []
+    noted.room("c", 8, 7)
+    assert noted.take_calls() == [], "room that is there already is no change"
 
 
 def test_every_change_of_the_caches_is_noted() -> None:
