@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fusionroute.engine import attention
 from fusionroute.engine.attention import RaggedBatch, Segment, UnsupportedAttention
-from fusionroute.engine.decoder import decoder_of
+from fusionroute.engine.decoder import Decoder, decoder_of
 from fusionroute.engine.kv_cache import SessionCache
 from fusionroute.engine.module_forward import ModuleForward
 from fusionroute.engine.network import Network
+from fusionroute.engine.parallel_decoder import is_part, split_decoder_of
 from fusionroute.errors import ModelRejected, Reason
 
 if TYPE_CHECKING:
@@ -54,11 +55,16 @@ def admitted_network(
     attention.register()
     model.eval()
     tokens = [(7 * step + 3) % width for step in range(min(CHECK_TOKENS, max_context_tokens))]
-    decoder = decoder_of(model, width)
+    decoder: Decoder | None = decoder_of(model, width)
     eager = None
-    if decoder is not None or family not in FAMILIES:
+    if decoder is not None or is_part(model) or family not in FAMILIES:
         eager = _finite(_eager_logits(model, tokens)[:, :width], name)
     model.set_attn_implementation(attention.IMPLEMENTATION)
+    if is_part(model) and eager is not None and (split := split_decoder_of(model, width)) is not None:
+        if (fault := _difference(_rows_in_chunks(split, tokens), eager)) is not None:
+            raise unsupported(family, name, f"split over several processes, {fault}")
+        split.choose_layouts()
+        return split
     if decoder is not None and eager is not None:
         if (fault := _difference(_rows_in_chunks(decoder, tokens), eager)) is None:
             decoder.choose_layouts()

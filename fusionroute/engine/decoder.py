@@ -26,14 +26,14 @@ from fusionroute.engine.row_norm import RowNorm
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_CLASSES = ("Gemma2ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+CLASSES = ("Gemma2ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def decoder_of(model: PreTrainedModel, width: int) -> Decoder | None:
     """The model's lean forward; None if it is of another family, split over devices, hooked into, or not plain."""
-    if type(model).__name__ not in _CLASSES or not _is_plain(model):
+    if type(model).__name__ not in CLASSES or not _is_plain(model):
         return None
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -59,13 +59,18 @@ def _is_plain(model: PreTrainedModel) -> bool:
 
 @dataclass(slots=True)
 class _Pass:
-    """One forward on its way through the layers."""
+    """One forward on its way through the layers.
+
+    Attributes:
+        joined: as `linear`, for maps whose inputs a split model has in several processes.
+    """
 
     batch: RaggedBatch
     cos: Tensor
     sin: Tensor
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     linear: Linear
+    joined: Linear
     activate: Activation
     num_padding: int = 0
 
@@ -97,6 +102,7 @@ class Decoder:
         )
         self._activate = activation_of(inner.layers[0].mlp.act_fn)
         self._tiles = ExactTiles()
+        self._joined: Linear = linear
 
     can_be_exact = True
 
@@ -114,7 +120,7 @@ class Decoder:
         if len(wanted) != len(token_ids):
             kept = torch.tensor(wanted, dtype=torch.long, device=self._embeddings.device)
         cos, sin = self._rotary.at(positions)
-        run = _Pass(batch, cos, sin, self._rotary.rotate, linear, self._activate)
+        run = _Pass(batch, cos, sin, self._rotary.rotate, linear, self._joined, self._activate)
         hidden = self._hidden(run, token_ids, kept)
         return self._head(hidden), hidden
 
@@ -126,14 +132,19 @@ class Decoder:
         padding = [0] * num_padding
         cos, sin = self._rotary.at([*positions, *padding])
         activate = by_rows(self._activate)
-        run = _Pass(batch, cos, sin, self._rotary.rotate, self._tiles.linear, activate, num_padding)
+        exact = self._tiles.linear
+        run = _Pass(batch, cos, sin, self._rotary.rotate, exact, exact, activate, num_padding)
         hidden = self._hidden(run, [*token_ids, *padding], None)
         hidden = hidden[torch.tensor(wanted, dtype=torch.long, device=hidden.device)]
         return self._head.exact(hidden, self._tiles), hidden
 
+    def _embedded(self, token_ids: Tensor) -> Tensor:
+        """[n] -> [n, H]."""
+        return embedding(token_ids, self._embeddings)
+
     def _hidden(self, run: _Pass, token_ids: Sequence[int], kept: Tensor | None) -> Tensor:
         """Final hidden states of the columns `kept`; None = all."""
-        x = embedding(torch.tensor(token_ids, device=self._embeddings.device), self._embeddings)
+        x = self._embedded(torch.tensor(token_ids, device=self._embeddings.device))
         if self._scale is not None:
             x = x.mul_(self._scale)
         for layer in self._layers[:-1]:
@@ -182,7 +193,7 @@ class _Layer:
         attended = self._attend(self._before_attention(x, run.exact), run)
         if kept is not None:
             x, attended = x.index_select(0, kept), attended.index_select(0, kept)
-        added = run.linear(attended, self._o, self._o_bias)
+        added = run.joined(attended, self._o, self._o_bias)
         if self._after_attention is not None:
             added = self._after_attention(added, run.exact)
         x = added.add_(x)
@@ -210,4 +221,4 @@ class _Layer:
 
     def _mlp(self, x: Tensor, run: _Pass) -> Tensor:
         gates, ups = run.linear(x, self._gate_up, self._gate_up_bias).chunk(2, 1)
-        return run.linear(run.activate(gates).mul_(ups), self._down, self._down_bias)
+        return run.joined(run.activate(gates).mul_(ups), self._down, self._down_bias)
