@@ -19,13 +19,12 @@ def fuse(maps: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     They keep their names, shapes and numbers, so that the module that owns them works as before. One map stays as it
     is. The maps must be as `can_fuse` says.
     """
-    # Outside of inference mode: the trainer differentiates through modules that were loaded for serving.
-    with torch.inference_mode(False), torch.no_grad():
-        biases: list[nn.Parameter | None] = [each.bias for each in maps]
+    # Mostly outside of inference mode: the trainer differentiates through modules that were loaded for serving.
+    with torch.inference_mode(maps[0].weight.is_inference()), torch.no_grad():
         weight = _stacked([each.weight for each in maps])
-        return weight, _stacked([each for each in biases if each is not None]) if biases[
-            0
-        ] is not None else None
+        biases: list[nn.Parameter | None] = [each.bias for each in maps]
+        present = [bias for bias in biases if bias is not None]
+        return weight, _stacked(present) if present else None
 
 
 def _stacked(parameters: Sequence[Tensor]) -> Tensor:
