@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fusionroute.engine.kv_cache import SessionCache
+from fusionroute.engine.shared_attention import SharedQueries, attend_part, merge_shared, shared_queries
 
 IMPLEMENTATION = "fusionroute_ragged"
 
@@ -32,6 +33,11 @@ class Segment:
     past: int
     start: int
     stop: int
+
+    @property
+    def own_past(self) -> int:
+        """Tokens in the session's own buffers."""
+        return self.past - self.cache.num_shared
 
     @property
     def num_tokens(self) -> int:
@@ -51,14 +57,26 @@ class RaggedBatch:
     segments: list[Segment]
     exact: bool = False
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    is_shared: bool = field(init=False)
+    _shared: dict[int | None, list[SharedQueries]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.is_shared = any(segment.cache.shared for segment in self.segments)
+
+    def shared(self, window: int | None, device: torch.device) -> list[SharedQueries]:
+        """Who attends to what several sessions share; the same in all layers, so made once."""
+        if window not in self._shared:
+            self._shared[window] = shared_queries(self.segments, window, device)
+        return self._shared[window]
 
     def mask(self, index: int, window: int | None, first_key: int, device: torch.device) -> Tensor:
         """Who may see whom, bool [tokens, keys from first_key on]; the same in all layers, so made once."""
         key = (index, window)
         if key not in self.masks:
             segment = self.segments[index]
-            queries = torch.arange(segment.past, segment.past + segment.num_tokens, device=device)[:, None]
-            keys = torch.arange(first_key, segment.past + segment.num_tokens, device=device)[None, :]
+            stop = segment.own_past + segment.num_tokens
+            queries = torch.arange(segment.own_past, stop, device=device)[:, None]
+            keys = torch.arange(first_key, stop, device=device)[None, :]
             seen = keys <= queries
             if window is not None:
                 seen &= keys > queries - window
@@ -134,6 +152,7 @@ def attend(
         [n, query heads, head size].
     """
     output = query.new_empty((query.shape[0], query.shape[1], value.shape[-1]))
+    logsums = output.new_empty(output.shape[:2], dtype=torch.float32) if batch.is_shared else None
     for index, segment in enumerate(batch.segments):
         columns = slice(segment.start, segment.stop)
         keys, values = segment.cache.extend(layer, segment.past, key[columns], value[columns])
@@ -147,12 +166,20 @@ def attend(
             continue
         first_key = 0
         if sliding_window is not None:
-            first_key = max(0, segment.past - sliding_window + 1)
+            first_key = max(0, segment.own_past - sliding_window + 1)
             keys, values = keys[:, first_key:], values[:, first_key:]
         mask = None
         if segment.num_tokens > 1:
             mask = batch.mask(index, sliding_window, first_key, query.device)
-        output[columns] = _attend_session(query[columns], keys, values, mask, scale, softcap)
+        if logsums is None:
+            output[columns] = _attend_session(query[columns], keys, values, mask, scale, softcap)
+        else:
+            output[columns], logsums[columns] = attend_part(
+                query[columns], keys, values, mask, scale, softcap
+            )
+    if logsums is not None:
+        shared = batch.shared(sliding_window, query.device)
+        merge_shared(output, logsums, layer, query, shared, scale, softcap)
     return output
 
 

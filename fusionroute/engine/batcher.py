@@ -113,7 +113,7 @@ class Engine:
                 chunk = token_ids[start : start + chunk_tokens]
                 yield start, (await self.step(StepCall(session_id, start, chunk, len(chunk)))).rows
         finally:
-            await asyncio.shield(self.close_session(session_id))
+            await asyncio.shield(self._ask(lambda table: table.close(session_id, 0, for_good=True)))
 
     async def close_session(self, session_id: str, fence: int = 0) -> bool:
         """Forgets a session; returns whether it existed. Raises SessionStateError STALE_FENCE."""

@@ -7,7 +7,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fusionroute.engine import digest
+from fusionroute.engine.digest import EMPTY, rolling
+from fusionroute.engine.prefixes import PartUse
 from fusionroute.fusion import Sampling
 
 
@@ -80,9 +81,17 @@ class StepCall:
         return min(wanted[0] if wanted else num_tokens, num_tokens - (self.draft is not None))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Session:
-    """A session's cached tokens and who may touch them."""
+    """A session's cached tokens and who may touch them.
+
+    Attributes:
+        reserved_tokens: key-value memory of its own, for the tokens beyond those that it shares.
+        parts: what it shares with other sessions: its first tokens.
+        num_indexed: blocks of tokens by which others can find it.
+        leaves_nothing: when it is closed, its tokens are not kept for others.
+        is_closed: nobody steps it any more; it stays for others to begin with.
+    """
 
     session_id: str
     last_used: float
@@ -91,13 +100,27 @@ class Session:
     busy: bool = False
     close_when_idle: bool = False
     exact: bool = False
+    leaves_nothing: bool = False
+    is_closed: bool = False
+    parts: tuple[PartUse, ...] = ()
+    num_indexed: int = 0
     tokens: array[int] = field(default_factory=lambda: array("I"))
-    digests: array[int] = field(default_factory=lambda: array("Q", [digest.EMPTY]))
+    digests: array[int] = field(default_factory=lambda: array("Q", [EMPTY]))
 
     @property
     def cached_length(self) -> int:
         """Tokens whose keys and values are cached."""
         return len(self.tokens)
+
+    @property
+    def num_shared(self) -> int:
+        """Tokens that it shares with other sessions."""
+        return self.parts[-1].stop if self.parts else 0
+
+    @property
+    def first_own(self) -> int:
+        """Position of the first token that it does not share."""
+        return self.num_shared
 
     def cut(self, length: int) -> None:
         """Forgets the tokens from position `length` on."""
@@ -106,7 +129,7 @@ class Session:
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Remembers tokens that have been fed."""
-        self.digests.extend(digest.rolling(token_ids, self.digests[-1]))
+        self.digests.extend(rolling(token_ids, self.digests[-1]))
         self.tokens.extend(token_ids)
 
     def num_equal(self, from_position: int, token_ids: Sequence[int]) -> int:

@@ -22,6 +22,9 @@ class EngineLimits:
         max_queue: steps waiting or running.
         max_sessions: sessions cached at a time.
         room_wait_seconds: how long a step waits for running sessions to give room.
+        share_prefixes: whether sessions whose prompts begin alike share the memory and the work of what they have in
+            common, closed sessions included.
+        shortest_shared_tokens: shorter beginnings are not shared.
         mixed_forward_seconds: how long a forward may take, roughly, that prefills share with decoding sessions.
     """
 
@@ -32,6 +35,8 @@ class EngineLimits:
     max_sessions: int = 4096
     room_wait_seconds: float = 2.0
     mixed_forward_seconds: float = 0.05
+    share_prefixes: bool = True
+    shortest_shared_tokens: int = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,12 @@ from torch import Tensor
 from fusionroute.engine.attention import RaggedBatch, Segment
 from fusionroute.engine.hand_over import Answers, Inbox
 from fusionroute.engine.kept_outcomes import KeptOutcomes
+from fusionroute.engine.kv_cache import KVCache
 from fusionroute.engine.model import ForwardOutput, LoadedModel
 from fusionroute.engine.schedule import Schedule
 from fusionroute.engine.session import Session
 from fusionroute.engine.sessions import NoRoomYet, SessionTable, room_taken
+from fusionroute.engine.sharing import DONORS_SHARE, Sharing
 from fusionroute.engine.steps import Chunk, EngineLimits, Job, StepOutcome
 from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
 from fusionroute.fusion import choose
@@ -62,7 +64,9 @@ class Worker:
             max_context_tokens=model.facts.max_context_tokens,
             logits_width=model.facts.logits_width,
             epoch=model.facts.epoch,
-            free=self._free,
+            free=self._cache.free,
+            sharing=_sharing(self._cache, limits),
+            forget=self._kept.forget,
         )
         self._answers = Answers()
         self._waiting: deque[Job] = deque()  # for room
@@ -240,7 +244,7 @@ class Worker:
         """Remembers what a forward has fed to a session."""
         job, session = chunk.job, chunk.job.session
         assert session is not None
-        session.extend(job.token_ids[chunk.start : chunk.stop])
+        self.table.extend(session, job.token_ids[chunk.start : chunk.stop])
         job.num_fed = chunk.stop
         shown = slice(rows.start, rows.stop - chunk.num_hidden)
         if shown.stop > shown.start:
@@ -315,12 +319,14 @@ class Worker:
             self.table.end(job.session, time.monotonic())
         self.num_finished += 1
 
-    def _free(self, session_id: str) -> None:
-        self._kept.forget(session_id)
-        self._cache.free(session_id)
-
     def _no_rows(self) -> Tensor:
         return torch.empty((0, self._model.facts.logits_width), dtype=self._model.model.dtype)
+
+
+def _sharing(cache: KVCache, limits: EngineLimits) -> Sharing | None:
+    if not limits.share_prefixes:
+        return None
+    return Sharing(cache, limits.shortest_shared_tokens, limits.kv_tokens // DONORS_SHARE)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

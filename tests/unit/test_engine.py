@@ -97,7 +97,7 @@ async def test_evicted_sessions_are_unknown_and_replay_gives_the_same_rows() -> 
             outcome = await engine.step(StepCall(f"s{number}", 0, list(range(2, 40)), 1))
             first[number] = outcome.rows
         load = engine.load()
-        assert load.num_evictions == 4
+        assert load.num_evictions == 3  # 38 tokens take 48
         assert load.kv_tokens_used <= 256
         with pytest.raises(FusionRouteError) as caught:
             await engine.step(StepCall("s0", 38, [3], 1))

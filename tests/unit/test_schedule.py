@@ -127,7 +127,7 @@ def table(kv_tokens: int) -> SessionTable:
     return SessionTable(
         kv_tokens=kv_tokens,
         max_sessions=10,
-        max_context_tokens=512,
+        max_context_tokens=1024,
         logits_width=61,
         epoch=1,
         free=lambda _: None,
@@ -143,24 +143,32 @@ def feed(sessions: SessionTable, name: str, start: int, num_tokens: int, now: fl
 
 
 def test_a_growing_session_takes_spare_room_from_the_abandoned_not_from_those_that_decode() -> None:
-    sessions = table(256)
-    feed(sessions, "a", 0, 64, now=0.0)
-    feed(sessions, "b", 0, 64, now=0.0)
-    assert feed(sessions, "c", 0, 64, now=0.0) == 64
-    assert feed(sessions, "c", 64, 64, now=1.0) == 128  # free
-    assert feed(sessions, "c", 128, 64, now=2.0) == 192  # twice as much would take a and b away; one goes
+    sessions = table(1040)
+    feed(sessions, "a", 0, 256, now=0.0)
+    feed(sessions, "b", 0, 256, now=0.0)
+    assert feed(sessions, "c", 0, 512, now=0.0) == 512
+    assert feed(sessions, "c", 512, 1, now=1.0) == 528  # a sixteenth more would take a away; what it needs is free
+    assert sessions.num_evictions == 0
+    assert feed(sessions, "c", 513, 16, now=2.0) == 544  # one has to go
     assert sessions.num_evictions == 1
-    assert feed(sessions, "c", 192, 1, now=60.0) == 256
-    assert sessions.num_evictions == 2
+    assert feed(sessions, "c", 529, 16, now=3.0) == 576  # free
+    assert sessions.num_evictions == 1
 
 
 def test_a_growing_session_takes_the_room_of_the_abandoned_in_one_go() -> None:
-    sessions = table(256)
+    sessions = table(1040)
     for name in ("a", "b"):
-        feed(sessions, name, 0, 64, now=0.0)
-    feed(sessions, "c", 0, 128, now=1.0)
-    assert feed(sessions, "c", 128, 1, now=60.0) == 256
-    assert sessions.num_evictions == 2
+        feed(sessions, name, 0, 256, now=0.0)
+    feed(sessions, "c", 0, 512, now=1.0)
+    assert feed(sessions, "c", 512, 1, now=60.0) == 544
+    assert sessions.num_evictions == 1
+
+
+def test_what_a_session_has_reserved_and_does_not_use_is_at_most_a_tenth() -> None:
+    sessions = table(512)
+    feed(sessions, "a", 0, 160, now=0.0)
+    for position in range(160, 512):
+        assert feed(sessions, "a", position, 1, now=0.0) <= 1.1 * (position + 1)
 
 
 def test_whether_a_step_needs_room() -> None:
