@@ -73,7 +73,7 @@ class SplitDecoder(Decoder):
         rows = self._embeddings.shape[0]
         mine = token_ids - self._first
         is_mine = (mine >= 0) & (mine < rows)
-        embedded = embedding(mine.clamp(0, rows - 1), self._embeddings) * is_mine[:, None]
+        embedded: Tensor = embedding(mine.clamp(0, rows - 1), self._embeddings) * is_mine[:, None]
         dist.all_reduce(embedded)
         return embedded
 
