@@ -92,6 +92,7 @@ async def take_turns(
     num_runs: int,
     pids: Iterable[int] = (),
     num_warmups: int = NUM_WARMUPS,
+    prepare: Callable[[int], Awaitable[None]] | None = None,
     tidy: Callable[[], Awaitable[None]] | None = None,
     on_run: OnRun = lambda done, total: None,
 ) -> dict[str, Runs]:
@@ -101,6 +102,7 @@ async def take_turns(
         ways: by name.
         num_runs: measured rounds, after `num_warmups` that are not.
         pids: of the processes that take part beside this one.
+        prepare: called before each round with its number, outside what is measured.
         tidy: called after each run, outside what is measured.
         on_run: told after each run.
     """
@@ -110,6 +112,8 @@ async def take_turns(
     total = (num_warmups + num_runs) * len(names)
     for number in range(num_warmups + num_runs):
         first = number % len(names)
+        if prepare is not None:
+            await prepare(number)
         for place, name in enumerate(names[first:] + names[:first]):
             cpu_before, started = cpu.seconds(), time.perf_counter()
             num_tokens = await ways[name](number)

@@ -116,13 +116,14 @@ def request_for(
     fixed_expert: str = "",
     temperature: float = 0.0,
     seed: int = 1,
+    ignore_eos: bool = True,
 ) -> GenerateRequest:
-    """Exactly `num_tokens` new tokens after a prompt; greedy where the temperature is 0."""
+    """`num_tokens` new tokens after a prompt, fewer only where its end counts; greedy where the temperature is 0."""
     request = GenerateRequest(
         token_ids=TokenIds(ids=prompt_ids), combine=combine, fixed_expert=fixed_expert, drafting=drafting
     )
     request.sampling.max_tokens = num_tokens
-    request.sampling.ignore_eos = True
+    request.sampling.ignore_eos = ignore_eos
     request.sampling.temperature = temperature
     request.sampling.seed = seed
     return request

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from evaluation.bench_report import Finding, Report, Table
 
 LABS = ("demo", "full")
-SHAPE_NAMES = ("h512", "h256", "h128", "h32")
+SHAPE_NAMES = ("h512", "h256", "h128", "h32", "row128k")
 DTYPES = ("float32", "bfloat16", "float16")
 NOT_OF_THE_SUITE = ("output", "plot", "as_json")
 PROGRESS_SECONDS = 5.0

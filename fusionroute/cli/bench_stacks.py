@@ -6,20 +6,22 @@ import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
-    from evaluation.bench_report import Report
     from evaluation.bench_served import ServedStack
     from fusionroute.stack_state import StackState
 
-LAB_PROMPTS = 64
+LAB_ROUNDS = 4
+"""Of one item for each task."""
+PLAIN_VARIABLES = {"FUSIONROUTE_ROUTER_DRAFTING": "off", "FUSIONROUTE_ROUTER_EARLY_ASKS": "off"}
 
 Prompts = Callable[[int], Sequence[int]]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,14 @@ class Models:
     prompts: Prompts
     is_tiny: bool = False
     variables: Mapping[str, str] = field(default_factory=dict)
+
+    def with_variables(self, **variables: str) -> Models:
+        """The same models behind daemons with further settings."""
+        return replace(self, variables={**self.variables, **variables})
+
+    def plain(self) -> Models:
+        """The same models behind a router that neither drafts nor asks experts early."""
+        return self.with_variables(**PLAIN_VARIABLES)
 
 
 @contextmanager
@@ -68,66 +78,55 @@ def random_models(shape: str, dtype: str, **family: Any) -> Iterator[Models]:
         yield Models(str(random.router), experts, lambda number: prompt(sizes, number=number), is_tiny)
 
 
-def lab_models(lab: str) -> Models:
-    """The family of `fusionroute lab build`, with held-out items as prompts."""
+def lab_models(lab: str, *, phase_one: bool = False) -> Models:
+    """The family of `fusionroute lab build`, with held-out items as prompts.
+
+    Args:
+        phase_one: the router of phase I, which serves every combine rule.
+    """
     from evaluation.items import rounds_of_items
     from fusionroute.cli.lab import build_family
     from fusionroute.vocabulary import load_tokenizer
 
     family = build_family(lab)
-    tokenizer = load_tokenizer(str(family.router))
-    items = [item for each in rounds_of_items(LAB_PROMPTS // 16) for item in each]
+    router = str(family.router_sft if phase_one else family.router)
+    tokenizer = load_tokenizer(router)
+    items = [item for each in rounds_of_items(LAB_ROUNDS) for item in each]
     prompts = [tokenizer(item.prompt)["input_ids"] for item in items]
     experts = {slot: str(path) for slot, path in family.experts.items()}
-    return Models(str(family.router), experts, lambda number: prompts[number % len(prompts)], is_tiny=True)
+    return Models(router, experts, lambda number: prompts[number % len(prompts)], is_tiny=True)
 
 
 def measure(
-    served: Sequence[Models], threads: int, work: Callable[[Sequence[ServedStack]], Awaitable[Report]]
-) -> Report:
+    served: Sequence[Models], threads: int, work: Callable[[Sequence[ServedStack]], Awaitable[Found]]
+) -> Found:
     """Starts a stack for each of the models, all at a time, lets the work measure them, and stops them."""
     from fusionroute.cli.stack import temporary_stack
     from fusionroute.local_stack import StackPlan
 
     with ExitStack() as stacks:
-        states = [
-            stacks.enter_context(
-                temporary_stack(
-                    StackPlan(
-                        each.router,
-                        each.experts,
-                        port=0,
-                        threads=threads,
-                        isolated=True,
-                        variables=each.variables,
-                    )
-                )
-            )[0]
-            for each in served
-        ]
+        states: list[StackState] = []
+        for each in served:
+            plan = StackPlan(
+                each.router, each.experts, port=0, threads=threads, isolated=True, variables=each.variables
+            )
+            states.append(stacks.enter_context(temporary_stack(plan))[0])
         return asyncio.run(_measure(list(zip(states, served, strict=True)), work))
 
 
 async def _measure(
-    running: Sequence[tuple[StackState, Models]], work: Callable[[Sequence[ServedStack]], Awaitable[Report]]
-) -> Report:
+    running: Sequence[tuple[StackState, Models]], work: Callable[[Sequence[ServedStack]], Awaitable[Found]]
+) -> Found:
     from evaluation.bench_served import ServedStack
     from fusionroute.client import RouterClient
     from fusionroute.processes import session_members
 
     async with AsyncExitStack() as clients:
-        stacks = [
-            ServedStack(
-                router=await clients.enter_async_context(RouterClient.open(state.router_address)),
-                checkpoint=made.router,
-                experts=made.experts,
-                pids={
-                    record.name: [each.pid for each in session_members(record)] for record in state.processes
-                },
-                addresses=state.addresses,
-            )
-            for state, made in running
-        ]
+        stacks: list[ServedStack] = []
+        for state, made in running:
+            pids = {record.name: [each.pid for each in session_members(record)] for record in state.processes}
+            router = await clients.enter_async_context(RouterClient.open(state.router_address))
+            stacks.append(ServedStack(router, made.router, made.experts, pids, state.addresses))
         return await work(stacks)
 
 

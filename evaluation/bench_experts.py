@@ -1,0 +1,99 @@
+"""What more experts cost: ms per token of stacks with two, four and eight of them, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+from evaluation.bench_machine import machine, sizes
+from evaluation.bench_report import Bars, Cell, Finding, Report, Table, speed_table
+from evaluation.bench_runs import NUM_WARMUPS, OnRun, Spread, Way, ratio, take_turns
+from evaluation.bench_served import ServedStack, ServedTurn, request_for
+
+MOST_GROWTH = 1.03
+
+Prompts = Callable[[int], Sequence[int]]
+
+
+async def measure_experts(
+    stacks: Mapping[int, ServedStack],
+    prompts: Prompts,
+    *,
+    num_tokens: int,
+    num_runs: int,
+    threads: int,
+    on_run: OnRun = lambda done, total: None,
+) -> Report:
+    """Measures stacks of several sizes, all in turns.
+
+    Args:
+        stacks: by their number of experts.
+        num_tokens: new tokens of each run.
+    """
+    turns: dict[int, list[ServedTurn]] = {count: [] for count in stacks}
+
+    def way(count: int) -> Way:
+        async def run(number: int) -> int:
+            turns[count].append(await stacks[count].turn(request_for(prompts(number), num_tokens)))
+            return len(turns[count][-1].ids)
+
+        return run
+
+    async def tidy() -> None:
+        for stack in stacks.values():
+            await stack.tidy()
+
+    pids = [pid for stack in stacks.values() for pid in stack.all_pids]
+    names = {count: f"{count} experts" for count in stacks}
+    runs = await take_turns(
+        {names[count]: way(count) for count in stacks}, num_runs=num_runs, pids=pids, tidy=tidy, on_run=on_run
+    )
+    measured = {count: of_stack[NUM_WARMUPS:] for count, of_stack in turns.items()}
+    familiar = {
+        count: [_ms(turn.familiar_gaps()) for turn in of_stack] for count, of_stack in measured.items()
+    }
+    few, many = min(stacks), max(stacks)
+    first = stacks[few]
+    return Report(
+        suite="experts",
+        question="Does a token get slower with more experts?",
+        configuration={
+            **machine(threads), **sizes(next(iter(first.experts.values()))), "experts": " ".join(map(str, stacks)),
+            "prompt_tokens": len(prompts(0)), "new_tokens": num_tokens, "runs": num_runs, "warmups": NUM_WARMUPS,
+            "combine": "sum", "greedy": True, "drafting": "off",
+        },
+        findings=[
+            Finding(f"ms / token with {many} experts / with {few}, once an expert has written",
+                    ratio(familiar[many], familiar[few]), at_most=MOST_GROWTH),
+            Finding(f"ms / token with {many} experts / with {few}, whole turns",
+                    ratio(runs[names[many]].ms_per_token, runs[names[few]].ms_per_token)),
+            Finding(f"CPU ms / token with {many} experts / with {few}, whole turns",
+                    ratio(runs[names[many]].cpu_ms_per_token, runs[names[few]].cpu_ms_per_token)),
+        ],
+        tables=[speed_table("Whole turns", runs), _table(measured, familiar)],
+        panels=[
+            Bars("Once an expert has written in the session", "ms per token",
+                 {names[count]: Spread.of(values) for count, values in familiar.items()}),
+            Bars("Whole turns, first visits included", "ms per token",
+                 {name: Spread.of(each.ms_per_token) for name, each in runs.items()}),
+        ],
+        notes=["An expert that writes for the first time in a session has the whole session to read; that is once for"
+               " each expert, not for each token, and counted in whole turns only."],
+        runs={"experts": runs},
+    )  # fmt: skip
+
+
+def _ms(gaps: Sequence[float]) -> float:
+    """Mean, in milliseconds."""
+    return 1000 * sum(gaps) / len(gaps)
+
+
+def _table(measured: Mapping[int, Sequence[ServedTurn]], familiar: Mapping[int, Sequence[float]]) -> Table:
+    rows: list[list[Cell]] = []
+    for count, turns in measured.items():
+        speed = Spread.of(familiar[count])
+        visited = Spread.of(len(set(turn.experts)) for turn in turns)
+        changes = Spread.of(sum(a != b for a, b in pairwise(turn.experts)) for turn in turns)
+        rows.append([f"{count} experts", speed.median, speed.low, speed.high, visited.median, changes.median])
+    columns = ("stack", "ms / token", "least", "most", "experts that wrote", "changes of expert")
+    return Table("Tokens of experts that had written before", columns, rows)
