@@ -28,7 +28,7 @@ from expert_service.servicer import ExpertServicer
 from fusionroute.engine import Engine, EngineLoad, ModelFacts, StepCall, StepOutcome
 from fusionroute.grpc_runtime import channel, server
 from fusionroute.telemetry import configure_logs
-from fusionroute.v1 import common_pb2, expert_pb2, expert_pb2_grpc, registry_pb2
+from fusionroute.v1 import common_pb2, expert_pb2_grpc, registry_pb2
 from fusionroute.wire import matrix_to_numpy
 from router_service.instances import Instance, step_request
 
@@ -80,7 +80,7 @@ class Way:
     def __init__(self, name: str, instance: Instance, expert: psutil.Process, top_logits: int = 0) -> None:
         self.name, self._instance, self._expert, self._top_logits = name, instance, expert, top_logits
         self._width = instance.entry.model.logits_width
-        self._last = expert_pb2.StepResponse()
+        self.num_bytes = 0  # of an answer
         self.wall_ms: list[float] = []
         self.router_ms: list[float] = []
         self.expert_ms: list[float] = []
@@ -93,17 +93,14 @@ class Way:
             assert matrix_to_numpy(response.rows, self._width)[0, 0] != 0.0
         elif self._top_logits:
             request.top_logits = self._top_logits
-            response = (await self._instance.line.step(request, deadline)).response
+            reply = await self._instance.line.step(request, deadline)
+            response = reply.response
         else:
             reply = await self._instance.line.step(request, deadline, 4 * self._width)
             assert reply.rows(self._width)[0, 0] != 0.0
             response = reply.response
-        self._last = response
-
-    @property
-    def num_bytes(self) -> int:
-        """Of an answer."""
-        return self._last.ByteSize()
+        data = reply.data if self._instance.has_streams else None
+        self.num_bytes = response.ByteSize() + (0 if data is None else data.nbytes)
 
     async def measure(self, calls: list[StepCall]) -> None:
         expert_before, router_before = self._expert.cpu_times(), time.process_time()

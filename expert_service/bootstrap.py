@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from uuid import uuid4
 
+import grpc
 import structlog
 
 from expert_service.registrar import Registrar, Registration
@@ -17,7 +18,7 @@ from expert_service.served_model import LoadAnew, ServedModel
 from expert_service.servicer import ExpertServicer
 from expert_service.settings import ExpertSettings
 from expert_service.watching import exposition, needs_registration
-from fusionroute import tracing
+from fusionroute import streamed_rows, tracing
 from fusionroute.access import ClientAccess, ServerAccess
 from fusionroute.background import end_task
 from fusionroute.engine import Engine, LoadedModel, load_model
@@ -174,9 +175,19 @@ async def serve(
 
 def service_of(servicer: ExpertServicer) -> Service:
     """The servicer as `grpc_runtime.server` takes it."""
+
+    def register(grpc_server: grpc.aio.Server) -> None:
+        expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, grpc_server)
+        streamed = grpc.stream_stream_rpc_method_handler(
+            servicer.StepStream,
+            request_deserializer=expert_pb2.StepStreamRequest.FromString,
+            response_serializer=streamed_rows.encode,
+        )
+        grpc_server.add_registered_method_handlers(SERVICE_NAME, {"StepStream": streamed})
+
     return Service(
         SERVICE_NAME,
-        lambda grpc_server: expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, grpc_server),
+        register,
         on_stop=servicer.end_streams,
     )
 

@@ -66,7 +66,9 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         results = await asyncio.gather(*(self._step_result(step, seconds) for step in request.steps))
         return expert_pb2.StepBatchResponse(results=results)
 
-    async def StepStream(self, request_iterator: Requests, context: Context) -> Responses:
+    async def StepStream(  # type: ignore[override]  # `service_of` has them encoded
+        self, request_iterator: Requests, context: Context
+    ) -> Responses:
         stream = StepStream(self._stepping, self._streams.discard)
         self._streams.add(stream)
         if self._is_stopping:

@@ -23,12 +23,13 @@ from expert_service import checks
 from expert_service.stepping import BegunStep, PackRows, Stepping
 from fusionroute.background import end_task
 from fusionroute.engine import StepOutcome
-from fusionroute.errors import FusionRouteError, OutOfRoom, Reason, StatusCode, Unavailable, invalid
+from fusionroute.errors import OutOfRoom, Reason, StatusCode, Unavailable, invalid
 from fusionroute.rpc_context import StreamedCall
 from fusionroute.rpc_errors import told
 from fusionroute.shared_memory import MemoryRefused, open_memory
+from fusionroute.streamed_rows import StreamedAnswer, StreamedAnswers
 from fusionroute.v1 import expert_pb2
-from fusionroute.wire import SharedPlace, rows_to_matrix, step_error_to_message
+from fusionroute.wire import SharedPlace, pack_rows, step_error_to_message
 
 log = structlog.get_logger(__name__)
 
@@ -41,7 +42,7 @@ COALESCED_BYTES = 4 * 2**20
 """A message that is so large already takes no further answers; joining them would gain nothing."""
 
 Requests: TypeAlias = AsyncIterator[expert_pb2.StepStreamRequest]
-Responses: TypeAlias = AsyncGenerator[expert_pb2.StepStreamResponse, None]
+Responses: TypeAlias = AsyncGenerator[StreamedAnswers, None]
 
 
 @dataclass(slots=True, eq=False)
@@ -78,8 +79,8 @@ class StepStream:
         self._stepping = stepping
         self._on_end = on_end
         self._running: dict[int, _Running] = {}
-        self._ended: deque[expert_pb2.StreamedResult] = deque()
-        self._hello: expert_pb2.StepStreamResponse | None = None
+        self._ended: deque[StreamedAnswer] = deque()
+        self._must_greet = False
         self._wake = asyncio.Event()
         self._was_sent = asyncio.Event()
         self._ends_when_idle = False
@@ -137,7 +138,7 @@ class StepStream:
     def _greet(self, request: expert_pb2.StepStreamRequest) -> None:
         if request.HasField("shared_memory"):
             self._memory = _opened(request.shared_memory)
-        self._hello = expert_pb2.StepStreamResponse(shared_memory_accepted=self._memory is not None)
+        self._must_greet = True
         self._wake.set()
 
     def _begin(self, streamed: expert_pb2.StreamedStep) -> None:
@@ -150,7 +151,7 @@ class StepStream:
             pack = self._place_of(streamed)
             running = _Running(call.run(partial(self._hand_over, streamed)), call, pack)
         except Exception as error:
-            self._answer(streamed.id, call, error=told(error, RPC))
+            self._fail(streamed.id, call, error)
             return
         self._running[streamed.id] = running
         if streamed.timeout_seconds:
@@ -165,7 +166,7 @@ class StepStream:
     def _place_of(self, streamed: expert_pb2.StreamedStep) -> PackRows:
         """Where the rows of a step go. Raises InvalidRequest when that is not within the memory."""
         if self._memory is None or not streamed.HasField("shared_offset"):
-            return rows_to_matrix
+            return pack_rows
         return SharedPlace(self._memory, streamed.shared_offset, streamed.shared_bytes).pack
 
     def _check_room(self) -> None:
@@ -184,46 +185,38 @@ class StepStream:
         if running.timer is not None:
             running.timer.cancel()
         try:
-            response = running.call.run(partial(running.begun.response, running.pack))
+            response, data = running.call.run(partial(running.begun.answer, running.pack))
         except asyncio.CancelledError:
-            self._give_up(step_id, running)
+            why = running.given_up or _STOPPED
+            running.call.end(StatusCode(why.code).name)
+            self._put(StreamedAnswer(step_id, expert_pb2.StepResult(error=why)))
         except Exception as error:
-            self._answer(step_id, running.call, error=told(error, RPC))
+            self._fail(step_id, running.call, error)
         else:
-            self._answer(step_id, running.call, response=response)
+            running.call.end("OK")
+            self._put(StreamedAnswer(step_id, expert_pb2.StepResult(response=response), data))
 
-    def _give_up(self, step_id: int, running: _Running) -> None:
-        why = running.given_up or _STOPPED
-        running.call.end(StatusCode(why.code).name)
-        self._put(step_id, expert_pb2.StepResult(error=why))
+    def _fail(self, step_id: int, call: StreamedCall, error: Exception) -> None:
+        ours = told(error, RPC)
+        call.end(ours.code.name)
+        self._put(StreamedAnswer(step_id, expert_pb2.StepResult(error=step_error_to_message(ours))))
 
-    def _answer(
-        self,
-        step_id: int,
-        call: StreamedCall,
-        *,
-        response: expert_pb2.StepResponse | None = None,
-        error: FusionRouteError | None = None,
-    ) -> None:
-        call.end("OK" if error is None else error.code.name)
-        failure = None if error is None else step_error_to_message(error)
-        self._put(step_id, expert_pb2.StepResult(response=response, error=failure))
-
-    def _put(self, step_id: int, result: expert_pb2.StepResult) -> None:
-        self._ended.append(expert_pb2.StreamedResult(id=step_id, result=result))
+    def _put(self, answer: StreamedAnswer) -> None:
+        self._ended.append(answer)
         self._wake.set()
 
-    def _next(self) -> expert_pb2.StepStreamResponse | None:
+    def _next(self) -> StreamedAnswers | None:
         """The next message: all that has ended, up to COALESCED_BYTES."""
-        response, self._hello = self._hello, None
+        if not (self._ended or self._must_greet):
+            return None
+        answers: list[StreamedAnswer] = []
         num_bytes = 0
         while self._ended and num_bytes < COALESCED_BYTES:
-            if response is None:
-                response = expert_pb2.StepStreamResponse()
-            result = self._ended.popleft()
-            num_bytes += result.ByteSize()
-            response.results.append(result)
-        return response
+            answers.append(self._ended.popleft())
+            num_bytes += answers[-1].num_bytes
+        is_accepted = self._must_greet and self._memory is not None
+        self._must_greet = False
+        return StreamedAnswers(is_accepted, answers)
 
 
 def _opened(offer: expert_pb2.SharedMemoryOffer) -> mmap.mmap | None:

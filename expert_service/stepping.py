@@ -15,9 +15,9 @@ from fusionroute.engine import Draft, StepCall, StepOutcome
 from fusionroute.errors import FusionRouteError
 from fusionroute.fusion import Sampling
 from fusionroute.v1 import common_pb2, expert_pb2
-from fusionroute.wire import load_to_message, rows_to_matrix
+from fusionroute.wire import PackedRows, load_to_message, pack_rows
 
-PackRows: TypeAlias = Callable[[Tensor, common_pb2.Dtype.ValueType], common_pb2.Matrix]
+PackRows: TypeAlias = Callable[[Tensor, common_pb2.Dtype.ValueType], PackedRows]
 """Puts rows [n, V] where the caller reads them, in a number format; unspecified = that of the rows."""
 
 
@@ -81,8 +81,20 @@ class BegunStep:
         self.future = future
         future.add_done_callback(held.released)
 
-    def response(self, pack: PackRows = rows_to_matrix) -> expert_pb2.StepResponse:
-        """The answer to a step that has ended. Raises FusionRouteError as the engine did, CancelledError."""
+    def response(self) -> expert_pb2.StepResponse:
+        """The whole answer to a step that has ended. Raises as `answer`."""
+        response, data = self.answer(pack_rows)
+        if data is not None:
+            response.rows.data = bytes(data)
+        return response
+
+    def answer(self, pack: PackRows) -> tuple[expert_pb2.StepResponse, memoryview | None]:
+        """The answer to a step that has ended, and the bytes of its rows, which are not in it yet.
+
+        Raises:
+            FusionRouteError: as the engine did.
+            CancelledError: it was given up.
+        """
         try:
             outcome = self.future.result()
         except FusionRouteError as error:
@@ -91,8 +103,9 @@ class BegunStep:
         num_tokens = len(self._request.token_ids) + len(outcome.drafted_ids)
         watching.note_step(self._slot, num_tokens, outcome, self._arrived)
         engine = self._held.engine
-        return expert_pb2.StepResponse(
-            rows=pack(outcome.rows, self._request.dtype),
+        rows = pack(outcome.rows, self._request.dtype)
+        response = expert_pb2.StepResponse(
+            rows=rows.matrix,
             position=outcome.position,
             drafted_ids=outcome.drafted_ids,
             epoch=engine.facts.epoch,
@@ -105,6 +118,7 @@ class BegunStep:
             load=load_to_message(engine.load()),
             num_computed_tokens=outcome.num_computed_tokens,
         )
+        return response, rows.data
 
 
 def _step_call(request: expert_pb2.StepRequest, deadline: float | None) -> StepCall:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,10 +56,29 @@ def bytes_per_number(dtype: common_pb2.Dtype.ValueType) -> int:
     return _TORCH_DTYPES[dtype].itemsize
 
 
-def rows_to_matrix(
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Rows on their way.
+
+    Attributes:
+        matrix: what a message says of them, without their bytes.
+        data: their bytes; None where they stand in shared memory.
+    """
+
+    matrix: common_pb2.Matrix
+    data: memoryview | None
+
+    def whole(self) -> common_pb2.Matrix:
+        """The matrix with its bytes, which are copied."""
+        if self.data is not None:
+            self.matrix.data = bytes(self.data)
+        return self.matrix
+
+
+def pack_rows(
     rows: torch.Tensor, dtype: common_pb2.Dtype.ValueType = common_pb2.DTYPE_UNSPECIFIED
-) -> common_pb2.Matrix:
-    """Packs logits rows, copying them once.
+) -> PackedRows:
+    """Readies logits rows for a message, without a copy where they are in the wanted format.
 
     Args:
         rows: [n, V], on the CPU, float32, float16 or bfloat16.
@@ -72,13 +92,16 @@ def rows_to_matrix(
         dtype = _DTYPES_BY_NAME[str(rows.dtype).removeprefix("torch.")]
     bytes_per_number(dtype)
     packed = rows.detach().to(_TORCH_DTYPES[dtype]).contiguous()
-    return common_pb2.Matrix(
-        dtype=dtype,
-        num_rows=packed.shape[0],
-        width=packed.shape[1],
-        # numpy has no bfloat16, so the bytes go through an integer view.
-        data=packed.view(torch.uint8).numpy().tobytes(),
-    )
+    matrix = common_pb2.Matrix(dtype=dtype, num_rows=packed.shape[0], width=packed.shape[1])
+    # numpy has no bfloat16, so the bytes go through an integer view.
+    return PackedRows(matrix, packed.view(torch.uint8).numpy().reshape(-1).data)
+
+
+def rows_to_matrix(
+    rows: torch.Tensor, dtype: common_pb2.Dtype.ValueType = common_pb2.DTYPE_UNSPECIFIED
+) -> common_pb2.Matrix:
+    """Packs logits rows into a message of their own; arguments and errors as of `pack_rows`."""
+    return pack_rows(rows, dtype).whole()
 
 
 class SharedPlace:
@@ -105,29 +128,32 @@ class SharedPlace:
 
     def pack(
         self, rows: torch.Tensor, dtype: common_pb2.Dtype.ValueType = common_pb2.DTYPE_UNSPECIFIED
-    ) -> common_pb2.Matrix:
-        """As `rows_to_matrix`, writing the rows into the place if they fit there."""
+    ) -> PackedRows:
+        """As `pack_rows`, writing the rows into the place if they fit there."""
         assert rows.ndim == 2, rows.shape
         if dtype == common_pb2.DTYPE_UNSPECIFIED:
             dtype = _DTYPES_BY_NAME[str(rows.dtype).removeprefix("torch.")]
         num_bytes = rows.numel() * bytes_per_number(dtype)
         if not 0 < num_bytes <= self._num_bytes:
-            return rows_to_matrix(rows, dtype)
+            return pack_rows(rows, dtype)
         place = torch.frombuffer(
             self._memory, dtype=_TORCH_DTYPES[dtype], count=rows.numel(), offset=self._offset
         )
         place.view(rows.shape).copy_(rows.detach())
-        return common_pb2.Matrix(
-            dtype=dtype, num_rows=rows.shape[0], width=rows.shape[1], shared_offset=self._offset
-        )
+        num_rows, width = rows.shape
+        matrix = common_pb2.Matrix(dtype=dtype, num_rows=num_rows, width=width, shared_offset=self._offset)
+        return PackedRows(matrix, None)
 
 
-def matrix_to_numpy(matrix: common_pb2.Matrix, expected_width: int) -> NDArray[np.float32]:
+def matrix_to_numpy(
+    matrix: common_pb2.Matrix, expected_width: int, data: memoryview | None = None
+) -> NDArray[np.float32]:
     """Unpacks logits rows to float32 [n, V]; the array may be read-only.
 
     Args:
         matrix: from a peer, so nothing about it is believed.
         expected_width: V as the peer's identity promised it.
+        data: the bytes of the rows; None = they are in the matrix.
 
     Raises:
         InvalidRequest: when the width is another, or the bytes are not num_rows * width * bytes-per-number.
@@ -135,17 +161,22 @@ def matrix_to_numpy(matrix: common_pb2.Matrix, expected_width: int) -> NDArray[n
     itemsize = bytes_per_number(matrix.dtype)
     if matrix.width != expected_width:
         raise invalid("matrix.width", matrix.width, f"the logits width is {expected_width}")
-    data = matrix.data  # every read of a bytes field copies it
+    held = memoryview(matrix.data) if data is None else data  # every read of a bytes field copies it
     wanted = matrix.num_rows * matrix.width * itemsize
-    if len(data) != wanted:
-        raise invalid("matrix.data", f"{len(data)} bytes", f"{matrix.num_rows} rows need {wanted} bytes")
+    if held.nbytes != wanted:
+        raise invalid("matrix.data", f"{held.nbytes} bytes", f"{matrix.num_rows} rows need {wanted} bytes")
     shape = (matrix.num_rows, matrix.width)
-    if matrix.dtype == common_pb2.DTYPE_FLOAT32:
-        return np.frombuffer(data, dtype="<f4").reshape(shape)
-    if not data:
+    if not wanted:
         return np.empty(shape, dtype=np.float32)
-    # torch converts 16-bit floats several times faster than numpy, but asks for a writable buffer.
-    halves = torch.frombuffer(bytearray(data), dtype=_TORCH_DTYPES[matrix.dtype])
+    if matrix.dtype == common_pb2.DTYPE_FLOAT32:
+        return np.frombuffer(held, dtype="<f4").reshape(shape)
+    if matrix.dtype == common_pb2.DTYPE_BFLOAT16:
+        # A bfloat16 is the upper half of a float32.
+        widened = np.frombuffer(held, dtype="<u2").astype("<u4")
+        np.left_shift(widened, 16, out=widened)
+        return widened.view(np.float32).reshape(shape)
+    # torch converts float16 several times faster than numpy, but asks for a writable buffer.
+    halves = torch.frombuffer(bytearray(held), dtype=_TORCH_DTYPES[matrix.dtype])
     converted: NDArray[np.float32] = halves.float().numpy().reshape(shape)
     return converted
 

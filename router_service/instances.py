@@ -23,7 +23,7 @@ from fusionroute.v1 import expert_pb2, expert_pb2_grpc, registry_pb2
 from router_service.asking import Answer
 from router_service.breaker import Breaker, BreakerState
 from router_service.instance_choice import Standing, View
-from router_service.step_line import NoStreams, StepLine
+from router_service.step_line import NoStreams, StepLine, streams_over
 
 log = structlog.get_logger(__name__)
 
@@ -110,7 +110,7 @@ class Instance:
         memory_bytes = min(self.memory_bytes, MOST_SHARED_ROWS * row_bytes)
         if row_bytes < LEAST_SHARED_BYTES:
             memory_bytes = 0
-        self.line = StepLine(self.stub, self.entry.address, memory_bytes=memory_bytes)
+        self.line = StepLine(streams_over(self.channel), self.entry.address, memory_bytes=memory_bytes)
 
     @property
     def name(self) -> str:

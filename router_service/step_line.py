@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+import grpc
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from fusionroute import streamed_rows
 from fusionroute.errors import FusionRouteError
 from fusionroute.shared_memory import MemoryRefused, Place, RowMemory, remove_abandoned
-from fusionroute.v1 import expert_pb2, expert_pb2_grpc
+from fusionroute.v1 import expert_pb2
 from fusionroute.wire import check_shared, matrix_to_numpy
-from router_service.step_stream import NoStreams, StepStream
+from router_service.step_stream import Call, NoStreams, StepStream
 
 __all__ = ["NoStreams", "Reply", "StepLine"]
 
+METHOD = "/fusionroute.v1.ExpertService/StepStream"
 MAX_STREAM_SECONDS = 300.0
 """Older streams are replaced, so that a connection that was to be given up, or new certificates, are not held up."""
 
@@ -34,11 +38,13 @@ class Reply:
     """An expert's answer, and the place that its rows were given.
 
     Attributes:
-        response: with rows in it or not.
+        response: with the bytes of its rows or not.
+        data: these bytes; None where they are in the response or in the place.
         place: None where the rows can only be in the response.
     """
 
     response: expert_pb2.StepResponse
+    data: memoryview | None = None
     place: Place | None = None
 
     def rows(self, width: int) -> NDArray[np.float32]:
@@ -51,7 +57,7 @@ class Reply:
         if self.place is None or not matrix.HasField("shared_offset"):
             if self.place is not None:
                 self.place.give_back()
-            return matrix_to_numpy(matrix, width)
+            return matrix_to_numpy(matrix, width, self.data)
         try:
             num_floats = check_shared(matrix, width, self.place.offset, self.place.num_bytes)
         except FusionRouteError:
@@ -64,7 +70,7 @@ class StepLine:
     """Streams to one instance, one after the other.
 
     Args:
-        stub: of the instance.
+        open_stream: makes a stream to it; see `streams_over`.
         address: of it, for people.
         memory_bytes: of the memory in which rows may come; 0 = none is offered.
         max_stream_seconds: an older stream is replaced.
@@ -72,13 +78,13 @@ class StepLine:
 
     def __init__(
         self,
-        stub: expert_pb2_grpc.ExpertServiceAsyncStub,
+        open_stream: Callable[[], Call],
         address: str,
         *,
         memory_bytes: int = 0,
         max_stream_seconds: float = MAX_STREAM_SECONDS,
     ) -> None:
-        self._stub = stub
+        self._open_stream = open_stream
         self._address = address
         self._memory_bytes = memory_bytes
         self._max_stream_seconds = max_stream_seconds
@@ -91,7 +97,7 @@ class StepLine:
         stream = self._current()
         waiting = stream.submit(request, deadline, rows_bytes)
         try:
-            return Reply(await waiting.future, waiting.place)
+            return Reply(*await waiting.future, waiting.place)
         except asyncio.CancelledError:
             stream.forget(waiting)
             raise
@@ -144,7 +150,7 @@ class StepLine:
         return memory
 
     def _open(self, memory: RowMemory | None) -> StepStream:
-        return StepStream(self._stub.StepStream(), self._address, memory)
+        return StepStream(self._open_stream(), self._address, memory)
 
     def _retire(self, stream: StepStream) -> None:
         if not stream.takes_steps:
@@ -152,6 +158,16 @@ class StepLine:
         stream.retire()
         self._retired.add(stream)
         stream.on_end = self._retired.discard
+
+
+def streams_over(channel: grpc.aio.Channel) -> Callable[[], Call]:
+    """Makes streams of steps over a channel, whose answers are not copied when they are read."""
+    method = channel.stream_stream(
+        METHOD,
+        request_serializer=expert_pb2.StepStreamRequest.SerializeToString,
+        response_deserializer=streamed_rows.decode,
+    )
+    return method
 
 
 def _new_memory(num_bytes: int) -> RowMemory:

@@ -20,6 +20,7 @@ from typing import TypeAlias
 
 import grpc
 import structlog
+from google.protobuf.message import Message
 
 from fusionroute import tracing
 from fusionroute.background import end_task
@@ -27,6 +28,7 @@ from fusionroute.errors import FusionRouteError, Reason, Unavailable
 from fusionroute.rpc_context import current_request
 from fusionroute.rpc_errors import TRANSPORT, error_from_peer
 from fusionroute.shared_memory import Place, RowMemory
+from fusionroute.streamed_rows import StreamedAnswer, StreamedAnswers
 from fusionroute.v1 import common_pb2, expert_pb2
 from fusionroute.wire import step_error_from_message
 
@@ -36,7 +38,7 @@ MAX_MESSAGE_CANCELLED = 4096
 
 log = structlog.get_logger(__name__)
 
-Call: TypeAlias = "grpc.aio.StreamStreamCall[expert_pb2.StepStreamRequest, expert_pb2.StepStreamResponse]"
+Call: TypeAlias = "grpc.aio.StreamStreamCall[Message, StreamedAnswers]"
 
 
 def _nothing(stream: StepStream) -> None:
@@ -57,7 +59,7 @@ class Waiting:
     """
 
     step_id: int
-    future: asyncio.Future[expert_pb2.StepResponse]
+    future: asyncio.Future[tuple[expert_pb2.StepResponse, memoryview | None]]
     place: Place | None = None
     timer: asyncio.TimerHandle | None = None
 
@@ -198,8 +200,8 @@ class StepStream:
                 if is_first:
                     is_first = False
                     self._greeted(response)
-                for result in response.results:
-                    self._answered(result)
+                for answer in response.answers:
+                    self._answered(answer)
         except grpc.aio.AioRpcError as broken:
             is_unknown = broken.code() is grpc.StatusCode.UNIMPLEMENTED
             error = NoStreams() if is_unknown else error_from_peer(broken, self._address)
@@ -214,7 +216,7 @@ class StepStream:
         finally:
             self._end(error)
 
-    def _greeted(self, response: expert_pb2.StepStreamResponse) -> None:
+    def _greeted(self, response: StreamedAnswers) -> None:
         if self._offered is not None:
             self._offered.unlink()
             self.was_refused_memory = not response.shared_memory_accepted
@@ -222,8 +224,8 @@ class StepStream:
                 self._memory = self._offered
             self._offered = None
 
-    def _answered(self, result: expert_pb2.StreamedResult) -> None:
-        waiting = self._waiting.pop(result.id, None)
+    def _answered(self, answer: StreamedAnswer) -> None:
+        waiting = self._waiting.pop(answer.step_id, None)
         if waiting is None:
             return
         if waiting.timer is not None:
@@ -231,12 +233,12 @@ class StepStream:
         is_wanted = not waiting.future.done()
         if self._is_retired and not self._waiting:
             self._wake.set()
-        if result.result.WhichOneof("result") == "response":
+        if answer.result.WhichOneof("result") == "response":
             if is_wanted:
-                waiting.future.set_result(result.result.response)
+                waiting.future.set_result((answer.result.response, answer.data))
                 return
         elif is_wanted:
-            waiting.future.set_exception(step_error_from_message(result.result.error))
+            waiting.future.set_exception(step_error_from_message(answer.result.error))
         if waiting.place is not None:
             waiting.place.give_back()
 

@@ -18,10 +18,11 @@ from fusionroute.errors import FusionRouteError, InvalidRequest, OutOfRoom, Reas
 from fusionroute.fusion import Sampling
 from fusionroute.grpc_runtime import channel, error_from_rpc
 from fusionroute.rpc_errors import was_transport
+from fusionroute.streamed_rows import StreamedAnswers
 from fusionroute.v1 import common_pb2, expert_pb2, expert_pb2_grpc, registry_pb2
 from fusionroute.wire import step_error_from_message
 from router_service.instances import Instance
-from router_service.step_line import StepLine
+from router_service.step_line import StepLine, streams_over
 from tests.expert_fakes import WIDTH, KnownEngine, served_expert, successor, until
 
 # ruff: noqa: N802 - the contract names the methods
@@ -203,8 +204,8 @@ def soon(seconds: float = 10.0) -> float:
 
 @asynccontextmanager
 async def lined(engine: KnownEngine, **options: Any) -> AsyncIterator[StepLine]:
-    async with served_expert(engine) as (stub, running, _):
-        line = StepLine(stub, running.address, **options)
+    async with served_expert(engine) as (_, running, _), channel(running.address) as opened:
+        line = StepLine(streams_over(opened), running.address, **options)
         yield line
         await line.close()
 
@@ -216,23 +217,23 @@ class Recorder:
         self.messages: list[Message] = []
         self.is_closed = asyncio.Event()
 
-    def StepStream(self) -> Any:
+    def open(self) -> Any:
         return self
 
     async def write(self, message: Message) -> None:
         self.messages.append(message)
 
-    async def __aiter__(self) -> AsyncIterator[expert_pb2.StepStreamResponse]:
+    async def __aiter__(self) -> AsyncIterator[StreamedAnswers]:
         await self.is_closed.wait()
-        yield expert_pb2.StepStreamResponse()
+        yield StreamedAnswers(False, [])
 
     def cancel(self) -> None:
         self.is_closed.set()
 
 
 async def test_steps_of_one_turn_of_the_loop_go_out_in_one_message() -> None:
-    stub: Any = Recorder()
-    line = StepLine(stub, "nobody")
+    stub = Recorder()
+    line = StepLine(stub.open, "nobody")
     for turn in range(2):
         tasks = [asyncio.create_task(line.step(step(f"s{turn}-{n}"), soon())) for n in range(30)]
         await until(lambda: sum(len(message.steps) for message in stub.messages) == 30)

@@ -25,6 +25,7 @@ from fusionroute.shared_memory import FOLDER, PREFIX, MemoryRefused, RowMemory, 
 from fusionroute.v1 import common_pb2, expert_pb2, expert_pb2_grpc, registry_pb2
 from fusionroute.wire import SharedPlace
 from router_service.instances import Instance
+from router_service.step_line import StepLine, streams_over
 from tests.expert_fakes import WIDTH, KnownEngine, served_expert, until
 
 ROW_BYTES = WIDTH * 4
@@ -57,7 +58,7 @@ async def instance_at(address: str, num_rows: int = 4) -> AsyncIterator[Instance
         opened,
         expert_pb2_grpc.ExpertServiceStub(opened),
     )
-    instance.line = type(instance.line)(instance.stub, address, memory_bytes=num_rows * 64)
+    instance.line = StepLine(streams_over(opened), address, memory_bytes=num_rows * 64)
     yield instance
     await instance.close()
 
@@ -165,9 +166,9 @@ async def test_a_place_beyond_the_memory_is_refused_by_name(memory: RowMemory) -
 def test_rows_that_do_not_fit_go_into_the_message(memory: RowMemory) -> None:
     mapped = open_memory(memory.name, memory.num_bytes, memory.proof)
     rows = torch.arange(8.0).reshape(2, 4)
-    assert SharedPlace(mapped, 64, 32).pack(rows).shared_offset == 64
-    assert len(SharedPlace(mapped, 64, 31).pack(rows).data) == 32
-    assert SharedPlace(mapped, 64, 31).pack(rows, common_pb2.DTYPE_FLOAT16).shared_offset == 64
+    assert SharedPlace(mapped, 64, 32).pack(rows).data is None
+    assert len(SharedPlace(mapped, 64, 31).pack(rows).whole().data) == 32
+    assert SharedPlace(mapped, 64, 31).pack(rows, common_pb2.DTYPE_FLOAT16).matrix.shared_offset == 64
 
 
 @pytest.mark.parametrize("wrong", ["size", "proof", "mode", "kind"])
