@@ -9,7 +9,7 @@ Two sums a layer, one for the embeddings and one gathering are all that the proc
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,6 +22,12 @@ from fusionroute.engine.decoder import CLASSES, Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# Newer versions of torch warn of the older name.
+_gather: Callable[[Tensor, Tensor], object] = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)
 
 
 def is_part(model: PreTrainedModel) -> bool:
@@ -66,7 +72,7 @@ class SplitDecoder(Decoder):
         mine = logits.new_zeros((self._slice, logits.shape[0]))
         mine[: logits.shape[1]] = logits.t()
         whole = logits.new_empty((self._size * self._slice, logits.shape[0]))
-        dist.all_gather_into_tensor(whole, mine)
+        _gather(whole, mine)
         return whole[: self._width].t().contiguous(), hidden
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
