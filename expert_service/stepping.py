@@ -14,6 +14,7 @@ from expert_service.served_model import Held, ServedModel
 from fusionroute.engine import Draft, StepCall, StepOutcome
 from fusionroute.errors import FusionRouteError
 from fusionroute.fusion import Sampling
+from fusionroute.top_logits import top_logits_to_message, top_of_rows
 from fusionroute.v1 import common_pb2, expert_pb2
 from fusionroute.wire import PackedRows, load_to_message, pack_rows
 
@@ -103,9 +104,10 @@ class BegunStep:
         num_tokens = len(self._request.token_ids) + len(outcome.drafted_ids)
         watching.note_step(self._slot, num_tokens, outcome, self._arrived)
         engine = self._held.engine
-        rows = pack(outcome.rows, self._request.dtype)
+        rows, top = self._shown(outcome, pack)
         response = expert_pb2.StepResponse(
-            rows=rows.matrix,
+            rows=None if rows is None else rows.matrix,
+            top=top,
             position=outcome.position,
             drafted_ids=outcome.drafted_ids,
             epoch=engine.facts.epoch,
@@ -118,7 +120,17 @@ class BegunStep:
             load=load_to_message(engine.load()),
             num_computed_tokens=outcome.num_computed_tokens,
         )
-        return response, rows.data
+        return response, None if rows is None else rows.data
+
+    def _shown(
+        self, outcome: StepOutcome, pack: PackRows
+    ) -> tuple[PackedRows | None, expert_pb2.TopLogits | None]:
+        """The rows, or the highest logits of each where only these were asked for."""
+        request = self._request
+        if not request.top_logits:
+            return pack(outcome.rows, request.dtype), None
+        ids, logits = top_of_rows(outcome.rows, request.top_logits)
+        return None, top_logits_to_message(ids, logits, request.dtype)
 
 
 def _step_call(request: expert_pb2.StepRequest, deadline: float | None) -> StepCall:
@@ -134,6 +146,7 @@ def _step_call(request: expert_pb2.StepRequest, deadline: float | None) -> StepC
         row_indices=tuple(request.row_indices),
         exact=request.exact,
         draft=_draft(request) if request.draft_tokens else None,
+        keep_rows=request.top_logits > 0,
     )
 
 

@@ -258,18 +258,19 @@ def choose(fused: Row, sampling: Sampling, position: int, seen: SeenTokens | Non
 
 def pick(fused: Row, sampling: Sampling, position: int, seen: SeenTokens | None = None) -> int:
     """The id that `choose` chooses, without its probability."""
-    scores = _adjusted(fused, sampling, seen)
+    scores = adjusted(fused, sampling, seen)
     return int(np.argmax(scores)) if sampling.temperature == 0.0 else _sample(scores, sampling, position)
 
 
 def top_candidates(row: Row, count: int) -> list[Choice]:
     """The `count` best ids of a row of logits with their log-probabilities, best first, ties to the lowest id."""
-    best = _best(row, count)
+    best = best_ids(row, count)
     total = logsumexp(row)
     return [Choice(int(token), float(row[token]) - total) for token in best]
 
 
-def _adjusted(fused: Row, sampling: Sampling, seen: SeenTokens | None) -> Row:
+def adjusted(fused: Row, sampling: Sampling, seen: SeenTokens | None) -> Row:
+    """Scores [V] after penalties and biases; each grows with its fused score, whatever the others are."""
     if not sampling.logit_bias and not (seen is not None and sampling.has_penalties):
         return fused
     scores = fused.copy()
@@ -288,10 +289,20 @@ def _adjusted(fused: Row, sampling: Sampling, seen: SeenTokens | None) -> Row:
 def _sample(scores: Row, sampling: Sampling, position: int) -> int:
     """Gumbel-max over the candidates that survive top-k, top-p and min-p, in this order."""
     if 0 < sampling.top_k < len(scores):
-        ids = np.sort(_best(scores, sampling.top_k))
+        ids = np.sort(best_ids(scores, sampling.top_k))
     else:
         ids = np.flatnonzero(scores >= scores.max() - GUMBEL_RANGE * sampling.temperature)
-    scaled = scores[ids].astype(np.float64) / sampling.temperature
+    return sample_among(ids, scores[ids], sampling, position)
+
+
+def sample_among(ids: NDArray[np.int64], scores: Row, sampling: Sampling, position: int) -> int:
+    """Chooses among candidates that have survived top-k.
+
+    Args:
+        ids: ascending [n].
+        scores: theirs [n].
+    """
+    scaled = scores.astype(np.float64) / sampling.temperature
     if sampling.top_p < 1.0 or sampling.min_p > 0.0:
         keep = _nucleus(scaled, sampling.top_p, sampling.min_p)
         ids, scaled = ids[keep], scaled[keep]
@@ -322,16 +333,16 @@ def _nucleus(scaled: NDArray[np.float64], top_p: float, min_p: float) -> NDArray
         wanted = top_p * float(probabilities.sum())
         looked_at = 64
         while True:
-            order = _best(scaled, looked_at)
+            order = best_ids(scaled, looked_at)
             cumulative = np.cumsum(probabilities[order])
             if cumulative[-1] >= wanted or len(order) == len(scaled):
                 break
             looked_at *= 8
         count = min(count, int(np.searchsorted(cumulative, wanted, side="left")) + 1, len(order))
-    return np.sort(_best(scaled, max(1, count)))
+    return np.sort(best_ids(scaled, max(1, count)))
 
 
-def _best(row: NDArray[np.floating], count: int) -> NDArray[np.int64]:
+def best_ids(row: NDArray[np.floating], count: int) -> NDArray[np.int64]:
     """The `count` best ids, best first; equal scores by id."""
     count = min(count, len(row))
     threshold = np.partition(row, len(row) - count)[len(row) - count]

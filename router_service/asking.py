@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from fusionroute import tracing
 from fusionroute.engine import Engine, StepCall
 from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
+from fusionroute.short_rows import ShortRow
 from router_service import metrics
 from router_service.hedging import hedged_step
 from router_service.session_text import NEXT_ROW, Text, Wanted
@@ -50,6 +51,7 @@ class Answer:
         cache: which cache answered.
         forward_seconds: within the model's forwards.
         drafted_ids: by which the model has gone on.
+        top: in place of rows, what is known of each where only its highest logits were asked for.
     """
 
     rows: NDArray[np.float32]
@@ -58,6 +60,7 @@ class Answer:
     cache: str
     forward_seconds: float
     drafted_ids: tuple[int, ...] = ()
+    top: tuple[ShortRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

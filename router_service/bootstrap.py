@@ -170,6 +170,7 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
             settings.max_message_bytes,
             lease_seconds=settings.expert_lease_seconds,
             access=ClientAccess.of(settings),
+            shared_memory_bytes=settings.shared_memory_bytes,
         )
         await stack.enter_async_context(directory.running())
         served = ServedCheckpoints(

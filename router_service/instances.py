@@ -19,6 +19,7 @@ from fusionroute.engine import StepCall
 from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
 from fusionroute.rpc_context import outgoing_metadata
 from fusionroute.rpc_errors import error_from_peer
+from fusionroute.top_logits import short_rows
 from fusionroute.v1 import expert_pb2, expert_pb2_grpc, registry_pb2
 from router_service.asking import Answer
 from router_service.breaker import Breaker, BreakerState
@@ -73,6 +74,10 @@ def _rows_bytes(call: StepCall, width: int) -> int:
     """What the rows of a step need at most, as float32."""
     num_drafted = 0 if call.draft is None else call.draft.num_tokens
     return (len(call.wanted) + num_drafted) * width * FLOAT_BYTES
+
+
+def _no_rows(width: int) -> NDArray[np.float32]:
+    return np.empty((0, width), np.float32)
 
 
 def _nothing(instance: Instance) -> None:
@@ -155,14 +160,25 @@ class Instance:
             load=self.num_in_flight + self.entry.load.queue_depth,
         )
 
-    async def step(self, call: StepCall, deadline: float) -> Answer:
-        """One step over the wire, watched by the breaker. Raises FusionRouteError."""
+    async def step(self, call: StepCall, deadline: float, top_logits: int = 0) -> Answer:
+        """One step over the wire, watched by the breaker.
+
+        Args:
+            call: the step.
+            deadline: on the clock of time.monotonic().
+            top_logits: ask for so many of the highest logits of each row only; 0 = whole rows. The same step asked
+                again for whole rows is not computed again.
+
+        Raises:
+            FusionRouteError: see `ExpertService.Step`.
+        """
         name, epoch, began = self.name, self.epoch, time.monotonic()  # the entry may change meanwhile
         width = self.entry.model.logits_width
         self.breaker.begin()
         self.num_in_flight += 1
         try:
-            response, rows = await self._call(call, deadline, width)
+            response, rows = await self._call(call, deadline, width, top_logits)
+            top = tuple(short_rows(response.top, width, top_logits)) if top_logits else ()
         except FusionRouteError as error:
             self._judge(error, time.monotonic() - began)
             raise
@@ -180,22 +196,25 @@ class Instance:
             cache=name,
             forward_seconds=response.timings.forward_seconds,
             drafted_ids=tuple(response.drafted_ids),
+            top=top,
         )
 
     async def _call(
-        self, call: StepCall, deadline: float, width: int
+        self, call: StepCall, deadline: float, width: int, top_logits: int
     ) -> tuple[expert_pb2.StepResponse, NDArray[np.float32]]:
         """The answer to a step and its rows [n, V], over the stream where the expert knows streams."""
         request = step_request(call, self.entry.model.epoch)
+        request.top_logits = top_logits
+        rows_bytes = 0 if top_logits else _rows_bytes(call, width)
         if self.has_streams and len(call.token_ids) <= MAX_STREAMED_TOKENS:
             try:
-                reply = await self.line.step(request, deadline, _rows_bytes(call, width))
-                return reply.response, reply.rows(width)
+                reply = await self.line.step(request, deadline, rows_bytes)
+                return reply.response, _no_rows(width) if top_logits else reply.rows(width)
             except NoStreams:
                 self.has_streams = False
                 log.info("expert_without_streams", address=self.entry.address, slot=self.entry.slot)
         response = await self._unary(request, deadline)
-        return response, wire.matrix_to_numpy(response.rows, width)
+        return response, _no_rows(width) if top_logits else wire.matrix_to_numpy(response.rows, width)
 
     async def _unary(self, request: expert_pb2.StepRequest, deadline: float) -> expert_pb2.StepResponse:
         timeout = max(0.001, deadline - time.monotonic())

@@ -81,6 +81,10 @@ class RouterSettings(ModelSettings):
     draft_up_to_turns: Annotated[int, Field(ge=0)] = Field(
         4, description="With more turns than these at a time, auto drafts nothing and asks nobody early."
     )
+    shared_memory_bytes: Annotated[int, Field(ge=0)] = Field(
+        32 * 2**20,
+        description="Memory in /dev/shm for rows from each expert of the same host and user; 0 = rows come in messages.",
+    )
     alone_seconds: Seconds = Field(
         30.0, description="A turn that nobody has followed for so long is put aside until it is resumed."
     )

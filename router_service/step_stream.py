@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import structlog
@@ -143,6 +143,8 @@ class StepStream:
         if waiting.step_id in self._waiting:
             self._cancelled.append(waiting.step_id)
             self._wake.set()
+        elif waiting.place is not None and _has_answer(waiting.future):
+            waiting.place.give_back()  # the answer came in the moment in which its caller was cancelled
 
     def retire(self) -> None:
         """Takes no further steps and ends when those that it has are answered."""
@@ -273,6 +275,10 @@ class StepStream:
         self._cancelled.clear()
         self._writing.cancel()
         self.on_end(self)
+
+
+def _has_answer(future: asyncio.Future[Any]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 def _gone(message: str) -> Unavailable:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import grpc
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from expert_service.step_stream import MAX_UNANSWERED_STEPS
-from fusionroute.engine import Draft, StepCall
+from fusionroute.engine import Draft, Engine, StepCall, prepare_model
 from fusionroute.errors import FusionRouteError, InvalidRequest, OutOfRoom, Reason, Unavailable
 from fusionroute.fusion import Sampling
 from fusionroute.grpc_runtime import channel, error_from_rpc
@@ -24,6 +25,7 @@ from fusionroute.wire import step_error_from_message
 from router_service.instances import Instance
 from router_service.step_line import StepLine, streams_over
 from tests.expert_fakes import WIDTH, KnownEngine, served_expert, successor, until
+from tests.tiny_models import tiny_model, word_tokenizer
 
 # ruff: noqa: N802 - the contract names the methods
 Streamed: TypeAlias = expert_pb2.StreamedStep
@@ -398,3 +400,39 @@ async def test_nobody_there_is_unavailable() -> None:
         with pytest.raises(Unavailable) as caught:
             await instance.step(call("s"), soon())
         assert caught.value.reason is Reason.EXPERT_UNAVAILABLE and was_transport(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("has_streams", [True, False])
+async def test_the_highest_logits_come_in_place_of_rows(dtype: str, has_streams: bool) -> None:
+    engine = KnownEngine(dtype)
+    async with served_expert(engine) as (_, running, _), instance_at(running.address) as instance:
+        instance.has_streams = has_streams
+        asked = call("s", num_rows=2, draft=Draft(1))
+        short = await instance.step(asked, soon(), top_logits=4)
+        whole = await instance.step(replace(asked, session_id="t"), soon())
+    assert engine.calls[0].keep_rows and not engine.calls[1].keep_rows
+    assert (short.rows.shape, len(short.top), whole.top) == ((0, WIDTH), 3, ())
+    for row, top in zip(whole.rows, short.top, strict=True):
+        np.testing.assert_array_equal(top.ids, np.lexsort((np.arange(WIDTH), -row))[:4])
+        np.testing.assert_array_equal(top.logits, row[top.ids])
+
+
+async def test_whole_rows_after_the_highest_logits_are_not_computed_again() -> None:
+    async with (
+        Engine(prepare_model(tiny_model("llama"), word_tokenizer(), name="tiny", epoch=7)) as engine,
+        served_expert(engine) as (_, running, _),
+    ):
+        address = running.address
+        width = engine.facts.logits_width
+        model = common_pb2.ModelIdentity(logits_width=width)
+        opened = channel(address)
+        entry = registry_pb2.ExpertEntry(instance_id="i", address=address, model=model)
+        instance = Instance(entry, opened, expert_pb2_grpc.ExpertServiceStub(opened))
+        asked = call("s", num_rows=1)
+        short = await instance.step(asked, soon(), top_logits=3)
+        num_forwards = engine.load().num_forwards
+        whole = await instance.step(asked, soon())
+        assert engine.load().num_forwards == num_forwards
+        np.testing.assert_array_equal(whole.rows[0][short.top[0].ids], short.top[0].logits)
+        await instance.close()

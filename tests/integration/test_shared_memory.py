@@ -22,6 +22,7 @@ from fusionroute import shared_memory
 from fusionroute.engine import StepCall
 from fusionroute.grpc_runtime import channel
 from fusionroute.shared_memory import FOLDER, PREFIX, MemoryRefused, RowMemory, open_memory, remove_abandoned
+from fusionroute.streamed_rows import StreamedAnswer
 from fusionroute.v1 import common_pb2, expert_pb2, expert_pb2_grpc, registry_pb2
 from fusionroute.wire import SharedPlace
 from router_service.instances import Instance
@@ -124,6 +125,27 @@ async def test_the_place_of_a_step_that_was_given_up_stays_the_experts_until_it_
                 await asyncio.sleep(0.01)
         place.give_back()
         engine.gate.set()
+
+
+async def test_an_answer_that_comes_as_its_caller_is_cancelled_gives_its_place_back() -> None:
+    engine = KnownEngine()
+    async with served_expert(engine) as (_, running, _), instance_at(running.address, 1) as instance:
+        memory = await shares(instance)
+        engine.gate.clear()
+        waiting = asyncio.create_task(instance.step(StepCall("s", 0, [3], 1), soon()))
+        await until(lambda: engine.num_waiting == 1)
+        stream: Any = instance.line._stream
+        answered = stream._answered
+
+        def answered_and_cancelled(answer: StreamedAnswer) -> None:
+            answered(answer)
+            waiting.cancel()
+
+        stream._answered = answered_and_cancelled
+        engine.gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert memory.place(ROW_BYTES) is not None
 
 
 async def test_an_expert_elsewhere_does_not_find_it_and_sends_messages(tmp_path: Path) -> None:
