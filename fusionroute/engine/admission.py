@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusionroute.engine import attention
 from fusionroute.engine.attention import RaggedBatch, Segment, UnsupportedAttention
+from fusionroute.engine.decode_graphs import GraphedDecoder
 from fusionroute.engine.decoder import Decoder, decoder_of
 from fusionroute.engine.kv_cache import SessionCache
 from fusionroute.engine.module_forward import ModuleForward
@@ -55,7 +56,7 @@ def admitted_network(
     attention.register()
     model.eval()
     tokens = [(7 * step + 3) % width for step in range(min(CHECK_TOKENS, max_context_tokens))]
-    decoder: Decoder | None = decoder_of(model, width)
+    decoder = decoder_of(model, width, GraphedDecoder if model.device.type == "cuda" else Decoder)
     eager = None
     if decoder is not None or is_part(model) or family not in FAMILIES:
         eager = _finite(_eager_logits(model, tokens)[:, :width], name)

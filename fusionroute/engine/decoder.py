@@ -31,8 +31,12 @@ CLASSES = ("Gemma2ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3Fo
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def decoder_of(model: PreTrainedModel, width: int) -> Decoder | None:
-    """The model's lean forward; None if it is of another family, split over devices, hooked into, or not plain."""
+def decoder_of(model: PreTrainedModel, width: int, kind: type[Decoder] | None = None) -> Decoder | None:
+    """The model's lean forward; None if it is of another family, split over devices, hooked into, or not plain.
+
+    Args:
+        kind: which decoder; None = `Decoder`.
+    """
     if type(model).__name__ not in CLASSES or not _is_plain(model):
         return None
     for layer in model.model.layers:
@@ -41,7 +45,7 @@ def decoder_of(model: PreTrainedModel, width: int) -> Decoder | None:
             return None
         if not can_fuse([mlp.gate_proj, mlp.up_proj]):
             return None
-    return Decoder(model, width)
+    return (kind or Decoder)(model, width)
 
 
 def _is_plain(model: PreTrainedModel) -> bool:
@@ -58,7 +62,7 @@ def _is_plain(model: PreTrainedModel) -> bool:
 
 
 @dataclass(slots=True)
-class _Pass:
+class Pass:
     """One forward on its way through the layers.
 
     Attributes:
@@ -120,7 +124,7 @@ class Decoder:
         if len(wanted) != len(token_ids):
             kept = torch.tensor(wanted, dtype=torch.long, device=self._embeddings.device)
         cos, sin = self._rotary.at(positions)
-        run = _Pass(batch, cos, sin, self._rotary.rotate, linear, self._joined, self._activate)
+        run = Pass(batch, cos, sin, self._rotary.rotate, linear, self._joined, self._activate)
         hidden = self._hidden(run, token_ids, kept)
         return self._head(hidden), hidden
 
@@ -133,7 +137,7 @@ class Decoder:
         cos, sin = self._rotary.at([*positions, *padding])
         activate = by_rows(self._activate)
         exact = self._tiles.linear
-        run = _Pass(batch, cos, sin, self._rotary.rotate, exact, exact, activate, num_padding)
+        run = Pass(batch, cos, sin, self._rotary.rotate, exact, exact, activate, num_padding)
         hidden = self._hidden(run, [*token_ids, *padding], None)
         hidden = hidden[torch.tensor(wanted, dtype=torch.long, device=hidden.device)]
         return self._head.exact(hidden, self._tiles), hidden
@@ -142,11 +146,14 @@ class Decoder:
         """[n] -> [n, H]."""
         return embedding(token_ids, self._embeddings)
 
-    def _hidden(self, run: _Pass, token_ids: Sequence[int], kept: Tensor | None) -> Tensor:
+    def _first(self, token_ids: Tensor) -> Tensor:
+        """What enters the first layer."""
+        x = self._embedded(token_ids)
+        return x if self._scale is None else x.mul_(self._scale)
+
+    def _hidden(self, run: Pass, token_ids: Sequence[int], kept: Tensor | None) -> Tensor:
         """Final hidden states of the columns `kept`; None = all."""
-        x = self._embedded(torch.tensor(token_ids, device=self._embeddings.device))
-        if self._scale is not None:
-            x = x.mul_(self._scale)
+        x = self._first(torch.tensor(token_ids, device=self._embeddings.device))
         for layer in self._layers[:-1]:
             x = layer(x, run, None)
         return self._final_norm(self._layers[-1](x, run, kept), run.exact)
@@ -187,12 +194,33 @@ class _Layer:
             )
         self._query_norm, self._key_norm = norm(attention, "q_norm"), norm(attention, "k_norm")
 
-    def __call__(self, x: Tensor, run: _Pass, kept: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, run: Pass, kept: Tensor | None) -> Tensor:
         """Rows [n, H] to rows [n, H], or [kept, H] where nobody needs the others any more."""
-        assert self._before_attention is not None and self._before_mlp is not None
-        attended = self._attend(self._before_attention(x, run.exact), run)
+        queries, keys, values = self.projected(x, run)
+        attended = self._attended(queries, keys, values, run)
         if kept is not None:
             x, attended = x.index_select(0, kept), attended.index_select(0, kept)
+        return self.finished(x, attended, run)
+
+    def projected(self, x: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [n, H] to queries, keys and values [n, heads, size], turned to their positions."""
+        assert self._before_attention is not None
+        x = self._before_attention(x, run.exact)
+        heads = run.linear(x, self._qkv, self._qkv_bias).view(x.shape[0], -1, self.size)
+        turned, values = heads.split_with_sizes(self._parts, 1)
+        if self._query_norm is not None and self._key_norm is not None:
+            queries, keys = turned.split_with_sizes(self._queries_and_keys, 1)
+            turned = torch.cat((self._query_norm(queries, run.exact), self._key_norm(keys, run.exact)), 1)
+        queries, keys = run.rotate(turned, run.cos, run.sin).split_with_sizes(self._queries_and_keys, 1)
+        return queries, keys, values
+
+    def over_caches(self, batch: RaggedBatch, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """What the queries see of their sessions, [n, heads, size]."""
+        return attend(batch, self._index, queries, keys, values, self._scale, self._window, self._softcap)
+
+    def finished(self, x: Tensor, attended: Tensor, run: Pass) -> Tensor:
+        """What leaves the layer, [n, H], from what has entered it and [n, heads * size] of attention."""
+        assert self._before_mlp is not None
         added = run.joined(attended, self._o, self._o_bias)
         if self._after_attention is not None:
             added = self._after_attention(added, run.exact)
@@ -202,23 +230,14 @@ class _Layer:
             added = self._after_mlp(added, run.exact)
         return added.add_(x)
 
-    def _attend(self, x: Tensor, run: _Pass) -> Tensor:
-        heads = run.linear(x, self._qkv, self._qkv_bias).view(x.shape[0], -1, self.size)
-        turned, values = heads.split_with_sizes(self._parts, 1)
-        if self._query_norm is not None and self._key_norm is not None:
-            queries, keys = turned.split_with_sizes(self._queries_and_keys, 1)
-            turned = torch.cat((self._query_norm(queries, run.exact), self._key_norm(keys, run.exact)), 1)
-        queries, keys = run.rotate(turned, run.cos, run.sin).split_with_sizes(self._queries_and_keys, 1)
+    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, run: Pass) -> Tensor:
         if not run.num_padding:
-            return self._over_caches(run.batch, queries, keys, values).view(x.shape[0], -1)
+            return self.over_caches(run.batch, queries, keys, values).view(queries.shape[0], -1)
         queries, keys, values = (tensor[: -run.num_padding] for tensor in (queries, keys, values))
-        attended = self._over_caches(run.batch, queries, keys, values)
+        attended = self.over_caches(run.batch, queries, keys, values)
         padding = attended.new_zeros((run.num_padding, *attended.shape[1:]))
-        return torch.cat((attended, padding)).view(x.shape[0], -1)
+        return torch.cat((attended, padding)).view(attended.shape[0] + run.num_padding, -1)
 
-    def _over_caches(self, batch: RaggedBatch, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return attend(batch, self._index, queries, keys, values, self._scale, self._window, self._softcap)
-
-    def _mlp(self, x: Tensor, run: _Pass) -> Tensor:
+    def _mlp(self, x: Tensor, run: Pass) -> Tensor:
         gates, ups = run.linear(x, self._gate_up, self._gate_up_bias).chunk(2, 1)
         return run.joined(run.activate(gates).mul_(ups), self._down, self._down_bias)

@@ -61,7 +61,7 @@ class SplitDecoder(Decoder):
         self._size = dist.get_world_size()
         self._width = width
         self._slice = -(-vocabulary // self._size)  # of the vocabulary; the last process may have less
-        self._first = dist.get_rank() * self._slice
+        self._offset = dist.get_rank() * self._slice
         self._joined = _summed
 
     def run(
@@ -77,7 +77,7 @@ class SplitDecoder(Decoder):
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
         rows = self._embeddings.shape[0]
-        mine = token_ids - self._first
+        mine = token_ids - self._offset
         is_mine = (mine >= 0) & (mine < rows)
         embedded: Tensor = embedding(mine.clamp(0, rows - 1), self._embeddings) * is_mine[:, None]
         dist.all_reduce(embedded)
