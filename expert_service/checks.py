@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from fusionroute.wire import bytes_per_number, dtype_of
 
 MAX_DRAFT_TOKENS = 64
 MAX_TOP_LOGITS = 1024
+HIGHEST_TEMPERATURE = 100.0
 MAX_BATCH_STEPS = 256
 MAX_SEQUENCES = 256
 DEFAULT_LIST_LIMIT = 1000
@@ -78,8 +78,8 @@ def check_step(request: expert_pb2.StepRequest, facts: ModelFacts) -> None:
 
 
 def _check_draft_choice(choice: expert_pb2.DraftChoice) -> None:
-    if not (math.isfinite(choice.temperature) and choice.temperature >= 0.0):
-        raise invalid("draft_choice.temperature", choice.temperature, "a number that is not negative")
+    if not 0.0 <= choice.temperature <= HIGHEST_TEMPERATURE:
+        raise invalid("draft_choice.temperature", choice.temperature, f"from 0 to {HIGHEST_TEMPERATURE:.0f}")
     for name in ("top_p", "min_p", "min_probability"):
         value = getattr(choice, name)
         if not 0.0 <= value <= 1.0:

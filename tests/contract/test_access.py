@@ -105,6 +105,18 @@ async def stream(address: str, access: ClientAccess | None = None) -> list[int]:
             raise error_from_rpc(error) from None
 
 
+async def both_streams(address: str, access: ClientAccess | None = None) -> list[int]:
+    """The ids that StepStream answers. Raises FusionRouteError."""
+    async with channel(address, access=access) as opened:
+        call = expert_pb2_grpc.ExpertServiceStub(opened).StepStream(timeout=10)
+        try:
+            await call.write(expert_pb2.StepStreamRequest(steps=[expert_pb2.StreamedStep(id=7)]))
+            await call.done_writing()
+            return [result.id async for response in call for result in response.results]
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from None
+
+
 # --- keys ---------------------------------------------------------------------------------------------------------
 
 
@@ -113,14 +125,15 @@ async def test_calls_and_streams_need_a_known_key(keys_file: Path) -> None:
     async with server([service_of(doorman)], access=ServerAccess(keys=ApiKeys(keys_file))) as running:
         assert await ask(running.address, key(SHOP)) == "math"
         assert await stream(running.address, key(SHOP)) == [0, 1, 2]
-        assert doorman.callers == ["shop"] * 4
+        assert await both_streams(running.address, key(SHOP)) == [7]
+        assert doorman.callers == ["shop"] * 5
         for access in (None, key(NEXT)):
-            for call in (ask, stream):
+            for call in (ask, stream, both_streams):
                 with pytest.raises(AccessDenied) as caught:
                     await call(running.address, access)
                 assert caught.value.reason is Reason.UNAUTHENTICATED
                 assert NEXT not in caught.value.message
-        assert len(doorman.callers) == 4
+        assert len(doorman.callers) == 5
 
 
 async def test_liveness_needs_no_key_but_reflection_does(keys_file: Path) -> None:

@@ -124,6 +124,17 @@ async def test_a_stream_that_fails_in_the_middle_keeps_what_it_sent(stubborn: An
     assert stubborn[1].cleaned_up.is_set()
 
 
+async def test_a_stream_in_both_directions_fails_with_a_named_error_too(stubborn: Any) -> None:
+    stream = stubborn[0].StepStream()
+    await stream.write(expert_pb2.StepStreamRequest(steps=[expert_pb2.StreamedStep(id=4)]))
+    assert [result.id for result in (await stream.read()).results] == [4]
+    await stream.write(expert_pb2.StepStreamRequest(cancelled=[4]))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stream.read()
+    assert error_from_rpc(caught.value).reason is Reason.QUEUE_FULL
+    assert stubborn[1].cleaned_up.is_set()
+
+
 async def test_a_client_that_leaves_a_stream_ends_the_servicers_work(stubborn: Any) -> None:
     stream = stubborn[0].Score(expert_pb2.ScoreRequest(output=expert_pb2.SCORE_OUTPUT_ROWS))
     await stream.read()

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from expert_service.step_stream import MAX_UNANSWERED_STEPS
+from fusionroute.access_channel import AccessChannel
 from fusionroute.engine import Draft, Engine, StepCall, prepare_model
 from fusionroute.errors import FusionRouteError, InvalidRequest, OutOfRoom, Reason, Unavailable
 from fusionroute.fusion import Sampling
@@ -24,6 +26,7 @@ from fusionroute.v1 import common_pb2, expert_pb2, expert_pb2_grpc, registry_pb2
 from fusionroute.wire import step_error_from_message
 from router_service.instances import Instance
 from router_service.step_line import StepLine, streams_over
+from tests.certificates import Authority
 from tests.expert_fakes import WIDTH, KnownEngine, served_expert, successor, until
 from tests.tiny_models import tiny_model, word_tokenizer
 
@@ -307,6 +310,30 @@ async def test_an_old_stream_is_replaced_and_ends_when_its_steps_are_answered(en
         await until(lambda: old._call.done())
         assert await old._call.code() is grpc.StatusCode.OK
         await until(lambda: not line._retired)
+
+
+async def test_new_certificates_hold_from_the_next_stream_on(engine: KnownEngine, tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "authority")
+    client = authority.client()
+    async with (
+        served_expert(engine, access=authority.server()) as (_, running, _),
+        channel(running.address, access=client) as opened,
+    ):
+        line = StepLine(streams_over(opened), running.address, max_stream_seconds=0.0)
+        await line.step(step("a"), soon())
+        assert isinstance(opened, AccessChannel)
+        before, generation = opened.current(), client.generation()
+        authority.issue("client")
+        await until(lambda: client.generation() != generation, 20)
+        engine.gate.clear()
+        over_old = asyncio.create_task(line.step(step("b"), soon()))
+        await until(lambda: engine.num_waiting == 1)
+        assert opened.current() is not before
+        engine.gate.set()
+        assert (
+            (await over_old).response.position == (await line.step(step("c"), soon())).response.position == 2
+        )
+        await line.close()
 
 
 async def test_closing_fails_the_steps_that_wait(engine: KnownEngine) -> None:

@@ -39,9 +39,25 @@ def valid_requests(service: str, model: common_pb2.ModelIdentity) -> dict[str, M
                 "DrainExpert": registry_pb2.DrainExpertRequest(instance_id=ghost),
             }
     step = expert_pb2.StepRequest(session_id="fuzzed-session", token_ids=[5, 6, 7], num_rows=1)
+    drafting = expert_pb2.StepRequest(
+        session_id="fuzzed-draft", token_ids=[5, 6], row_indices=[0], draft_tokens=2, top_logits=3,
+        draft_choice=expert_pb2.DraftChoice(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, seed=3),
+    )  # fmt: skip
     return {
         "Step": step,
         "StepBatch": expert_pb2.StepBatchRequest(steps=[step, step]),
+        "StepStream": expert_pb2.StepStreamRequest(
+            steps=[
+                expert_pb2.StreamedStep(
+                    id=number, step=each, timeout_seconds=1.0, shared_offset=64, shared_bytes=64
+                )
+                for number, each in enumerate((step, drafting))
+            ],
+            cancelled=[7],
+            shared_memory=expert_pb2.SharedMemoryOffer(
+                name="fusionroute-rows-" + "0" * 32, num_bytes=4096, proof=bytes(32)
+            ),
+        ),
         "CloseSession": expert_pb2.CloseSessionRequest(session_id="fuzzed-session"),
         "ListSessions": expert_pb2.ListSessionsRequest(),
         "Score": expert_pb2.ScoreRequest(sequences=[expert_pb2.TokenSequence(token_ids=[5, 6, 7, 8])]),
