@@ -25,6 +25,8 @@ class EngineLimits:
         share_prefixes: whether sessions whose prompts begin alike share the memory and the work of what they have in
             common, closed sessions included.
         shortest_shared_tokens: shorter beginnings are not shared.
+        await_others: whether a forward is put off for a moment when sessions that were just answered are about to step
+            again and one forward for all is worth it.
         mixed_forward_seconds: how long a forward may take, roughly, that prefills share with decoding sessions.
     """
 
@@ -35,6 +37,7 @@ class EngineLimits:
     max_sessions: int = 4096
     room_wait_seconds: float = 2.0
     mixed_forward_seconds: float = 0.05
+    await_others: bool = True
     share_prefixes: bool = True
     shortest_shared_tokens: int = 64
 

@@ -7,7 +7,6 @@ Everything here happens in one thread, which owns the sessions and their caches.
 
 from __future__ import annotations
 
-import math
 import time
 from asyncio import Future
 from collections import deque
@@ -18,12 +17,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fusionroute.engine.attention import RaggedBatch, Segment
+from fusionroute.engine.expectation import Expectation
 from fusionroute.engine.hand_over import Answers, Inbox
 from fusionroute.engine.kept_outcomes import KeptOutcomes
 from fusionroute.engine.kv_cache import KVCache
 from fusionroute.engine.model import ForwardOutput, LoadedModel
-from fusionroute.engine.schedule import Schedule
+from fusionroute.engine.packing import are_finite, joined, run_packed
+from fusionroute.engine.schedule import SHORT_TOKENS, Schedule
 from fusionroute.engine.session import Session
 from fusionroute.engine.sessions import NoRoomYet, SessionTable, room_taken
 from fusionroute.engine.sharing import DONORS_SHARE, Sharing
@@ -66,13 +66,14 @@ class Worker:
             epoch=model.facts.epoch,
             free=self._cache.free,
             sharing=_sharing(self._cache, limits),
-            forget=self._kept.forget,
+            forget=self._forget,
         )
         self._answers = Answers()
         self._waiting: deque[Job] = deque()  # for room
         self._running: list[Job] = []  # admitted, not all fed
         self._idle_awaited: list[Future[None]] = []
         self._schedule = Schedule(limits)
+        self._expectation = Expectation()
 
     def work(self) -> None:
         """Serves until it is told to stop; what is left then is refused."""
@@ -80,6 +81,8 @@ class Worker:
             while not self.is_stopping:
                 self._collect()
                 self._admit_waiting()
+                if self.limits.await_others:
+                    self._await_others()
                 chunks = self._compose()
                 if chunks:
                     self._execute(chunks)
@@ -112,11 +115,32 @@ class Worker:
         wait_seconds: float | None = 0.0
         if not self._running:
             wait_seconds = ROOM_POLL_SECONDS if self._waiting else None
-        for item in self.inbox.take(wait_seconds):
+        self._receive(self.inbox.take(wait_seconds))
+
+    def _receive(self, items: list[Job | Callable[[], None]]) -> None:
+        for item in items:
             if isinstance(item, Job):
                 self._waiting.append(item)
             else:
                 item()
+
+    def _await_others(self) -> None:
+        """Gives sessions that are about to step again a moment, where one forward for all is worth it."""
+        give_up: float | None = None
+        while self._running and all(job.num_left <= SHORT_TOKENS for job in self._running):
+            now = time.monotonic()
+            wait_seconds = self._expectation.wait_seconds(len(self._running), now)
+            if give_up is None:
+                give_up = now + self._expectation.cost.line()[0]
+            wait_seconds = min(wait_seconds, give_up - now)
+            if wait_seconds <= 0.0:
+                return
+            items = self.inbox.take(wait_seconds)
+            if not items:
+                self._expectation.waited_in_vain()
+                return
+            self._receive(items)
+            self._admit_waiting()
 
     def _collect_the_rest(self) -> None:
         for item in self.inbox.take(0.0):
@@ -170,6 +194,8 @@ class Worker:
         self._cache.room(call.session_id, job.session.reserved_tokens, job.session.cached_length)
         job.num_fed = job.num_cached
         self._schedule.arrived(job, now)
+        if call.from_position > 0 and job.num_left <= SHORT_TOKENS:
+            self._expectation.stepped(call.session_id, job.arrived)
         self._running.append(job)
 
     def _compose(self) -> list[Chunk]:
@@ -193,8 +219,8 @@ class Worker:
         served = {id(chunk.job) for chunk in chunks}
         self._running = [job for job in self._running if id(job) not in served]
         try:
-            output = self._forward(chunks)
-            are_finite = _are_finite(output.rows)
+            output = run_packed(self._model, self._cache, chunks)
+            finite = are_finite(output.rows)
         except Exception as error:
             fault = (
                 error
@@ -207,12 +233,14 @@ class Worker:
         finally:
             self.num_forwards += 1
         seconds = time.monotonic() - started
-        self._schedule.took(sum(chunk.num_tokens for chunk in chunks), seconds)
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        self._schedule.took(num_tokens, seconds)
+        self._expectation.cost.took(num_tokens, seconds)
         row = 0
         for chunk in chunks:
             job, rows = chunk.job, slice(row, row + len(chunk.wanted))
             row = rows.stop
-            if not all(are_finite[rows]):
+            if not all(finite[rows]):
                 self._spoiled(job, _not_finite(job))
                 continue
             job.started = started if job.started is None else job.started
@@ -220,25 +248,6 @@ class Worker:
             job.num_forwards += 1
             job.max_batch_sessions = max(job.max_batch_sessions, len(chunks))
             self._commit(chunk, output, rows)
-
-    def _forward(self, chunks: list[Chunk]) -> ForwardOutput:
-        segments: list[Segment] = []
-        token_ids: list[int] = []
-        positions: list[int] = []
-        wanted: list[int] = []
-        for chunk in chunks:
-            session = chunk.job.session
-            assert session is not None
-            past, column = session.cached_length, len(token_ids)
-            cache = self._cache.room(session.session_id, session.reserved_tokens, past)
-            count = chunk.stop - chunk.start
-            segments.append(Segment(cache, past, column, column + count))
-            token_ids.extend(chunk.job.token_ids[chunk.start : chunk.stop])
-            positions.extend(range(past, past + count))
-            wanted.extend([column + index - chunk.start for index in chunk.wanted])
-        return self._model.forward(
-            RaggedBatch(segments), token_ids, positions, wanted, exact=chunks[0].job.call.exact
-        )
 
     def _commit(self, chunk: Chunk, output: ForwardOutput, rows: slice) -> None:
         """Remembers what a forward has fed to a session."""
@@ -291,8 +300,8 @@ class Worker:
         session = job.session
         assert session is not None
         outcome = StepOutcome(
-            rows=_joined(job.rows) if job.rows else self._no_rows(),
-            head_scores=_joined(job.head_scores) if job.head_scores else None,
+            rows=joined(job.rows) if job.rows else self._no_rows(),
+            head_scores=joined(job.head_scores) if job.head_scores else None,
             position=session.cached_length,
             num_computed_tokens=len(job.token_ids) - job.num_cached,
             queue_seconds=(job.started or time.monotonic()) - job.arrived,
@@ -307,6 +316,7 @@ class Worker:
 
     def _settle(self, job: Job, outcome: StepOutcome) -> None:
         self._finish(job)
+        self._expectation.answered(job.call.session_id, time.monotonic())
         self._answers.add(job.future, outcome)
 
     def _fail(self, job: Job, error: FusionRouteError) -> None:
@@ -319,6 +329,10 @@ class Worker:
             self.table.end(job.session, time.monotonic())
         self.num_finished += 1
 
+    def _forget(self, session_id: str) -> None:
+        self._kept.forget(session_id)
+        self._expectation.forget(session_id)
+
     def _no_rows(self) -> Tensor:
         return torch.empty((0, self._model.facts.logits_width), dtype=self._model.model.dtype)
 
@@ -327,15 +341,6 @@ def _sharing(cache: KVCache, limits: EngineLimits) -> Sharing | None:
     if not limits.share_prefixes:
         return None
     return Sharing(cache, limits.shortest_shared_tokens, limits.kv_tokens // DONORS_SHARE)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _are_finite(rows: Tensor) -> list[bool]:
-    """Of each row. One pass over them; element by element it would cost half a millisecond at 128k columns."""
-    return [math.isfinite(total) for total in rows.sum(dim=1, dtype=torch.float32).tolist()]
 
 
 def _not_finite(job: Job) -> InternalFault:
