@@ -140,7 +140,7 @@ class Decoder:
         run = Pass(batch, cos, sin, self._rotary.rotate, exact, exact, activate, num_padding)
         hidden = self._hidden(run, [*token_ids, *padding], None)
         hidden = hidden[torch.tensor(wanted, dtype=torch.long, device=hidden.device)]
-        return self._head.exact(hidden, self._tiles), hidden
+        return self._head.exact(hidden), hidden
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
         """[n] -> [n, H]."""

@@ -1,7 +1,8 @@
 """The product with the vocabulary, more than half of a small model's forward: its layout is chosen by measurement.
 
-The same numbers can be had as `x @ W.T`, row after row, or as `(W @ x.T).T`. Which is faster for a few rows depends on
-number format, machine and library, by a factor of up to four either way.
+The same numbers can be had as `x @ W.T`, row after row, or as `(W @ x.T).T`, column after column, and one column is
+slower than two. Which is fastest for a few rows depends on number format, machine and library, by a factor of up to
+four either way.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from torch.nn.functional import linear
 from fusionroute.engine.exact_tiles import ExactTiles, padded
 
 LAYOUT_ROWS = (1, 2, 4, 8)
-"""Numbers of rows that are tried; one between counts as the next lower, more than the last as many."""
+"""Numbers of rows that are tried; one between counts as the next lower, more than the last go by rows."""
 FEWEST_BYTES = 8 << 20
 """Smaller heads fit into the processor's caches, where the layouts differ little."""
 BUDGET_SECONDS = 1.0
 _TIMES = 3
 _WORTH = 0.9
+
+Layout = Callable[[Tensor, Tensor], Tensor]
 
 
 class LogitsHead:
@@ -35,35 +38,34 @@ class LogitsHead:
     def __init__(self, weight: Tensor, softcap: float | None = None) -> None:
         self._weight = weight
         self._softcap = softcap
-        self._columns_first = (False,) * (LAYOUT_ROWS[-1] + 1)
+        self.layouts: list[Layout] = [linear] * (LAYOUT_ROWS[-1] + 1)
+        # Not by measurement: every process that serves these weights on such a machine must give the same bits.
+        is_slow_by_rows = weight.device.type == "cpu" and weight.dtype is torch.float32
+        self._tiles = ExactTiles(by_columns if is_slow_by_rows else linear)
 
     def choose_layouts(self, budget_seconds: float = BUDGET_SECONDS) -> None:
-        """Measures the layouts on this machine, within about so many seconds; what was not measured stays plain."""
+        """Measures the layouts on this machine, within about so many seconds; what was not measured goes by rows."""
         weight = self._weight
         if weight.device.type != "cpu" or weight.numel() * weight.element_size() < FEWEST_BYTES:
             return
         deadline = time.monotonic() + budget_seconds
-        choices = [False] * len(self._columns_first)
         for count in LAYOUT_ROWS:
-            hidden = weight[:count].clone()
-            faster = _faster_by_columns(hidden, weight, deadline)
-            choices[count:] = [faster] * (len(choices) - count)
-        self._columns_first = tuple(choices)
+            layout = _fastest(weight[:count].clone(), weight, deadline)
+            self.layouts[count:] = [layout] * (len(self.layouts) - count)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, V]."""
         count = hidden.shape[0]
-        if count < len(self._columns_first) and self._columns_first[count]:
-            return self._capped(_by_columns(hidden, self._weight))
-        return self._capped(linear(hidden, self._weight))
+        layout = self.layouts[count] if count < len(self.layouts) else linear
+        return self._capped(layout(hidden, self._weight))
 
-    def exact(self, hidden: Tensor, tiles: ExactTiles) -> Tensor:
+    def exact(self, hidden: Tensor) -> Tensor:
         """The same in exact tiles, for any n."""
         count = hidden.shape[0]
         if missing := padded(count) - count:
             hidden = torch.cat((hidden, hidden.new_zeros((missing, hidden.shape[1]))))
-        logits = tiles.linear(hidden, self._weight)[:count]
-        for row in logits:  # tanh rounds differently where it is vectorised and where not
+        logits = self._tiles.linear(hidden, self._weight)[:count]
+        for row in logits:  # tanh may round differently where it is vectorised and where not
             self._capped(row)
         return logits
 
@@ -73,18 +75,29 @@ class LogitsHead:
         return logits.div_(self._softcap).tanh_().mul_(self._softcap)
 
 
-def _by_columns(hidden: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(weight, hidden.t()).t().contiguous()
+def by_columns(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hidden [n, H] and weight [V, H] -> [n, V]."""
+    rows = torch.mm(weight, hidden.t()).t().contiguous()
+    return rows if bias is None else rows.add_(bias)
 
 
-def _faster_by_columns(hidden: Tensor, weight: Tensor, deadline: float) -> bool:
-    seconds: dict[Callable[[Tensor, Tensor], Tensor], list[float]] = {linear: [], _by_columns: []}
-    for _ in range(1 + _TIMES):  # the first is for warming up
-        for layout, taken in seconds.items():
+def by_two_columns(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The same for one row, computed beside another that nobody wants."""
+    return torch.mm(weight, hidden.expand(2, -1).t())[:, :1].t().contiguous()
+
+
+def _fastest(hidden: Tensor, weight: Tensor, deadline: float) -> Layout:
+    layouts: list[Layout] = [linear, by_columns]
+    if hidden.shape[0] == 1:
+        layouts.append(by_two_columns)
+    seconds = [float("inf")] * len(layouts)
+    for attempt in range(1 + _TIMES):  # the first is for warming up
+        for index, layout in enumerate(layouts):
             if time.monotonic() > deadline:
-                return False
+                return linear
             started = time.perf_counter()
             layout(hidden, weight)
-            taken.append(time.perf_counter() - started)
-    by_rows, by_columns = (min(taken[1:]) for taken in seconds.values())
-    return by_columns < _WORTH * by_rows
+            if attempt:
+                seconds[index] = min(seconds[index], time.perf_counter() - started)
+    best = seconds.index(min(seconds))
+    return layouts[best] if seconds[best] < _WORTH * seconds[0] else linear

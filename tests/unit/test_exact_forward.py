@@ -15,7 +15,7 @@ from fusionroute.engine.activations import by_rows
 from fusionroute.engine.attention import RaggedBatch, Segment
 from fusionroute.engine.exact_tiles import TILE, ExactTiles, agreeing_sizes
 from fusionroute.engine.kv_cache import SessionCache
-from fusionroute.engine.logits_head import LogitsHead
+from fusionroute.engine.logits_head import LogitsHead, by_columns, by_two_columns
 from fusionroute.engine.row_norm import RowNorm
 from fusionroute.router_model import Heads
 from tests.tiny_models import WIDTH, tiny_model, word_tokenizer
@@ -118,14 +118,24 @@ def test_products_in_tiles_have_the_same_bits_for_any_number_of_rows(
         )
 
 
-def test_only_sizes_that_agree_are_used() -> None:
-    """What the measurement says is what holds: each size gives the bits of the smallest one."""
-    weight = torch.randn(96, 80)
-    sizes = agreeing_sizes(weight, None)
-    rows = torch.randn(sizes[0], 80)
-    pieces = torch.cat([linear(piece, weight) for piece in rows.split(sizes[-1])])
-    assert sizes[-1] in (1, TILE)
-    assert all(torch.equal(linear(rows[:size], weight), pieces[:size]) for size in sizes)
+@torch.inference_mode()
+def test_only_sizes_of_tiles_that_agree_are_used() -> None:
+    """A library that goes another way from 16 rows on, and one whose rows depend on their place."""
+
+    def other_way_from_16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias) * (1.0 + 1e-6 * (x.shape[0] >= 16))
+
+    def by_place(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias) * (1.0 + 1e-6 * torch.arange(x.shape[0])[:, None])
+
+    weight, rows = torch.randn(96, 80), torch.randn(36, 80)
+    assert agreeing_sizes(weight, None, other_way_from_16) == (8, 4)
+    assert agreeing_sizes(weight, None, by_place) == (1,)
+    for product, size in ((other_way_from_16, TILE), (by_place, 1)):
+        wanted = torch.cat([product(tile, weight, None) for tile in rows.split(size)])
+        tiles = ExactTiles(product)
+        assert torch.equal(tiles.linear(rows, weight), wanted)
+        assert torch.equal(tiles.linear(rows[16:], weight), wanted[16:])
 
 
 @torch.inference_mode()
@@ -158,21 +168,21 @@ def test_layouts_of_the_vocabulary_differ_by_rounding_only(dtype: torch.dtype) -
     weight = torch.randn((501, 64), dtype=dtype)
     hidden = torch.randn((9, 64), dtype=dtype)
     plain, other = LogitsHead(weight, softcap=30.0), LogitsHead(weight, softcap=30.0)
-    other._columns_first = (True,) * len(other._columns_first)
+    other.layouts = [by_columns, by_two_columns, *[by_columns] * 7]
     for count in range(10):
         rows = other(hidden[:count])
         assert rows.shape == (count, 501) and rows.is_contiguous()
         torch.testing.assert_close(rows, plain(hidden[:count]), atol=0.2, rtol=2e-2)
-        assert torch.equal(
-            other.exact(hidden[:count], ExactTiles()), plain.exact(hidden, ExactTiles())[:count]
-        )
+        assert torch.equal(other.exact(hidden[:count]), plain.exact(hidden)[:count])
 
 
 def test_layouts_are_measured_within_a_budget_and_only_for_large_vocabularies() -> None:
     small, large = LogitsHead(torch.randn(500, 64)), LogitsHead(torch.randn(40_000, 64))
     small.choose_layouts()
     large.choose_layouts(budget_seconds=0.0)
-    assert not any(small._columns_first) and not any(large._columns_first)
+    assert {*small.layouts, *large.layouts} == {linear}
     large.choose_layouts(budget_seconds=5.0)
-    hidden = torch.randn(3, 64)
-    torch.testing.assert_close(large(hidden), linear(hidden, large._weight), atol=1e-4, rtol=1e-4)
+    assert {*large.layouts} <= {linear, by_columns, by_two_columns}
+    for count in (1, 3, 9):
+        hidden = torch.randn(count, 64)
+        torch.testing.assert_close(large(hidden), linear(hidden, large._weight), atol=1e-4, rtol=1e-4)
