@@ -125,12 +125,12 @@ class StepStream:
             if is_first:
                 is_first = False
                 self._greet(request)
-            for step_id in request.cancelled:
+            for streamed in request.steps:
+                self._begin(streamed)
+            for step_id in request.cancelled:  # of this very message too
                 running = self._running.get(step_id)
                 if running is not None:
                     running.give_up(_CANCELLED)
-            for streamed in request.steps:
-                self._begin(streamed)
             while len(self._ended) > MAX_UNSENT_ANSWERS:
                 self._was_sent.clear()
                 await self._was_sent.wait()

@@ -56,12 +56,15 @@ class Waiting:
     Attributes:
         future: its answer; done already where nobody waits for it any more.
         place: where its rows may be, the expert's until the answer is there.
+        timer: ends the waiting.
+        is_sent: whether the expert may have heard of it.
     """
 
     step_id: int
     future: asyncio.Future[tuple[expert_pb2.StepResponse, memoryview | None]]
     place: Place | None = None
     timer: asyncio.TimerHandle | None = None
+    is_sent: bool = False
 
 
 class StepStream:
@@ -141,10 +144,20 @@ class StepStream:
         if waiting.timer is not None:
             waiting.timer.cancel()
         if waiting.step_id in self._waiting:
-            self._cancelled.append(waiting.step_id)
-            self._wake.set()
+            if waiting.is_sent:
+                self._cancelled.append(waiting.step_id)
+                self._wake.set()
+            else:
+                self._drop(waiting)
         elif waiting.place is not None and _has_answer(waiting.future):
             waiting.place.give_back()  # the answer came in the moment in which its caller was cancelled
+
+    def _drop(self, waiting: Waiting) -> None:
+        """A step that the expert has never heard of."""
+        del self._waiting[waiting.step_id]
+        if waiting.place is not None:
+            waiting.place.give_back()
+        self._wake.set()
 
     def retire(self) -> None:
         """Takes no further steps and ends when those that it has are answered."""
@@ -166,7 +179,9 @@ class StepStream:
             await self._call.write(self._first())
             while True:
                 while self._steps or self._cancelled:
-                    await self._call.write(self._next())
+                    message = self._next()
+                    if message.steps or message.cancelled:
+                        await self._call.write(message)
                 if self._is_retired and not self._waiting:
                     await self._call.done_writing()
                     return
@@ -186,8 +201,12 @@ class StepStream:
         steps: list[expert_pb2.StreamedStep] = []
         num_tokens = 0
         while self._steps and len(steps) < MAX_MESSAGE_STEPS and num_tokens < MAX_MESSAGE_TOKENS:
-            steps.append(self._steps.popleft())
-            num_tokens += len(steps[-1].step.token_ids)
+            streamed = self._steps.popleft()
+            waiting = self._waiting.get(streamed.id)
+            if waiting is not None:
+                waiting.is_sent = True
+                steps.append(streamed)
+                num_tokens += len(streamed.step.token_ids)
         cancelled = self._cancelled[:MAX_MESSAGE_CANCELLED]
         del self._cancelled[:MAX_MESSAGE_CANCELLED]
         return expert_pb2.StepStreamRequest(steps=steps, cancelled=cancelled)

@@ -221,12 +221,15 @@ class Recorder:
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self.is_closed = asyncio.Event()
+        self.may_write = asyncio.Event()
+        self.may_write.set()
 
     def open(self) -> Any:
         return self
 
     async def write(self, message: Message) -> None:
         self.messages.append(message)
+        await self.may_write.wait()
 
     async def __aiter__(self) -> AsyncIterator[StreamedAnswers]:
         await self.is_closed.wait()
@@ -263,6 +266,35 @@ async def test_nobody_waits_longer_than_the_deadline_and_the_expert_hears_of_it(
         waiting.cancel()
         await until(lambda: engine.num_waiting == 0)
         assert waiting.cancelled() or waiting.cancelling()
+
+
+async def test_what_is_cancelled_before_it_was_sent_is_never_sent() -> None:
+    stub = Recorder()
+    stub.may_write.clear()
+    line = StepLine(stub.open, "nobody")
+    tasks = [asyncio.create_task(line.step(step(f"s{n}"), soon())) for n in range(600)]
+    await until(lambda: bool(stub.messages))
+    num_sent = len(stub.messages[0].steps)
+    for task in tasks[:500]:
+        task.cancel()
+    await asyncio.gather(*tasks[:500], return_exceptions=True)
+    stub.may_write.set()
+    await until(lambda: sum(len(message.steps) for message in stub.messages) >= num_sent + 100)
+    assert num_sent < 500
+    assert sum(len(message.steps) for message in stub.messages) == num_sent + 100
+    assert sorted(each for message in stub.messages for each in message.cancelled) == [
+        *range(1, num_sent + 1)
+    ]
+    await line.close()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_step_that_is_cancelled_in_its_own_message_is_given_up(engine: KnownEngine) -> None:
+    engine.gate.clear()
+    async with calling(engine) as caller:
+        await caller.send(Streamed(id=1, step=step()), cancelled=(1,))
+        await caller.receive(1)
+        assert caller.answers[1].error.code == grpc.StatusCode.CANCELLED.value[0]
 
 
 async def test_a_storm_of_cancellations_leaves_nothing_behind(engine: KnownEngine) -> None:
