@@ -16,6 +16,7 @@ from evaluation.bench_served import ServedStack, request_for
 SESSIONS_PER_BLOCK = 16
 CLIENTS = 4
 QUIET_SECONDS = 0.3
+NUM_WARMUPS = 2
 NEW_TOKENS = 8
 MOST_BYTES_PER_KV_BYTE = 1.10
 MOST_SHARED = 0.2
@@ -79,7 +80,7 @@ async def measure_memory(
 
     Args:
         num_tokens: of the longest prompts.
-        num_runs: blocks of each kind, after one that is not measured.
+        num_runs: blocks of each kind, after those in which the memory that forwards need settles.
         sessions: of each block.
     """
     slot, folder = next(iter(stack.experts.items()))
@@ -88,20 +89,21 @@ async def measure_memory(
                 f"expert-{slot}": kv_bytes_per_token(folder, ITEMSIZE[dtype])}  # fmt: skip
     kinds = kinds_of(num_tokens)
     growths = [Growth(kind, {process: [] for process in kv_bytes}) for kind in kinds]
-    before = await _private_bytes(stack, list(kv_bytes))
-    for block in range(1 + num_runs):
-        for place, growth in enumerate(growths):
-            number = (block * len(kinds) + place) * sessions
-            await _open_sessions(stack, growth.kind, prompts, slot, range(number, number + sessions), place)
+    total, number = (NUM_WARMUPS + num_runs) * len(kinds), 0
+    for place, growth in enumerate(growths):
+        for block in range(NUM_WARMUPS + num_runs):
+            before = await _private_bytes(stack, list(kv_bytes))
+            numbers = range(number, number + sessions)
+            await _open_sessions(stack, growth.kind, prompts, slot, numbers, place)
+            number += sessions
             after = await _private_bytes(stack, list(kv_bytes))
-            for process, grown in growth.by_process.items():
-                if block:
+            if block >= NUM_WARMUPS:
+                for process, grown in growth.by_process.items():
                     grown.append((after[process] - before[process]) / sessions)
-            before = after
-            on_run(block * len(kinds) + place + 1, (1 + num_runs) * len(kinds))
+            on_run(number // sessions, total)
     return _report(stack, growths, kv_bytes, {
         **machine(threads), **sizes(folder), "experts": len(stack.experts), "sessions_per_block": sessions,
-        "runs": num_runs, "warmups": 1,
+        "runs": num_runs, "warmups": NUM_WARMUPS,
         **{f"kv_bytes_per_token_{process}": each for process, each in kv_bytes.items()},
     })  # fmt: skip
 

@@ -7,7 +7,7 @@ from, panels what is worth a look, `runs` every single run.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from evaluation.bench_runs import Runs, Spread
@@ -28,6 +28,7 @@ class Finding:
 
     what: str
     value: Spread
+    _: KW_ONLY
     at_most: float | None = None
     at_least: float | None = None
     unit: str = ""

@@ -103,7 +103,7 @@ def _way(
             position = 0 if step == 0 else len(prompt) + step - 1
             request = expert_pb2.StepRequest(
                 session_id=session_id, from_position=position, token_ids=fed, num_rows=1,
-                top_logits=TOP_LOGITS if is_short else 0,
+                top_logits=min(TOP_LOGITS, wire.width) if is_short else 0,
             )  # fmt: skip
             started = time.perf_counter()
             reply = await exchange(request)
@@ -145,13 +145,15 @@ def _report(
             what = f"wire of a row, {dtype}, {kind}"
             findings.append(Finding(what, value, at_most=MOST_MS.get(kind), unit="ms"))
             rows.append(
-                [f"{dtype}, {kind}", value.median, value.low, value.high, trip.median, each.row_bytes]
+                [f"{dtype}, {kind}", value.median, value.low, value.high, trip.median, round(each.row_bytes)]
             )
         shrunk = whole.row_bytes / short.row_bytes
         same = float(np.mean([a == b for a, b in zip(short.ids, whole.ids, strict=True)]))
         findings += [
             Finding(
-                f"bytes of a whole row / of the short reply, {dtype}", Spread.of([shrunk]), LEAST_SHRINKING
+                f"bytes of a whole row / of the short reply, {dtype}",
+                Spread.of([shrunk]),
+                at_least=LEAST_SHRINKING,
             ),
             Finding(
                 f"runs with the same best ids, short and whole, {dtype}", Spread.of([same]), at_least=1.0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.bench_deepened import write_deepened
 from evaluation.bench_reference import CachedFusion
 from evaluation.bench_shapes import Shape, prompt, write_family
 from fusionroute.engine import load_model
@@ -53,3 +54,17 @@ def test_prompts_of_different_numbers_share_no_beginning() -> None:
 def test_keys_and_values_are_counted_as_the_model_keeps_them() -> None:
     # two layers, two key-value heads of size 8, keys and values of two bytes
     assert SHAPE.kv_bytes_per_token("bfloat16") == 2 * 2 * 2 * 8 * 2
+
+
+def test_deeper_experts_write_the_same_and_cost_more_layers(tmp_path: Path) -> None:
+    family = write_family(tmp_path / "shallow", SHAPE, "float32")
+    experts = {slot: str(path) for slot, path in family.experts.items()}
+    deep = write_deepened(tmp_path / "deep", str(family.router), experts, times=4)
+    ids = prompt(SHAPE)
+    shallow_fusion = CachedFusion.load(family.router, family.experts)
+    deep_fusion = CachedFusion.load(deep.router, deep.experts)
+    assert deep_fusion.generate(ids, 12) == shallow_fusion.generate(ids, 12)
+    assert deep_fusion.experts[0].model.config.num_hidden_layers == 8
+    records = load_checkpoint(deep.router).manifest.experts
+    loaded = [load_model(str(deep.experts[record.slot])).facts.weights_fingerprint for record in records]
+    assert [record.weights_fingerprint for record in records] == loaded
