@@ -17,8 +17,8 @@ from fusionroute.v1.router_pb2 import Drafting, GenerationStatistics
 ALONE = "HF generate, one expert"
 REFERENCE = "fused in one process, cached"
 PLAIN = "served, plain"
-EARLY = "served, experts asked early where it pays"
-DRAFTED = "served, and drafts where they pay"
+EARLY = "served, asked early"
+DRAFTED = "served, drafted too"
 NUM_CHECKED = 2
 """Rounds whose texts with early asks are written again in one process."""
 
@@ -122,6 +122,8 @@ async def measure_decode(
                     for name, of_way in parts.items()}),
         ),
         notes=(
+            "'asked early': the last token's expert is asked before the router has routed, where that pays; 'drafted"
+            " too': tokens are also drafted where that pays. Neither is done in 'plain'.",
             "Every round has another prompt, which no stack has seen before; prefill is included everywhere.",
             "'router forward' includes handing the step to the engine's thread; 'wire' is waiting for an expert beyond"
             " its forwards.",

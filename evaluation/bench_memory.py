@@ -145,12 +145,13 @@ def _report(
             own = kv_bytes[process] * kind.cached_tokens
             share = Spread.of(each / own for each in grown)
             limit = MOST_SHARED if kind.shared_tokens else MOST_BYTES_PER_KV_BYTE
-            what = f"bytes of a session / of its keys and values, {process}, {kind.name}"
+            who = process.partition("-")[0]
+            what = f"bytes of a session / of its keys and values, {who}, {kind.name}"
             findings.append(Finding(what, share, at_most=limit))
             value = Spread.of(grown)
-            rows.append([f"{process}, {kind.name}", kind.cached_tokens, own, value.median, value.low, value.high,
+            rows.append([f"{who}, {kind.name}", kind.cached_tokens, own, value.median, value.low, value.high,
                          share.median])  # fmt: skip
-            bars[f"{process}\n{kind.name}"] = share
+            bars[f"{who}, {kind.name}"] = share
     columns = ("process and session", "tokens", "KV bytes", "bytes / session", "least", "most", "of KV bytes")
     return Report(
         suite="memory",

@@ -110,12 +110,13 @@ def _draw_bars(axes: Axes, panel: Bars) -> None:
     axes.errorbar(
         medians, range(len(names)), xerr=whiskers, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2
     )
+    least = min(each.low for each in panel.values.values())
     largest = max(each.high for each in panel.values.values())
     for place, each in enumerate(panel.values.values()):
         axes.text(each.high + 0.015 * largest, place, number(each.median), va="center", fontsize=8)
     if panel.reference is not None:
         axes.axvline(panel.reference, color=COLOURS[3], linewidth=1.0, linestyle="--")
-    axes.set_xlim(0, 1.16 * max(largest, panel.reference or 0.0) or 1.0)
+    axes.set_xlim(1.1 * min(0.0, least), 1.16 * max(largest, panel.reference or 0.0) or 1.0)
     _finish_bars(axes, names, panel.unit)
 
 
@@ -131,7 +132,7 @@ def _draw_stacks(axes: Axes, panel: Stacks) -> None:
     for place, left in enumerate(lefts):
         axes.text(left + 0.015 * max(lefts), place, number(left), va="center", fontsize=8)
     axes.set_xlim(0, 1.14 * max(lefts) or 1.0)
-    axes.legend(ncols=4, loc="upper left", bbox_to_anchor=(0.0, -0.26), columnspacing=1.2, handlelength=1.0)
+    axes.legend(ncols=3, loc="upper left", bbox_to_anchor=(0.0, -0.26), columnspacing=1.2, handlelength=1.0)
     _finish_bars(axes, names, panel.unit)
 
 
@@ -153,7 +154,7 @@ def _draw_lines(axes: Axes, panel: Lines) -> None:
         ticks = sorted({x for points in panel.lines.values() for x, _ in points})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(y for points in panel.lines.values() for _, y in points))
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     axes.grid(axis="y")
