@@ -296,12 +296,7 @@ def _sample(scores: Row, sampling: Sampling, position: int) -> int:
 
 
 def sample_among(ids: NDArray[np.int64], scores: Row, sampling: Sampling, position: int) -> int:
-    """Chooses among candidates that have survived top-k.
-
-    Args:
-        ids: ascending [n].
-        scores: theirs [n].
-    """
+    """Chooses among candidates that have survived top-k: their ascending ids [n] and scores [n]."""
     scaled = scores.astype(np.float64) / sampling.temperature
     if sampling.top_p < 1.0 or sampling.min_p > 0.0:
         keep = _nucleus(scaled, sampling.top_p, sampling.min_p)

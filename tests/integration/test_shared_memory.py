@@ -98,7 +98,7 @@ async def test_shared_memory_equals_message(dtype: str) -> None:
 async def test_a_place_is_given_again_only_when_its_rows_are_not_referred_to_any_more() -> None:
     engine = KnownEngine()
     async with served_expert(engine) as (_, running, _), instance_at(running.address, 2) as instance:
-        await shares(instance)
+        memory = await shares(instance)
         held = [await instance.step(StepCall(f"s{n}", 0, [n], 1), soon()) for n in range(5)]
         for number, answer in enumerate(held):  # the first two fill the memory, the others came in messages
             np.testing.assert_array_equal(answer.rows, engine.rows([number]).numpy())
@@ -107,6 +107,9 @@ async def test_a_place_is_given_again_only_when_its_rows_are_not_referred_to_any
         for number in range(6):
             await instance.step(StepCall(f"t{number}", 0, [number], 1), soon())
         np.testing.assert_array_equal(rest, engine.rows([0])[0, 3:].numpy())
+        assert memory.place(2 * 64) is None
+        del rest
+        assert memory.place(2 * 64) is not None
 
 
 async def test_the_place_of_a_step_that_was_given_up_stays_the_experts_until_it_has_let_go() -> None:
