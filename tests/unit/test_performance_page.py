@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+import shlex
 
 import pytest
 
 from docs import performance
 from evaluation.bench_report import Finding, Report, Table
 from evaluation.bench_runs import Spread
+from tests.unit.test_docs import assert_it_parses, programs, shell_lines
 
-ROOT = Path(__file__).resolve().parents[2]
 PLACE = "<!-- results of wire: begin -->\nold\n<!-- results of wire: end -->"
 
 
@@ -61,3 +61,13 @@ def test_the_page_has_a_place_for_every_suite_and_says_what_the_committed_result
     page = performance.PAGE.read_text()
     assert set(re.findall(r"<!-- results of (\w+): begin -->", page)) == set(bench.list_commands(None))
     assert performance.main(["--check"]) == 0
+
+
+def test_every_command_of_the_page_is_understood_and_each_suite_has_one() -> None:
+    suites = set()
+    for line in shell_lines(performance.PAGE):
+        program, *words = shlex.split(line)
+        if program == "fusionroute":
+            suites.add(words[1])
+            assert_it_parses(programs()[program], words)
+    assert suites == set(re.findall(r"<!-- results of (\w+): begin -->", performance.PAGE.read_text()))
