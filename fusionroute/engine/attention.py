@@ -58,10 +58,17 @@ class RaggedBatch:
     exact: bool = False
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     is_shared: bool = field(init=False)
+    is_one_each: bool = field(init=False)
     _shared: dict[int | None, list[SharedQueries]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.is_shared = any(segment.cache.shared for segment in self.segments)
+        self.is_one_each = all(segment.stop - segment.start == 1 for segment in self.segments)
+
+    @property
+    def is_plain_decoding(self) -> bool:
+        """Whether each session has one token, and memory of its own only."""
+        return self.is_one_each and not (self.is_shared or self.exact)
 
     def shared(self, window: int | None, device: torch.device) -> list[SharedQueries]:
         """Who attends to what several sessions share; the same in all layers, so made once."""
@@ -151,6 +158,8 @@ def attend(
     Returns:
         [n, query heads, head size].
     """
+    if batch.is_plain_decoding and softcap is None:
+        return _attend_decoding(batch, layer, query, key, value, scale, sliding_window)
     output = query.new_empty((query.shape[0], query.shape[1], value.shape[-1]))
     logsums = output.new_empty(output.shape[:2], dtype=torch.float32) if batch.is_shared else None
     for index, segment in enumerate(batch.segments):
@@ -181,6 +190,37 @@ def attend(
         shared = batch.shared(sliding_window, query.device)
         merge_shared(output, logsums, layer, query, shared, scale, softcap)
     return output
+
+
+def _attend_decoding(
+    batch: RaggedBatch,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """One token of each session: nothing is masked, so what remains are a write and an attention for each."""
+    num_tokens, num_heads, size = query.shape
+    num_key_heads = key.shape[1]
+    queries = query.reshape(num_tokens, 1, num_key_heads, num_heads // num_key_heads, size).unbind(0)
+    attended: list[Tensor] = []
+    for segment, mine, new_key, new_value in zip(
+        batch.segments, queries, key.unbind(0), value.unbind(0), strict=True
+    ):
+        keys, values = segment.cache.append(layer, segment.past, new_key, new_value)
+        if sliding_window is not None and keys.shape[1] > sliding_window:
+            first_key = keys.shape[1] - sliding_window
+            keys, values = (
+                keys.narrow(1, first_key, sliding_window),
+                values.narrow(1, first_key, sliding_window),
+            )
+        attended.append(
+            scaled_dot_product_attention(mine, keys.unsqueeze(0), values.unsqueeze(0), scale=scale)
+        )
+    joined = attended[0] if num_tokens == 1 else torch.cat(attended)
+    return joined.reshape(num_tokens, num_heads, value.shape[-1])
 
 
 def _attend_session(

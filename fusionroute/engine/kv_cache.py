@@ -82,6 +82,16 @@ class SessionCache:
         pair[1].narrow(1, begin, count).copy_(values.transpose(0, 1))
         return pair[0].narrow(1, 0, begin + count), pair[1].narrow(1, 0, begin + count)
 
+    def append(self, layer: int, past: int, key: Tensor, value: Tensor) -> Pair:
+        """As `extend`, for one token: key and value [heads, size]."""
+        pair = self._layers.get(layer)
+        if pair is None:
+            return self.extend(layer, past, key.unsqueeze(0), value.unsqueeze(0))
+        place = past - self.num_shared
+        pair[0].select(1, place).copy_(key)
+        pair[1].select(1, place).copy_(value)
+        return pair[0].narrow(1, 0, place + 1), pair[1].narrow(1, 0, place + 1)
+
     def share(self, views: Sequence[SharedView]) -> None:
         """Begins with these parts; its own buffers go on from there."""
         self.shared = tuple(views)
