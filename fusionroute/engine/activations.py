@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 Activation = Callable[[Tensor], Tensor]
+
+_PLAIN: dict[str, Activation] = {
+    "GELUTanh": partial(gelu, approximate="tanh"),
+    "SiLU": silu,
+    "SiLUActivation": silu,
+}
+"""By the names of transformers' and torch's modules; what they compute is checked at load."""
 
 _UNDIVIDED_NUMBERS = 32767
 """Elementwise operations on more numbers are divided among threads, wherever that may cut a row."""
@@ -16,7 +24,7 @@ _UNDIVIDED_NUMBERS = 32767
 
 def activation_of(module: nn.Module) -> Activation:
     """[n, I] -> [n, I] in memory of its own; without the cost of a module's call where that is known to be plain."""
-    return silu if isinstance(module, nn.SiLU) else module
+    return _PLAIN.get(type(module).__name__, module)
 
 
 def by_rows(activation: Activation) -> Activation:
