@@ -100,7 +100,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def steps() -> list[dict[str, Any]]:
-    """Prefills in chunks, ragged decoding, a rollback, a session that grows much, and one that begins anew."""
+    """Prefills in chunks, ragged decoding, a rollback, much growth, sessions that begin anew, a shared prompt."""
     prompts = {
         f"s{number}": [2 + (7 * number + 3 * at) % 50 for at in range(9 + number)] for number in range(3)
     }
@@ -117,6 +117,13 @@ def steps() -> list[dict[str, Any]]:
     calls.append({"session_id": "s1", "from_position": 9, "token_ids": [3, 4] * 40, "num_rows": 1})
     calls.append({"session_id": "s0", "from_position": 0, "token_ids": [8, *prompts["s0"]], "num_rows": 1})
     calls.append({"session_id": "s2", "from_position": 0, "token_ids": prompts["s1"], "num_rows": 1})
+    system = [2 + (11 * at) % 50 for at in range(300)]  # long enough to be shared
+    for name in ("first", "second", "third"):
+        calls.append(
+            {"session_id": name, "from_position": 0, "token_ids": [*system, len(name)], "num_rows": 1}
+        )
+    calls.append({"session_id": "second", "from_position": 301, "token_ids": [4], "num_rows": 1})
+    calls.append({"session_id": "third", "from_position": 100, "token_ids": [6], "num_rows": 1})
     return calls
 
 
