@@ -11,6 +11,7 @@ import asyncio
 import math
 import random
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -52,6 +53,7 @@ class Answer:
         forward_seconds: within the model's forwards.
         drafted_ids: by which the model has gone on.
         top: in place of rows, what is known of each where only its highest logits were asked for.
+        whole: asks for the rows that `top` stands for.
     """
 
     rows: NDArray[np.float32]
@@ -61,6 +63,7 @@ class Answer:
     forward_seconds: float
     drafted_ids: tuple[int, ...] = ()
     top: tuple[ShortRow, ...] = ()
+    whole: Callable[[], Awaitable[Answer]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +122,12 @@ class Cache(Protocol):
     def name(self) -> str:
         """Differs between instances and between their restarts."""
 
-    async def step(self, call: StepCall, deadline: float) -> Answer:
-        """One step; raises FusionRouteError."""
+    async def step(self, call: StepCall, deadline: float, top_logits: int = 0) -> Answer:
+        """One step; with `top_logits` so many of the highest logits may come instead of rows.
+
+        Raises:
+            FusionRouteError: it cannot be done, or not now.
+        """
 
 
 async def ask(model: Model, text: Text, patience: Patience, wanted: Wanted = NEXT_ROW) -> Answer:
@@ -137,6 +144,7 @@ def check_answer(answer: Answer, wanted: Wanted) -> None:
     """Raises InternalFault unless an answer has as many rows as were asked for, and drafted ids that exist."""
     most = 0 if wanted.drafting is None else wanted.drafting.num_tokens
     num_rows, width = answer.rows.shape
+    num_rows += len(answer.top)
     drafted = answer.drafted_ids
     if len(drafted) > most or num_rows != len(wanted.rows) + len(drafted) or max(drafted, default=0) >= width:
         raise InternalFault(
@@ -178,7 +186,7 @@ class _Asking:
             attempt_deadline = self._attempt_deadline(call)
             try:
                 if self.patience.hedge_after_seconds is None:
-                    answer = await cache.step(call, attempt_deadline)
+                    answer = await cache.step(call, attempt_deadline, self.wanted.top_logits)
                 else:
                     answer = await self._hedged(cache, call, attempt_deadline)
                 check_answer(answer, self.wanted)
@@ -188,7 +196,15 @@ class _Asking:
             slot, drafted = self.model.slot, answer.drafted_ids
             if self.text.answered(slot, answer.cache, answer.epoch, self.wanted, drafted):
                 metrics.REPLAYS.labels(slot=self.model.slot).inc()
-            return answer
+            return replace(answer, whole=partial(self._whole, cache, call)) if answer.top else answer
+
+    async def _whole(self, cache: Cache, call: StepCall) -> Answer:
+        """The same rows, whole: from what the instance has kept, or computed again."""
+        try:
+            return await cache.step(call, self._attempt_deadline(call))
+        except FusionRouteError as error:
+            self._trace(cache, call, error)
+            return await ask(self.model, self.text, self.patience, replace(self.wanted, top_logits=0))
 
     def _attempt_deadline(self, call: StepCall) -> float:
         allowed = self.attempt_seconds + SECONDS_PER_TOKEN_SENT * (len(call.token_ids) - 1)
@@ -277,8 +293,8 @@ class LocalModel:
         """At once: nobody else is stormed."""
         return 0.0
 
-    async def step(self, call: StepCall, deadline: float) -> Answer:
-        """One step of the engine."""
+    async def step(self, call: StepCall, deadline: float, top_logits: int = 0) -> Answer:
+        """One step of the engine, with whole rows: they are here."""
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
                 outcome = await self.engine.step(call)

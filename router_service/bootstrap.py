@@ -37,12 +37,12 @@ from router_service.admission import Admission
 from router_service.asking import LocalModel, Patience
 from router_service.draft_policy import Experience
 from router_service.drafting import DraftingMode
+from router_service.ensemble import Ensemble
 from router_service.experts import Directory, RemoteExpert
 from router_service.kv_budget import kv_budget
 from router_service.promotion_watch import CheckpointSource, PromotionWatch
 from router_service.registry_servicer import Admit, RegistryServicer
 from router_service.registry_store import RegistryStore
-from router_service.rounds import Ensemble
 from router_service.servicer import RouterServicer
 from router_service.serving import PromotionReport, ServedCheckpoints, Serving
 from router_service.session_store import SessionStore
@@ -262,6 +262,7 @@ async def serve_checkpoint(
         degrade_after_seconds=settings.degrade_after_seconds,
         experience=Experience(up_to_turns=settings.draft_up_to_turns),
         early=settings.asks_early(),
+        top_logits=settings.top_logits,
     )
     return Serving(checkpoint_id, checkpoint.manifest, engine, ensemble, offer, model.tokenizer, stop)
 

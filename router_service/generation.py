@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import structlog
 
@@ -24,13 +25,16 @@ from fusionroute.fusion import (
     fuse,
     top_candidates,
 )
+from fusionroute.short_rows import can_choose, pick_if_certain
 from fusionroute.telemetry import is_debugging
 from router_service import metrics
 from router_service.costs import Costs
 from router_service.draft_policy import DRAFT_PROBABILITY, TurnDrafting
 from router_service.drafting import Drafter, Lookup, Plan
-from router_service.records import TokenRecord, TokenSource
-from router_service.rounds import Ensemble, Round, RoundAsker, Scores
+from router_service.ensemble import Ensemble
+from router_service.records import UNKNOWN_LOGPROB, TokenRecord, TokenSource
+from router_service.rounds import RoundAsker
+from router_service.scores import Round, Scores
 from router_service.session_text import Text
 from router_service.stored_session import FinishReason
 from router_service.text import AnswerText
@@ -104,7 +108,8 @@ class TurnWriter:
     _proposed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        self._asker = RoundAsker(self.ensemble, self.turn, self.text, self.costs)
+        top_logits = self.ensemble.top_logits if self._can_be_short else 0
+        self._asker = RoundAsker(self.ensemble, self.turn, self.text, self.costs, top_logits)
         self._drafting = TurnDrafting(
             self.wishes.drafting,
             drafters_of(self.turn),
@@ -214,13 +219,12 @@ class TurnWriter:
 
     async def _next_token(self, scores: Scores, seen: SeenTokens) -> WrittenToken:
         started = time.monotonic()
+        choice = await self._choose_short(scores, seen) if scores.short is not None else None
+        if scores.short is not None and choice is None:
+            scores = await scores.with_whole_row()
+        choice, top = (choice, None) if choice is not None else await self._choose_whole(scores, seen)
         decision, is_degraded = scores.taken, scores.is_degraded
-        fused = fuse(self.turn.rule, decision, scores.expert, scores.router)
-        if self._is_slow(fused) or (self.wishes.num_top_candidates and len(fused) > LARGE_ROW):
-            choice, top = await asyncio.to_thread(self._choose, fused, scores, seen)
-        else:
-            choice, top = self._choose(fused, scores, seen)
-        if scores.expert is None or decision.expert is None:
+        if not scores.has_expert or decision.expert is None:
             record = TokenRecord(choice.token_id, choice.logprob, TokenSource.ROUTER, degraded=is_degraded)
         else:
             source = TokenSource.EXPERT
@@ -256,6 +260,14 @@ class TurnWriter:
         await self.log.room()
         metrics.STORE_WAIT_SECONDS.observe(time.monotonic() - started)
 
+    async def _choose_whole(
+        self, scores: Scores, seen: SeenTokens
+    ) -> tuple[Choice, Candidates | None]:
+        fused = fuse(self.turn.rule, scores.taken, scores.expert, scores.router)
+        if self._is_slow(fused) or (self.wishes.num_top_candidates and len(fused) > LARGE_ROW):
+            return await asyncio.to_thread(self._choose, fused, scores, seen)
+        return self._choose(fused, scores, seen)
+
     def _choose(
         self, fused: Row, scores: Scores, seen: SeenTokens
     ) -> tuple[Choice, Candidates | None]:
@@ -268,6 +280,34 @@ class TurnWriter:
             expert=[] if scores.expert is None else top_candidates(scores.expert, count),
             router=[] if scores.router is None else top_candidates(scores.router, count),
         )
+
+    @property
+    def _can_be_short(self) -> bool:
+        """Whether an expert's highest logits may suffice for this turn's tokens."""
+        return can_choose(self.turn.sampling) and not (
+            self.turn.rule is CombineRule.MIXTURE or self.wishes.num_top_candidates
+        )
+
+    async def _choose_short(self, scores: Scores, seen: SeenTokens) -> Choice | None:
+        """The token as far as an expert's highest logits say it for certain; its probability they do not say."""
+        assert scores.short is not None
+        complement = scores.taken.complement
+        router_row = None if self.turn.rule in (CombineRule.ROUTE, CombineRule.SELECT) else scores.router
+        token_id = None
+        if complement > 0.0:
+            pick = partial(
+                pick_if_certain,
+                scores.short,
+                router_row,
+                self.turn.sampling,
+                len(self.text.tokens),
+                seen,
+                complement=complement,
+            )
+            is_slow = scores.router is not None and self._is_slow(scores.router)
+            token_id = await asyncio.to_thread(pick) if is_slow else pick()
+        metrics.SHORT_REPLIES.labels("whole_row" if token_id is None else "certain").inc()
+        return None if token_id is None else Choice(token_id, UNKNOWN_LOGPROB)
 
     @property
     def _num_written(self) -> int:

@@ -166,14 +166,16 @@ class Instance:
         Args:
             call: the step.
             deadline: on the clock of time.monotonic().
-            top_logits: ask for so many of the highest logits of each row only; 0 = whole rows. The same step asked
-                again for whole rows is not computed again.
+            top_logits: ask for so many of the highest logits of each row only, unless rows come through shared memory;
+                0 = whole rows. The same step asked again for whole rows is not computed again.
 
         Raises:
             FusionRouteError: see `ExpertService.Step`.
         """
         name, epoch, began = self.name, self.epoch, time.monotonic()  # the entry may change meanwhile
         width = self.entry.model.logits_width
+        if top_logits >= width or self.line.shares_memory:
+            top_logits = 0
         self.breaker.begin()
         self.num_in_flight += 1
         try:

@@ -65,6 +65,14 @@ EARLY_ASKS = Counter(
 )
 
 
+SHORT_REPLIES = Counter(
+    f"{PREFIX}_short_replies",
+    "Tokens for which an expert sent its highest logits only, by outcome (certain, whole_row: had to be asked for).",
+    ["outcome"],
+    registry=REGISTRY,
+)
+
+
 def note_draft(drafter: str, num_drafted: int, num_accepted: int) -> None:
     """A draft was checked."""
     DRAFT_ROUNDS.labels(drafter).inc()

@@ -2,7 +2,7 @@
 
 bytes   field      type
 0-3     token_id   u32
-4-7     logprob    f32  natural log, fused distribution; 0 for prompt tokens
+4-7     logprob    f32  natural log, fused distribution; 0 for prompt tokens, not a number where it is not known
 8-15    origin     u64  lowest byte: a `TokenSource`, its highest bit (7) set where the token is degraded; next byte:
                         place of the expert's slot in the checkpoint; upper six bytes: the epoch of that slot;
                         both 0 where no expert took part
@@ -10,6 +10,7 @@ bytes   field      type
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -23,6 +24,8 @@ from fusionroute.errors import InternalFault, Reason
 
 RECORD_DTYPE = np.dtype([("token_id", "<u4"), ("logprob", "<f4"), ("origin", "<u8")])
 RECORD_BYTES = RECORD_DTYPE.itemsize
+UNKNOWN_LOGPROB = math.nan
+"""Of tokens that were chosen from an expert's highest logits alone."""
 _ONE_RECORD = Struct("<IfQ")
 _EPOCH_MASK = 2**48 - 1
 _DEGRADED_BIT = 0x80

@@ -21,85 +21,19 @@ from fusionroute import tracing
 from fusionroute.background import end_task
 from fusionroute.engine import Draft
 from fusionroute.errors import FusionRouteError
-from fusionroute.fusion import Decision, HeadLayout, Row, Sampling, decide, needs_router
+from fusionroute.fusion import Decision, Sampling, decide, needs_router
 from router_service import metrics
-from router_service.asking import Answer, Model, Patience, ask
+from router_service.asking import Answer, ask
 from router_service.costs import Costs
 from router_service.degrading import Policy, ask_expert
-from router_service.draft_policy import Experience
 from router_service.drafting import Drafter, Plan
+from router_service.ensemble import Ensemble
+from router_service.scores import Round, scored
 from router_service.session_text import NEXT_ROW, Text, Wanted
 from router_service.turn_request import Turn
 
 UNSURE_SECONDS = 0.5
 """How long one may be missed whom the router has not picked, or not for the next token."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ensemble:
-    """Who can be asked: the router and the experts in the checkpoint's order.
-
-    Attributes:
-        end_ids: ids that end an answer.
-        max_context_tokens: longest session.
-        router_patience: for a row of the router.
-        expert_patience: for a row of an expert.
-        degrade_after_seconds: how long an expert may be missed before another way is gone, where the turn allows it.
-        experience: what its turns have learnt about drafting.
-        early: whether experts are asked before the router has routed; None = where it pays.
-    """
-
-    router: Model
-    experts: Sequence[Model]
-    layout: HeadLayout
-    end_ids: frozenset[int]
-    max_context_tokens: int
-    router_patience: Patience
-    expert_patience: Patience
-    degrade_after_seconds: float
-    experience: Experience = field(default_factory=Experience)
-    early: bool | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What one token is chosen from.
-
-    Attributes:
-        picked: the router's decision.
-        taken: the decision as it was carried out; another one where the picked expert was not there.
-        router, expert: rows [V]; None of who was not asked.
-        epoch: of the expert's slot; 0 without one.
-    """
-
-    picked: Decision
-    taken: Decision
-    router: Row | None
-    expert: Row | None
-    epoch: int
-
-    @property
-    def is_degraded(self) -> bool:
-        """Whether somebody stood in for the picked expert."""
-        return self.taken.expert != self.picked.expert
-
-
-@dataclass(slots=True)
-class Round:
-    """The rows of a round.
-
-    Attributes:
-        plan: how it was made.
-        draft: the tokens proposed.
-        scores: of the next token, then of those after each drafted one, as far as rows could be had; at least one.
-        router_seconds, expert_seconds: what was waited for them.
-    """
-
-    plan: Plan
-    draft: tuple[int, ...] = ()
-    scores: list[Scores] = field(default_factory=list)
-    router_seconds: float = 0.0
-    expert_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -108,6 +42,7 @@ class RoundAsker:
 
     Attributes:
         costs: what was asked and how long it took is added here.
+        top_logits: so many of an expert's highest logits may come instead of its row; 0 = rows only.
         last_expert: who took part in the last token; None before the first, and where the router wrote it alone.
     """
 
@@ -115,9 +50,11 @@ class RoundAsker:
     turn: Turn
     text: Text
     costs: Costs
+    top_logits: int = 0
     last_expert: int | None = None
     _policy: Policy = field(init=False)
     _draft_of_models: Draft = field(init=False)
+    _next_row: Wanted = field(init=False)
     _traced: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -128,6 +65,7 @@ class RoundAsker:
             turn.sampling, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias={}
         )
         self._draft_of_models = Draft(1, alike)
+        self._next_row = Wanted(exact=turn.exact, top_logits=self.top_logits)
 
     @property
     def draft_sampling(self) -> Sampling:
@@ -208,7 +146,7 @@ class RoundAsker:
 
     def _begin_early(self) -> asyncio.Task[Answer | None]:
         self.costs.num_early_asks += 1
-        return asyncio.create_task(self._ask_guess(Wanted(exact=self.turn.exact)))
+        return asyncio.create_task(self._ask_guess(self._next_row))
 
     async def _await_early(
         self, early: asyncio.Task[Answer | None], decision: Decision, known: dict[int, Answer]
@@ -276,9 +214,7 @@ class RoundAsker:
         self._enter(round_, decisions, router, known, rows_of)
         if taken.expert != first.expert:
             router_row = None if router is None else router.rows[0]
-            expert_row = None if stand_in is None else stand_in.rows[0]
-            epoch = 0 if stand_in is None else stand_in.epoch
-            round_.scores = [Scores(first, taken, router_row, expert_row, epoch)]
+            round_.scores = [scored(first, taken, router_row, stand_in, 0)]
 
     @staticmethod
     def _enter(
@@ -292,13 +228,13 @@ class RoundAsker:
         for row, decision in enumerate(decisions):
             router_row = None if router is None else router.rows[row]
             if decision.expert is None:
-                round_.scores.append(Scores(decision, decision, router_row, None, 0))
+                round_.scores.append(scored(decision, decision, router_row, None, 0))
                 continue
             answer = known.get(decision.expert)
             if answer is None:
                 return
-            expert_row = answer.rows[rows_of[decision.expert].index(row)]
-            round_.scores.append(Scores(decision, decision, router_row, expert_row, answer.epoch))
+            place = rows_of[decision.expert].index(row)
+            round_.scores.append(scored(decision, decision, router_row, answer, place))
 
     async def _ask_first(self, decision: Decision, wanted: Wanted) -> tuple[Decision, Answer | None]:
         """Rows of the expert that is picked for the next token, or the one of who stands in for it."""
@@ -320,8 +256,8 @@ class RoundAsker:
         return answer
 
     def _wanted(self, round_: Round, rows: Sequence[int]) -> Wanted:
-        if rows == [0] and not self.turn.exact:
-            return NEXT_ROW
+        if not round_.draft:
+            return self._next_row
         return Wanted(round_.draft, rows, exact=self.turn.exact)
 
     def _drafting(self, plan: Plan) -> Draft:
@@ -351,4 +287,3 @@ class RoundAsker:
             }
             tracing.note(f"row of {who}", seconds, facts)
             self._traced.add(answer.cache)
-

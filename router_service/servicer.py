@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -190,7 +191,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             index=token.index,
             id=record.token_id,
             text=token.text,
-            logprob=record.logprob,
+            logprob=None if math.isnan(record.logprob) else record.logprob,
             expert=turn.slots[record.expert] if by_expert else "",
             expert_epoch=record.epoch if by_expert else 0,
             routing_weights=token.weights,

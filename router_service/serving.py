@@ -19,7 +19,7 @@ import structlog
 from fusionroute.background import end_task
 from fusionroute.engine import Engine
 from fusionroute.router_model import Manifest
-from router_service.rounds import Ensemble
+from router_service.ensemble import Ensemble
 from router_service.text import AnswerText
 from router_service.turn_request import Offer
 

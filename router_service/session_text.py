@@ -23,12 +23,14 @@ class Wanted:
         rows: ascending.
         drafting: the model is to go on by itself after the last of `rows`; its rows for what it drafts come along.
         exact: the rows are to be the same bits whatever else the model computes.
+        top_logits: so many of the highest logits of each row suffice, where whole rows are dear; 0 = they do not.
     """
 
     draft: Sequence[int] = ()
     rows: Sequence[int] = (0,)
     drafting: Draft | None = None
     exact: bool = False
+    top_logits: int = 0
 
     @property
     def num_fed(self) -> int:

@@ -83,7 +83,13 @@ class RouterSettings(ModelSettings):
     )
     shared_memory_bytes: Annotated[int, Field(ge=0)] = Field(
         32 * 2**20,
-        description="Memory in /dev/shm for rows from each expert of the same host and user; 0 = rows come in messages.",
+        description="Memory in /dev/shm for rows from each expert of the same host and user; 0 = rows come in"
+        " messages.",
+    )
+    top_logits: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0,
+        description="Experts of other hosts send so many of a row's highest logits first, and the whole row only where"
+        " these leave the token open; 0 = whole rows. The text stays the same, its log-probabilities are not known.",
     )
     alone_seconds: Seconds = Field(
         30.0, description="A turn that nobody has followed for so long is put aside until it is resumed."

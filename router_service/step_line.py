@@ -92,6 +92,11 @@ class StepLine:
         self._retired: set[StepStream] = set()
         self._preparing: asyncio.Future[RowMemory] | None = None
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether rows come through memory that both sides see, so that whole ones cost little."""
+        return self._stream is not None and self._stream.shares_memory
+
     async def step(self, request: expert_pb2.StepRequest, deadline: float, rows_bytes: int = 0) -> Reply:
         """One step. Raises FusionRouteError; NoStreams when the expert knows no streams."""
         stream = self._current()

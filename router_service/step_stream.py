@@ -102,6 +102,11 @@ class StepStream:
         self._reading = asyncio.create_task(self._read(), name=f"rows of {address}", context=Context())
 
     @property
+    def shares_memory(self) -> bool:
+        """Whether rows come through memory that the expert has accepted."""
+        return self._memory is not None
+
+    @property
     def has_offered(self) -> bool:
         """Whether it has begun with an offer of memory."""
         return self._has_offered

@@ -124,9 +124,8 @@ def trace_text(token: Token, slots: Sequence[str], palette: Palette) -> Text:
     look = palette.look(token.expert)
     line = Text(f"{token.index:4d}  ")
     line.append(f"{quoted(token.text):<12}", style=_style(token, palette))
-    line.append(
-        f" id {token.id:<7d} {look.mark} {token.expert or 'router alone':<14} logprob {token.logprob:z8.3f}"
-    )
+    logprob = f"{token.logprob:z8.3f}" if token.HasField("logprob") else "unknown"
+    line.append(f" id {token.id:<7d} {look.mark} {token.expert or 'router alone':<14} logprob {logprob}")
     if token.degraded:
         line.append("  degraded", style="bold")
     if token.routing_weights:

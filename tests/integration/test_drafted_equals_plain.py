@@ -9,6 +9,7 @@ import pytest
 
 from fusionroute.v1 import router_pb2
 from fusionroute.v1.router_pb2 import Drafting, GenerateRequest
+from router_service import metrics
 from tests.equivalence import Case, assert_all_equal, compare, make_cases
 from tests.served_stack import Answer, Family, Stack, make_family, served
 
@@ -103,3 +104,34 @@ async def test_off_drafts_nothing_and_auto_is_the_default(family: Family, cases:
         await compare(cases[:4], asked, 1)
         assert asked.counts["rounds"] == asked.counts["early"] == 0
         assert stack.router.served.current.offer.default_drafting.value == "auto"
+
+
+@pytest.mark.parametrize("drafting", [router_pb2.DRAFTING_OFF, router_pb2.DRAFTING_LOOKUP])
+async def test_highest_logits_first_change_nothing(
+    family: Family, cases: list[Case], drafting: Drafting.ValueType
+) -> None:
+    """Their tokens are told without log-probability, all others with it."""
+    async with served(family, top_logits=12, shared_memory_bytes=0) as stack:
+        asked, unknown, told = Asked(stack, drafting), 0, 0
+
+        async def answer(request: GenerateRequest) -> Answer:
+            nonlocal unknown, told
+            got = await asked(request)
+            wanted = {tuple(case.prompt): case for case in cases}[tuple(request.token_ids.ids)].wanted
+            for token, reference in zip(got.tokens, wanted, strict=False):
+                if token.HasField("logprob"):
+                    told += 1
+                else:
+                    unknown += 1
+                    token.logprob = reference.logprob
+            return got
+
+        before = {outcome: short_replies(outcome) for outcome in ("certain", "whole_row")}
+        assert_all_equal(await compare(cases, answer, 8), len(cases))
+        assert unknown == short_replies("certain") - before["certain"] > 20
+        assert short_replies("whole_row") - before["whole_row"] > 5
+        assert told > 20
+
+
+def short_replies(outcome: str) -> float:
+    return metrics.SHORT_REPLIES.labels(outcome)._value.get()

@@ -104,7 +104,7 @@ class SometimesAway:
     def seconds_until_retry(self) -> float:
         return 0.0
 
-    async def step(self, call: StepCall, deadline: float) -> Answer:
+    async def step(self, call: StepCall, deadline: float, top_logits: int = 0) -> Answer:
         self.num_attempts += 1
         if self.num_attempts == 1:
             raise Unavailable(Reason.EXPERT_UNAVAILABLE, "away")

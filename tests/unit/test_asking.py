@@ -35,7 +35,7 @@ class FakeCache:
     calls: list[StepCall] = field(default_factory=list)
     allowed_seconds: list[float] = field(default_factory=list)
 
-    async def step(self, call: StepCall, deadline: float) -> Answer:
+    async def step(self, call: StepCall, deadline: float, top_logits: int = 0) -> Answer:
         self.calls.append(call)
         self.allowed_seconds.append(deadline - time.monotonic())
         if self.errors:
@@ -192,7 +192,7 @@ class Answering(FakeCache):
 
     answer: Answer = field(default_factory=lambda: Answer(np.zeros((1, 3), np.float32), None, 7, "a@1", 0.0))
 
-    async def step(self, call: StepCall, deadline: float) -> Answer:
+    async def step(self, call: StepCall, deadline: float, top_logits: int = 0) -> Answer:
         self.calls.append(call)
         return self.answer
 
