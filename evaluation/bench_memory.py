@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import psutil
 
@@ -143,16 +144,24 @@ def _report(
         kind = growth.kind
         for process, grown in growth.by_process.items():
             own = kv_bytes[process] * kind.cached_tokens
-            share = Spread.of(each / own for each in grown)
+            value = Spread(fmean(grown), min(grown), max(grown))
+            share = Spread(value.median / own, value.low / own, value.high / own)
             limit = MOST_SHARED if kind.shared_tokens else MOST_BYTES_PER_KV_BYTE
             who = process.partition("-")[0]
             what = f"bytes of a session / of its keys and values, {who}, {kind.name}"
             findings.append(Finding(what, share, at_most=limit))
-            value = Spread.of(grown)
             rows.append([f"{who}, {kind.name}", kind.cached_tokens, own, value.median, value.low, value.high,
                          share.median])  # fmt: skip
             bars[f"{who}, {kind.name}"] = share
-    columns = ("process and session", "tokens", "KV bytes", "bytes / session", "least", "most", "of KV bytes")
+    columns = (
+        "process and session",
+        "tokens",
+        "KV bytes",
+        "mean bytes / session",
+        "least",
+        "most",
+        "of KV bytes",
+    )
     return Report(
         suite="memory",
         question="What does a session cost in memory?",
@@ -160,6 +169,8 @@ def _report(
         findings=findings,
         tables=[Table("Growth of private memory for each session that stays", columns, rows)],
         panels=[Bars("Growth for each session", "bytes per byte of its own keys and values", bars, reference=1.0)],
-        notes=["KV bytes: 2 x layers x key-value heads x head size x bytes of a number, for each token of the session.",
+        notes=["Means over all blocks in the place of medians, since allocators take memory in lumps; least and most"
+               " are single blocks.",
+               "KV bytes: 2 x layers x key-value heads x head size x bytes of a number, for each token of the session.",
                "Of sessions with a common beginning it is what they would have if each kept its own copy."],
     )  # fmt: skip

@@ -20,6 +20,7 @@ DRAFTERS = {
 }
 NUM_WARMUPS = 2
 LEAST_AUTO = 0.97
+FIRST_WORD, WORD_BIAS = 2, 100.0
 
 Prompts = Callable[[int], Sequence[int]]
 
@@ -32,6 +33,7 @@ class Workload:
         num_sessions: at a time.
         turns_per_session: one after the other.
         ignore_eos: whether turns go on after the end of their answer.
+        num_words: only so many ids are ever written; 0 = all.
         least_auto: what the automatic choice is to gain at least, as a factor.
     """
 
@@ -42,6 +44,7 @@ class Workload:
     num_sessions: int = 1
     turns_per_session: int = 1
     ignore_eos: bool = True
+    num_words: int = 0
     least_auto: float = LEAST_AUTO
 
 
@@ -130,13 +133,15 @@ def _requests(workload: Workload, number: int, drafting: Drafting.ValueType) -> 
     rounds: list[list[GenerateRequest]] = []
     for turn in range(workload.turns_per_session):
         first = (number * workload.turns_per_session + turn) * workload.num_sessions
-        rounds.append([
-            request_for(
-                workload.prompts(first + place), workload.num_tokens, drafting=drafting,
-                temperature=workload.temperature, seed=1 + first + place, ignore_eos=workload.ignore_eos,
-            )
-            for place in range(workload.num_sessions)
-        ])  # fmt: skip
+        rounds.append([])
+        for prompt in range(first, first + workload.num_sessions):
+            request = request_for(
+                workload.prompts(prompt), workload.num_tokens, drafting=drafting,
+                temperature=workload.temperature, seed=1 + prompt, ignore_eos=workload.ignore_eos,
+            )  # fmt: skip
+            for word in range(workload.num_words):
+                request.sampling.logit_bias[FIRST_WORD + word] = WORD_BIAS
+            rounds[-1].append(request)
     return rounds
 
 

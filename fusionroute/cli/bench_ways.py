@@ -27,8 +27,8 @@ QUARTER_GAIN = 1.3
 def speculation(asked: Asked) -> Report:
     """Every drafter and the automatic choice against the plain loop, on several workloads.
 
-    The trained family as it is, the same with experts of four times the router's layers, and --shape with random
-    weights, sampled, where every draft is wrong.
+    The trained family as it is, the same with experts of four times the router's layers, and random weights of a
+    --shape, where nearly every draft is wrong.
 
     \b
     Example:
@@ -97,14 +97,11 @@ def _random_workloads(asked: Asked, served: Models) -> list[Workload]:
     def short(number: int) -> Sequence[int]:
         return served.prompts(number)[:16]
 
+    tokens = asked.num_tokens
     return [
-        Workload("random weights, greedy", short, num_tokens=asked.num_tokens),
-        Workload(
-            "random weights, temperature 2: drafts are wrong",
-            short,
-            num_tokens=asked.num_tokens,
-            temperature=2.0,
-        ),
+        Workload("random weights, greedy: router and expert disagree", short, tokens),
+        Workload("random weights, greedy over 8 words: lookup is misled", short, tokens, num_words=8),
+        Workload("random weights, temperature 2: the noise decides", short, tokens, temperature=2.0),
     ]
 
 
