@@ -151,6 +151,18 @@ async def test_an_answer_that_comes_as_its_caller_is_cancelled_gives_its_place_b
         assert memory.place(ROW_BYTES) is not None
 
 
+async def test_a_broken_stream_is_replaced_at_once_and_by_one_with_a_memory_of_its_own_later() -> None:
+    engine = KnownEngine()
+    async with served_expert(engine) as (_, running, _), instance_at(running.address) as instance:
+        memory = await shares(instance)
+        stream: Any = instance.line._stream
+        stream._call.cancel()
+        await until(lambda: not stream.takes_steps)
+        answer = await instance.step(StepCall("s", 0, [3], 1), soon())
+        np.testing.assert_array_equal(answer.rows, engine.rows([3]).numpy())
+        assert await shares(instance) is not memory
+
+
 async def test_an_expert_elsewhere_does_not_find_it_and_sends_messages(tmp_path: Path) -> None:
     engine = KnownEngine()
     async with served_expert(engine) as (stub, _, _):
