@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from evaluation.bench_deepened import write_deepened
 from evaluation.bench_reference import CachedFusion
@@ -64,6 +65,9 @@ def test_deeper_experts_write_the_same_and_cost_more_layers(tmp_path: Path) -> N
     shallow_fusion = CachedFusion.load(family.router, family.experts)
     deep_fusion = CachedFusion.load(deep.router, deep.experts)
     assert deep_fusion.generate(ids, 12) == shallow_fusion.generate(ids, 12)
+    for shallow_expert, deep_expert in zip(shallow_fusion.experts, deep_fusion.experts, strict=True):
+        logits = [model.model(torch.tensor([ids])).logits for model in (shallow_expert, deep_expert)]
+        assert torch.equal(*logits), "the added layers change nothing"
     assert deep_fusion.experts[0].model.config.num_hidden_layers == 8
     records = load_checkpoint(deep.router).manifest.experts
     loaded = [load_model(str(deep.experts[record.slot])).facts.weights_fingerprint for record in records]
