@@ -88,7 +88,10 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     ) -> expert_pb2.CloseSessionResponse:
         checks.check_session_id(request.session_id)
         # A caller that hangs up must not stop what the engine has begun.
-        existed = await asyncio.shield(self._served.engine.close_session(request.session_id, request.fence))
+        closing = self._served.engine.close_session(
+            request.session_id, request.fence, for_good=not request.may_share
+        )
+        existed = await asyncio.shield(closing)
         return expert_pb2.CloseSessionResponse(existed=existed)
 
     async def ListSessions(

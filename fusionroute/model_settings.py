@@ -29,6 +29,15 @@ class ModelSettings(DaemonSettings):
     )
     max_queue: Positive = Field(256, description="Most steps waiting or running.")
     max_sessions: Positive = Field(4096, description="Most sessions cached at a time.")
+    share_prefixes: bool = Field(
+        True,
+        description="Sessions that begin alike share memory and work of what they have in common. The time to a first"
+        " token then tells whether somebody has used the same beginning.",
+    )
+    await_others: bool = Field(
+        True,
+        description="A forward is put off for a moment when sessions that were just answered are about to step again.",
+    )
     threads: Annotated[int, Field(ge=0)] = Field(0, description="Threads of torch; 0 = its own choice.")
 
     def engine_limits(self) -> EngineLimits:
@@ -42,6 +51,8 @@ class ModelSettings(DaemonSettings):
             mixed_forward_seconds=self.mixed_forward_seconds,
             max_queue=self.max_queue,
             max_sessions=self.max_sessions,
+            share_prefixes=self.share_prefixes,
+            await_others=self.await_others,
         )
 
 

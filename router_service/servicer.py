@@ -144,7 +144,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     @staticmethod
     async def _close_session(serving: Serving, session_id: str) -> None:
         with serving.in_use():
-            await serving.engine.close_session(session_id, FENCE_OF_DELETE)
+            await serving.engine.close_session(session_id, FENCE_OF_DELETE, for_good=True)
 
     def _slot(self, slot: str) -> router_pb2.ExpertSlot:
         instance = self._directory.best(slot)

@@ -90,7 +90,7 @@ class KnownEngine:
     def submit(self, call: StepCall) -> asyncio.Future[StepOutcome]:
         return asyncio.ensure_future(self.step(call))
 
-    async def close_session(self, session_id: str, fence: int = 0) -> bool:
+    async def close_session(self, session_id: str, fence: int = 0, *, for_good: bool = False) -> bool:
         self.num_closing += 1
         await self.closing_gate.wait()
         self.num_closing -= 1

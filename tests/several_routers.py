@@ -103,9 +103,10 @@ async def two_routers(
 
     Args:
         second: settings of the second router alone; `family` is its checkpoint's.
-        settings: of both; leases of sessions last a second unless they say otherwise.
+        settings: of both; unless they say otherwise leases of sessions last a second, and each token takes one row of
+            an expert, so that `Pace` can count tokens.
     """
-    settings = {"session_lease_seconds": 1.0} | settings
+    settings = {"session_lease_seconds": 1.0, "early_asks": "off", "drafting": "off"} | settings
     own = {"redis_url": redis_url} | settings | (second or {})
     async with AsyncExitStack() as stack:
         network = await stack.enter_async_context(LossyProxy(redis_url, folder))

@@ -115,9 +115,19 @@ class Engine:
         finally:
             await asyncio.shield(self._ask(lambda table: table.close(session_id, 0, for_good=True)))
 
-    async def close_session(self, session_id: str, fence: int = 0) -> bool:
-        """Forgets a session; returns whether it existed. Raises SessionStateError STALE_FENCE."""
-        return await self._ask(lambda table: table.close(session_id, fence))
+    async def close_session(self, session_id: str, fence: int = 0, *, for_good: bool = False) -> bool:
+        """Forgets a session.
+
+        Args:
+            for_good: sessions that begin alike may not use what was computed for it either.
+
+        Returns:
+            Whether it existed.
+
+        Raises:
+            SessionStateError: STALE_FENCE.
+        """
+        return await self._ask(lambda table: table.close(session_id, fence, for_good=for_good))
 
     async def list_sessions(self, limit: int) -> tuple[list[SessionView], int]:
         """The most recently used sessions, and how many there are in all."""

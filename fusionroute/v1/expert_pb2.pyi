@@ -657,19 +657,25 @@ class CloseSessionRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     FENCE_FIELD_NUMBER: _builtins.int
+    MAY_SHARE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session to forget."""
     fence: _builtins.int
     """The caller's fencing token; refused when lower than the session has seen."""
+    may_share: _builtins.bool
+    """Sessions that begin alike may still use what was computed for this one, until
+    the room is needed. Else nothing of it is kept but what others share already.
+    """
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         fence: _builtins.int = ...,
+        may_share: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "may_share", b"may_share", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

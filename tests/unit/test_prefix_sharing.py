@@ -96,6 +96,14 @@ async def test_a_closed_session_is_what_the_next_one_begins_with() -> None:
             await engine.close_session(name)
 
 
+async def test_of_a_session_that_was_closed_for_good_nothing_is_left() -> None:
+    async with make_engine() as engine:
+        await begin(engine, "a", [*PROMPT, 50, 51, 52])
+        assert await engine.close_session("a", for_good=True)
+        outcome = await begin(engine, "b", [*PROMPT, 53, 54])
+        assert outcome.num_computed_tokens == len(PROMPT) + 2
+
+
 @pytest.mark.parametrize("length", [4, 20, 39])
 async def test_a_session_that_cuts_back_into_what_it_shares_disturbs_nobody(length: int) -> None:
     async with make_engine("gemma2") as engine:
