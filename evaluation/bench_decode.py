@@ -125,8 +125,7 @@ async def measure_decode(
             "'asked early': the last token's expert is asked before the router has routed, where that pays; 'drafted"
             " too': tokens are also drafted where that pays. Neither is done in 'plain'.",
             "Every round has another prompt, which no stack has seen before; prefill is included everywhere.",
-            "'router forward' includes handing the step to the engine's thread; 'wire' is waiting for an expert beyond"
-            " its forwards.",
+            "'hand-over' is waiting for the router's own engine beyond its forwards, 'wire' for an expert beyond its.",
         ),
         runs={"decode": runs},
     )  # fmt: skip
@@ -138,7 +137,7 @@ def _findings(
     *,
     is_tiny: bool,
 ) -> list[Finding]:
-    forwards = [each.router_seconds + each.expert_forward_seconds for each in plain]
+    forwards = [each.router_forward_seconds + each.expert_forward_seconds for each in plain]
     return [
         Finding(
             "served plain step / (router forward + expert forward)",
@@ -176,12 +175,14 @@ def _equal_beginning(a: Sequence[int], b: Sequence[int]) -> float:
 def shares(turns: Sequence[GenerationStatistics], num_tokens: int) -> dict[str, float]:
     """Milliseconds per token by where they went, of the turn with the median total.
 
-    "wire" is what waiting for experts took beyond their forwards: queue, serialising, sockets. "rest" is what
-    the router's total holds beyond all parts; below zero where parts ran side by side.
+    "hand-over" is what waiting for the router's engine took beyond its forwards: queue and threads; "wire" what waiting
+    for experts took beyond theirs: queue, serialising, sockets. "rest" is what the router's total holds beyond all
+    parts; below zero where parts ran side by side.
     """
     turn = sorted(turns, key=lambda each: each.total_seconds)[len(turns) // 2]
     parts = {
-        "router forward": turn.router_seconds,
+        "router forward": turn.router_forward_seconds,
+        "hand-over": turn.router_seconds - turn.router_forward_seconds,
         "expert forward": turn.expert_forward_seconds,
         "wire": turn.expert_seconds - turn.expert_forward_seconds,
         "fuse": turn.fuse_seconds,

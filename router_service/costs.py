@@ -34,6 +34,7 @@ class Costs:
     num_router_forwards: int = 0
     num_expert_calls: int = 0
     router_seconds: float = 0.0
+    router_forward_seconds: float = 0.0
     expert_seconds: float = 0.0
     expert_forward_seconds: float = 0.0
     fuse_seconds: float = 0.0

@@ -115,7 +115,7 @@ class Experience:
             forwards, and a draft would take from the others what it gives to its own.
         num_turns: that are written now.
         token_seconds: of a token without a draft.
-        router_seconds, expert_seconds: its parts, where the expert was asked after the router.
+        router_seconds, expert_seconds: of its forwards, where the expert was asked after the router.
         acceptance: probability that the next token of a drafter is the right one.
     """
 
@@ -145,7 +145,7 @@ class Experience:
         return self.num_turns <= self.up_to_turns
 
     def note_token(self, plan: Plan, seconds: float, router_seconds: float, expert_seconds: float) -> None:
-        """Hears what a token without draft took, and its parts."""
+        """Hears what a token without draft took, and its forwards."""
         self._all_seconds += seconds
         self.trials.note(seconds, early=plan.early)
         self.token_seconds.note(seconds)

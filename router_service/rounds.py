@@ -95,7 +95,8 @@ class RoundAsker:
         """
         known: dict[int, Answer] = {}
         draft = plan.ids
-        router_before, expert_before = self.costs.router_seconds, self.costs.expert_seconds
+        costs = self.costs
+        router_before, expert_before = costs.router_forward_seconds, costs.expert_forward_seconds
         if plan.drafter is Drafter.EXPERT:
             answer = await self._ask_guess(Wanted(drafting=self._drafting(plan), exact=self.turn.exact))
             if answer is not None:
@@ -114,8 +115,8 @@ class RoundAsker:
         finally:
             if early is not None:
                 await end_task(early)
-        round_.router_seconds = self.costs.router_seconds - router_before
-        round_.expert_seconds = self.costs.expert_seconds - expert_before
+        round_.router_seconds = costs.router_forward_seconds - router_before
+        round_.expert_seconds = costs.expert_forward_seconds - expert_before
         return round_
 
     async def ask_router_alone(self) -> Answer:
@@ -135,6 +136,7 @@ class RoundAsker:
         metrics.ROUTER_FORWARD_SECONDS.observe(seconds)
         self._trace("router", seconds, answer)
         self.costs.router_seconds += seconds
+        self.costs.router_forward_seconds += answer.forward_seconds
         self.costs.num_router_forwards += 1 + len(answer.drafted_ids)
         return answer
 

@@ -57,7 +57,7 @@ class Round:
         plan: how it was made.
         draft: the tokens proposed.
         scores: of the next token, then of those after each drafted one, as far as rows could be had; at least one.
-        router_seconds, expert_seconds: what was waited for them.
+        router_seconds, expert_seconds: within their forwards.
     """
 
     plan: Plan

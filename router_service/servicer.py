@@ -228,6 +228,7 @@ def _statistics(costs: Costs | None) -> router_pb2.GenerationStatistics | None:
         total_seconds=costs.total_seconds,
         first_token_seconds=costs.first_token_seconds,
         router_seconds=costs.router_seconds,
+        router_forward_seconds=costs.router_forward_seconds,
         expert_seconds=costs.expert_seconds,
         expert_forward_seconds=costs.expert_forward_seconds,
         fuse_seconds=costs.fuse_seconds,

@@ -757,6 +757,7 @@ class GenerationStatistics(_message.Message):
     DRAFTING_FIELD_NUMBER: _builtins.int
     NUM_EARLY_ASKS_FIELD_NUMBER: _builtins.int
     NUM_EARLY_HITS_FIELD_NUMBER: _builtins.int
+    ROUTER_FORWARD_SECONDS_FIELD_NUMBER: _builtins.int
     num_router_forwards: _builtins.int
     num_expert_calls: _builtins.int
     num_replays: _builtins.int
@@ -779,6 +780,8 @@ class GenerationStatistics(_message.Message):
     these those where it was the right one.
     """
     num_early_hits: _builtins.int
+    router_forward_seconds: _builtins.float
+    """Of `router_seconds`, within the router's forwards."""
     @_builtins.property
     def drafting(self) -> _containers.RepeatedCompositeFieldContainer[Global___DraftingStatistics]:
         """Drafts that were checked, by who made them."""
@@ -801,10 +804,11 @@ class GenerationStatistics(_message.Message):
         drafting: _abc.Iterable[Global___DraftingStatistics] | None = ...,
         num_early_asks: _builtins.int = ...,
         num_early_hits: _builtins.int = ...,
+        router_forward_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafting", b"drafting", "expert_forward_seconds", b"expert_forward_seconds", "expert_seconds", b"expert_seconds", "first_token_seconds", b"first_token_seconds", "fuse_seconds", b"fuse_seconds", "num_degraded_tokens", b"num_degraded_tokens", "num_early_asks", b"num_early_asks", "num_early_hits", b"num_early_hits", "num_expert_calls", b"num_expert_calls", "num_replays", b"num_replays", "num_retries", b"num_retries", "num_router_forwards", b"num_router_forwards", "router_seconds", b"router_seconds", "store_seconds", b"store_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafting", b"drafting", "expert_forward_seconds", b"expert_forward_seconds", "expert_seconds", b"expert_seconds", "first_token_seconds", b"first_token_seconds", "fuse_seconds", b"fuse_seconds", "num_degraded_tokens", b"num_degraded_tokens", "num_early_asks", b"num_early_asks", "num_early_hits", b"num_early_hits", "num_expert_calls", b"num_expert_calls", "num_replays", b"num_replays", "num_retries", b"num_retries", "num_router_forwards", b"num_router_forwards", "router_forward_seconds", b"router_forward_seconds", "router_seconds", b"router_seconds", "store_seconds", b"store_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

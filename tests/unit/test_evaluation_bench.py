@@ -60,8 +60,8 @@ def test_generate_with_one_gives_exactly_as_many_tokens_as_asked() -> None:
 
 def turn(total: float) -> GenerationStatistics:
     return GenerationStatistics(
-        total_seconds=total, router_seconds=0.25, expert_seconds=0.5, expert_forward_seconds=0.375,
-        fuse_seconds=0.0625, store_seconds=0.03125,
+        total_seconds=total, router_seconds=0.25, router_forward_seconds=0.125, expert_seconds=0.5,
+        expert_forward_seconds=0.375, fuse_seconds=0.0625, store_seconds=0.03125,
     )  # fmt: skip
 
 
@@ -69,6 +69,7 @@ def test_the_parts_of_a_served_token_add_up_to_the_total_of_the_median_turn() ->
     parts = shares([turn(9.0), turn(1.0), turn(2.0)], num_tokens=1000)
     assert parts["total"] == pytest.approx(2.0)
     assert parts["wire"] == pytest.approx(0.125)
+    assert parts["hand-over"] == pytest.approx(0.125)
     assert sum(value for name, value in parts.items() if name != "total") == pytest.approx(2.0)
 
 
