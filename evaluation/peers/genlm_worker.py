@@ -20,9 +20,6 @@ from importlib import metadata
 from typing import Any, TextIO
 
 import torch
-from genlm.backend.llm import AsyncTransformer
-from genlm.control import PromptedLLM
-from genlm.control.potential import Product
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -45,6 +42,10 @@ class Pair:
     """Two models and their product for each prompt."""
 
     def __init__(self, folders: Sequence[str], prompts: Sequence[Sequence[int]]) -> None:
+        from genlm.backend.llm import AsyncTransformer  # not where this file is merely looked at
+        from genlm.control import PromptedLLM
+        from genlm.control.potential import Product
+
         loaded = [AutoModelForCausalLM.from_pretrained(each, dtype="auto").eval() for each in folders]
         tokenizer = stand_in_tokenizer(min(model.config.vocab_size for model in loaded))
         self.models = [AsyncTransformer(model, tokenizer) for model in loaded]
