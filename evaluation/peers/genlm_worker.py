@@ -85,7 +85,7 @@ def num_apart(prompts: Sequence[Sequence[int]]) -> int:
     return next(n for n in range(1, longest + 1) if len({tuple(each[-n:]) for each in prompts}) == different)
 
 
-async def write(product: Product, num_tokens: int) -> list[int]:
+async def write(product: Any, num_tokens: int) -> list[int]:
     """The likeliest token, `num_tokens` times."""
     context: list[Any] = []
     for _ in range(num_tokens):
