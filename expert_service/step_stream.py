@@ -18,16 +18,19 @@ from functools import partial
 from typing import TypeAlias
 
 import structlog
+from google.protobuf.message import DecodeError
 
 from expert_service import checks
 from expert_service.stepping import BegunStep, PackRows, Stepping
 from fusionroute.background import end_task
 from fusionroute.engine import StepOutcome
 from fusionroute.errors import OutOfRoom, Reason, StatusCode, Unavailable, invalid
+from fusionroute.grpc_runtime import MAX_MESSAGE_BYTES
+from fusionroute.local_line import LineRefused, MessageLine, connect_line
 from fusionroute.rpc_context import StreamedCall
 from fusionroute.rpc_errors import told
 from fusionroute.shared_memory import MemoryRefused, open_memory
-from fusionroute.streamed_rows import StreamedAnswer, StreamedAnswers
+from fusionroute.streamed_rows import StreamedAnswer, StreamedAnswers, encode
 from fusionroute.v1 import expert_pb2
 from fusionroute.wire import SharedPlace, pack_rows, step_error_to_message
 
@@ -85,6 +88,9 @@ class StepStream:
         self._was_sent = asyncio.Event()
         self._ends_when_idle = False
         self._memory: mmap.mmap | None = None
+        self._line: MessageLine | None = None
+        self._is_flushing = False
+        self._fault: Exception | None = None
 
     def end_when_idle(self) -> None:
         """Ends the stream as soon as every step that has been read is answered."""
@@ -106,6 +112,8 @@ class StepStream:
                 while (response := self._next()) is not None:
                     yield response
                     self._was_sent.set()
+                if self._fault is not None:
+                    raise self._fault
                 if reading.done():
                     reading.result()
                 if not self._running and (reading.done() or self._ends_when_idle):
@@ -113,6 +121,8 @@ class StepStream:
         finally:
             self._on_end(self)
             await end_task(reading)
+            if self._line is not None:
+                self._line.close()
             for running in list(self._running.values()):
                 running.give_up(_CANCELLED)
 
@@ -125,15 +135,47 @@ class StepStream:
             if is_first:
                 is_first = False
                 self._greet(request)
-            for streamed in request.steps:
-                self._begin(streamed)
-            for step_id in request.cancelled:  # of this very message too
-                running = self._running.get(step_id)
-                if running is not None:
-                    running.give_up(_CANCELLED)
+            self._take(request)
+            if request.shared_memory.line_address and self._memory is not None and self._line is None:
+                await self._connect(request.shared_memory)
             while len(self._ended) > MAX_UNSENT_ANSWERS:
                 self._was_sent.clear()
                 await self._was_sent.wait()
+
+    def _take(self, request: expert_pb2.StepStreamRequest) -> None:
+        for streamed in request.steps:
+            self._begin(streamed)
+        for step_id in request.cancelled:  # of this very message too
+            running = self._running.get(step_id)
+            if running is not None:
+                running.give_up(_CANCELLED)
+
+    async def _connect(self, offer: expert_pb2.SharedMemoryOffer) -> None:
+        """From then on messages go over the line; the stream itself only says when all is over."""
+        try:
+            self._line = await connect_line(offer.line_address, offer.proof, MAX_MESSAGE_BYTES)
+        except LineRefused as refused:
+            log.info("no_line", message=str(refused))
+            return
+        self._line.on_message, self._line.on_lost = self._received, self._lost_line
+
+    def _received(self, message: bytes) -> None:
+        """A message over the line."""
+        try:
+            request = expert_pb2.StepStreamRequest.FromString(message)
+            checks.check_streamed(request)
+            self._take(request)
+        except DecodeError:
+            self._end_by(invalid("line", f"{len(message)} bytes", "a message as the contract defines it"))
+        except Exception as error:
+            self._end_by(error)
+
+    def _lost_line(self) -> None:
+        self._end_by(Unavailable(Reason.DRAINING, "the caller has ended the line"))
+
+    def _end_by(self, fault: Exception) -> None:
+        self._fault = self._fault or fault
+        self._wake.set()
 
     def _greet(self, request: expert_pb2.StepStreamRequest) -> None:
         if request.HasField("shared_memory"):
@@ -203,7 +245,19 @@ class StepStream:
 
     def _put(self, answer: StreamedAnswer) -> None:
         self._ended.append(answer)
-        self._wake.set()
+        if self._line is None or not self._line.is_open:
+            self._wake.set()
+        elif not self._is_flushing:
+            self._is_flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """All that has ended in this turn of the event loop, over the line."""
+        self._is_flushing = False
+        while self._line is not None and self._line.is_open and (answers := self._next()) is not None:
+            self._line.send(encode(answers))
+        if not self._running:
+            self._wake.set()
 
     def _next(self) -> StreamedAnswers | None:
         """The next message: all that has ended, up to COALESCED_BYTES."""

@@ -38,6 +38,8 @@ SHARED_MEMORY_BYTES = 32 * 2**20
 MOST_SHARED_ROWS = 128
 LEAST_SHARED_BYTES = 16_384
 """Smaller rows gain nothing from shared memory."""
+LEAST_MEMORY_BYTES = 65_536
+"""Of a memory that only proves that both sides are on one host."""
 SILENCE_SECONDS = 0.25
 """An attempt that was given less time than this says nothing about the server when it is broken off."""
 
@@ -94,6 +96,7 @@ class Instance:
         num_in_flight: steps of this router that it works on.
         on_breaker: hears when the breaker has changed its state.
         memory_bytes: size of the memory that is offered for rows; 0 = none.
+        least_shared_bytes: smaller rows come in messages.
         has_streams: False once the expert was found not to know streams.
         line: the way of steps to it.
     """
@@ -107,14 +110,15 @@ class Instance:
     num_in_flight: int = 0
     on_breaker: Callable[[Instance], None] = _nothing
     memory_bytes: int = 0
+    least_shared_bytes: int = LEAST_SHARED_BYTES
     has_streams: bool = True
     line: StepLine = field(init=False)
 
     def __post_init__(self) -> None:
         row_bytes = self.entry.model.logits_width * FLOAT_BYTES
         memory_bytes = min(self.memory_bytes, MOST_SHARED_ROWS * row_bytes)
-        if row_bytes < LEAST_SHARED_BYTES:
-            memory_bytes = 0
+        if memory_bytes:  # narrow rows travel as fast in messages, but over a line
+            memory_bytes = max(memory_bytes, LEAST_MEMORY_BYTES)
         self.line = StepLine(streams_over(self.channel), self.entry.address, memory_bytes=memory_bytes)
 
     @property
@@ -207,7 +211,8 @@ class Instance:
         """The answer to a step and its rows [n, V], over the stream where the expert knows streams."""
         request = step_request(call, self.entry.model.epoch)
         request.top_logits = top_logits
-        rows_bytes = 0 if top_logits else _rows_bytes(call, width)
+        is_small = width * FLOAT_BYTES < self.least_shared_bytes
+        rows_bytes = 0 if top_logits or is_small else _rows_bytes(call, width)
         if self.has_streams and len(call.token_ids) <= MAX_STREAMED_TOKENS:
             try:
                 reply = await self.line.step(request, deadline, rows_bytes)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fusionroute import streamed_rows
 from fusionroute.errors import FusionRouteError
+from fusionroute.local_line import LineListener, LineRefused
 from fusionroute.shared_memory import MemoryRefused, Place, RowMemory, remove_abandoned
 from fusionroute.v1 import expert_pb2
 from fusionroute.wire import check_shared, matrix_to_numpy
@@ -155,7 +156,11 @@ class StepLine:
         return memory
 
     def _open(self, memory: RowMemory | None) -> StepStream:
-        return StepStream(self._open_stream(), self._address, memory)
+        listener = None
+        if memory is not None:
+            with suppress(LineRefused):
+                listener = LineListener()
+        return StepStream(self._open_stream(), self._address, memory, listener)
 
     def _retire(self, stream: StepStream) -> None:
         if not stream.takes_steps:

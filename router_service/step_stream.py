@@ -25,16 +25,19 @@ from google.protobuf.message import Message
 from fusionroute import tracing
 from fusionroute.background import end_task
 from fusionroute.errors import FusionRouteError, Reason, Unavailable
+from fusionroute.local_line import LineListener, MessageLine
 from fusionroute.rpc_context import current_request
 from fusionroute.rpc_errors import TRANSPORT, error_from_peer
 from fusionroute.shared_memory import Place, RowMemory
-from fusionroute.streamed_rows import StreamedAnswer, StreamedAnswers
+from fusionroute.streamed_rows import StreamedAnswer, StreamedAnswers, decode
 from fusionroute.v1 import common_pb2, expert_pb2
 from fusionroute.wire import step_error_from_message
 
 MAX_MESSAGE_STEPS = 256
 MAX_MESSAGE_TOKENS = 65_536
 MAX_MESSAGE_CANCELLED = 4096
+MAX_LINE_BYTES = 2**31
+"""Of one answer over a line, which comes from a process of our own user."""
 
 log = structlog.get_logger(__name__)
 
@@ -79,10 +82,16 @@ class StepStream:
         call: the stream as gRPC made it.
         address: of the expert, for people.
         memory: to offer; None = rows come in messages.
+        listener: where the expert may connect to carry messages without gRPC; None = nowhere.
     """
 
-    def __init__(self, call: Call, address: str, memory: RowMemory | None) -> None:
+    def __init__(
+        self, call: Call, address: str, memory: RowMemory | None, listener: LineListener | None = None
+    ) -> None:
         self._call = call
+        self._listener = listener
+        self._line: MessageLine | None = None  # once the expert has shown the proof
+        self._is_flushing = False
         self._address = address
         self._offered = memory
         self._has_offered = memory is not None
@@ -94,12 +103,19 @@ class StepStream:
         self._steps: deque[expert_pb2.StreamedStep] = deque()
         self._cancelled: list[int] = []
         self._wake = asyncio.Event()
+        self._first_by_line = 0
+        self._cancelled_before: list[int] = []  # of steps that went before there was a line
         self._is_retired = False
         self._error: FusionRouteError | NoStreams | None = None
         self.opened_at = time.monotonic()
         # The stream is nobody's in particular: log lines of its tasks must not name the turn that opened it.
         self._writing = asyncio.create_task(self._write(), name=f"steps to {address}", context=Context())
         self._reading = asyncio.create_task(self._read(), name=f"rows of {address}", context=Context())
+        self._connecting: asyncio.Task[None] | None = None
+        if listener is not None and memory is not None:
+            self._connecting = asyncio.create_task(
+                self._connect(listener, memory.proof), name=f"line to {address}", context=Context()
+            )
 
     @property
     def shares_memory(self) -> bool:
@@ -141,7 +157,7 @@ class StepStream:
         waiting.timer = loop.call_later(seconds, self._expire, waiting)
         self._waiting[waiting.step_id] = waiting
         self._steps.append(streamed)
-        self._wake.set()
+        self._go_on()
         return waiting
 
     def forget(self, waiting: Waiting) -> None:
@@ -149,9 +165,12 @@ class StepStream:
         if waiting.timer is not None:
             waiting.timer.cancel()
         if waiting.step_id in self._waiting:
-            if waiting.is_sent:
-                self._cancelled.append(waiting.step_id)
+            if waiting.is_sent and waiting.step_id < self._first_by_line:
+                self._cancelled_before.append(waiting.step_id)
                 self._wake.set()
+            elif waiting.is_sent:
+                self._cancelled.append(waiting.step_id)
+                self._go_on()
             else:
                 self._drop(waiting)
         elif waiting.place is not None and _has_answer(waiting.future):
@@ -174,22 +193,58 @@ class StepStream:
         self._end(_gone(f"the connection to {self._address} was closed"))
         await end_task(self._writing)
         await end_task(self._reading)
+        if self._connecting is not None:
+            await end_task(self._connecting)
         self._call.cancel()
 
     # --- going out -------------------------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        """There is something to send: at the end of this turn of the event loop, with all that is added until then."""
+        if self._line is None:
+            self._wake.set()
+        elif not self._is_flushing:
+            self._is_flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._is_flushing = False
+        while self._line is not None and self._line.is_open and (self._steps or self._cancelled):
+            message = self._next()
+            if message.steps or message.cancelled:
+                self._line.send(message.SerializeToString())
+
+    async def _connect(self, listener: LineListener, proof: bytes) -> None:
+        """Takes the expert's connection, over which everything goes from then on."""
+        try:
+            line = await listener.accept(proof, MAX_LINE_BYTES)
+        finally:
+            listener.close()
+        line.on_message, line.on_lost = self._received, self._lost_line
+        if self._error is not None or not line.is_open:
+            line.close()
+            return
+        self._line = line
+        # A cancellation must not overtake its step: those of earlier steps go where these went.
+        self._first_by_line = next(self._ids)
+        self._go_on()
 
     async def _write(self) -> None:
         # What becomes of a stream that cannot be written to, the reader learns.
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
             await self._call.write(self._first())
             while True:
-                while self._steps or self._cancelled:
+                while self._line is None and (self._steps or self._cancelled):
                     message = self._next()
                     if message.steps or message.cancelled:
                         await self._call.write(message)
                 if self._is_retired and not self._waiting:
                     await self._call.done_writing()
                     return
+                if self._cancelled_before:
+                    cancelled, self._cancelled_before = self._cancelled_before, []
+                    await self._call.write(expert_pb2.StepStreamRequest(cancelled=cancelled))
+                    continue
                 self._wake.clear()
                 await self._wake.wait()
 
@@ -199,6 +254,8 @@ class StepStream:
             message.shared_memory.name = self._offered.name
             message.shared_memory.num_bytes = self._offered.num_bytes
             message.shared_memory.proof = self._offered.proof
+            if self._listener is not None:
+                message.shared_memory.line_address = self._listener.address
         return message
 
     def _next(self) -> expert_pb2.StepStreamRequest:
@@ -248,7 +305,18 @@ class StepStream:
             self.was_refused_memory = not response.shared_memory_accepted
             if response.shared_memory_accepted:
                 self._memory = self._offered
+            elif self._connecting is not None:
+                self._connecting.cancel()  # nobody will come
             self._offered = None
+
+    def _received(self, message: bytes) -> None:
+        """An answer over the line."""
+        for answer in decode(message).answers:
+            self._answered(answer)
+
+    def _lost_line(self) -> None:
+        self._call.cancel()
+        self._end(_gone(f"{self._address} has ended the line"))
 
     def _answered(self, answer: StreamedAnswer) -> None:
         waiting = self._waiting.pop(answer.step_id, None)
@@ -287,6 +355,10 @@ class StepStream:
         if self._offered is not None:
             self._offered.unlink()
         self._offered = self._memory = None
+        if self._line is not None:
+            self._line.close()
+        if self._connecting is not None:
+            self._connecting.cancel()
         for waiting in self._waiting.values():
             if waiting.timer is not None:
                 waiting.timer.cancel()

@@ -581,22 +581,30 @@ class SharedMemoryOffer(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
+    LINE_ADDRESS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """File name, without a folder."""
     num_bytes: _builtins.int
     """Its size."""
     proof: _builtins.bytes
     """What stands in its first bytes."""
+    line_address: _builtins.str
+    """Abstract Unix address at which the caller waits; empty = nowhere. A service
+    that has mapped the file may connect there and send the proof; from then on
+    messages of this stream may go over that connection, in both directions, each
+    after its length as four bytes, little-endian. It ends with the stream.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         num_bytes: _builtins.int = ...,
         proof: _builtins.bytes = ...,
+        line_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "num_bytes", b"num_bytes", "proof", b"proof"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["line_address", b"line_address", "name", b"name", "num_bytes", b"num_bytes", "proof", b"proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -59,6 +59,7 @@ async def instance_at(address: str, num_rows: int = 4) -> AsyncIterator[Instance
         opened,
         expert_pb2_grpc.ExpertServiceStub(opened),
     )
+    instance.least_shared_bytes = 0
     instance.line = StepLine(streams_over(opened), address, memory_bytes=num_rows * 64)
     yield instance
     await instance.close()
