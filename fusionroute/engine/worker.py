@@ -58,6 +58,7 @@ class Worker:
         self._model = model
         self._cache = model.kv_cache()
         self._kept = KeptOutcomes()
+        self._expectation = Expectation()
         self.table = SessionTable(
             kv_tokens=limits.kv_tokens,
             max_sessions=limits.max_sessions,
@@ -66,14 +67,14 @@ class Worker:
             epoch=model.facts.epoch,
             free=self._cache.free,
             sharing=_sharing(self._cache, limits),
-            forget=self._forget,
+            # Not a method of its own: a worker that has ended, and with it the model, is to be free at once.
+            forget=_forgetting(self._kept, self._expectation),
         )
         self._answers = Answers()
         self._waiting: deque[Job] = deque()  # for room
         self._running: list[Job] = []  # admitted, not all fed
         self._idle_awaited: list[Future[None]] = []
         self._schedule = Schedule(limits)
-        self._expectation = Expectation()
 
     def work(self) -> None:
         """Serves until it is told to stop; what is left then is refused."""
@@ -329,10 +330,6 @@ class Worker:
             self.table.end(job.session, time.monotonic())
         self.num_finished += 1
 
-    def _forget(self, session_id: str) -> None:
-        self._kept.forget(session_id)
-        self._expectation.forget(session_id)
-
     def _no_rows(self) -> Tensor:
         return torch.empty((0, self._model.facts.logits_width), dtype=self._model.model.dtype)
 
@@ -341,6 +338,14 @@ def _sharing(cache: KVCache, limits: EngineLimits) -> Sharing | None:
     if not limits.share_prefixes:
         return None
     return Sharing(cache, limits.shortest_shared_tokens, limits.kv_tokens // DONORS_SHARE)
+
+
+def _forgetting(kept: KeptOutcomes, expectation: Expectation) -> Callable[[str], None]:
+    def forget(session_id: str) -> None:
+        kept.forget(session_id)
+        expectation.forget(session_id)
+
+    return forget
 
 
 def _not_finite(job: Job) -> InternalFault:

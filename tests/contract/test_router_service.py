@@ -30,7 +30,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 @pytest.fixture
 async def stack(family: Family) -> AsyncIterator[Stack]:
-    async with served(family) as running:
+    async with served(family, early_asks="off") as running:
         yield running
 
 

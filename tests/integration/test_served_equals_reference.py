@@ -77,7 +77,7 @@ async def test_one_more_expert_costs_no_more_forwards(tmp_path: Path) -> None:
     for num_experts in (1, 2, 4, 8):
         slots = tuple(f"slot{index}" for index in range(num_experts))
         family = make_family(tmp_path / str(num_experts), slots)
-        async with served(family) as stack:
+        async with served(family, early_asks="off", drafting="off") as stack:
             per_token[num_experts] = await _forwards_per_token(stack)
     assert per_token == dict.fromkeys((1, 2, 4, 8), (1.0, 1.0))
 

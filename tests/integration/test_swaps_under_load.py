@@ -22,6 +22,7 @@ from fusionroute.swapping.registry_client import RegistryClient
 from fusionroute.swapping.swap import Outcome, Swap, SwapReport
 from fusionroute.v1.registry_pb2 import DRAIN_POLICY_FINISH, DRAIN_POLICY_MIGRATE
 from fusionroute.v1.router_pb2 import CombineRule, GenerateRequest, SamplingParameters, TokenIds
+from tests.expert_fakes import until
 from tests.served_stack import Answer, Family, Stack, make_family, served
 from tests.tiny_models import eager_rows, save_tiny_model
 
@@ -259,6 +260,7 @@ async def test_a_swap_rolled_back_while_it_drains_leaves_the_old_one_serving_und
         old, new = a_model(family.experts["math"]), a_model(other)
         check_writers(answers, {old_epoch: old, report.epoch: new, new_epoch: old})
         check_epochs(answers)
+        await until(lambda: served.stack.router.directory.best("math").epoch == new_epoch)  # type: ignore[union-attr]
         last = await served.stack.answer(a_request(0, alone=True))
         assert {token.expert_epoch for token in last.tokens} == {new_epoch}
         assert len(served.stack.engines) == 2
