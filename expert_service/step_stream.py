@@ -153,11 +153,12 @@ class StepStream:
     async def _connect(self, offer: expert_pb2.SharedMemoryOffer) -> None:
         """From then on messages go over the line; the stream itself only says when all is over."""
         try:
-            self._line = await connect_line(offer.line_address, offer.proof, MAX_MESSAGE_BYTES)
+            line = await connect_line(offer.line_address, offer.proof, MAX_MESSAGE_BYTES)
         except LineRefused as refused:
             log.info("no_line", message=str(refused))
             return
-        self._line.on_message, self._line.on_lost = self._received, self._lost_line
+        self._line = line
+        line.listen(self._received, self._lost_line)
 
     def _received(self, message: bytes) -> None:
         """A message over the line."""

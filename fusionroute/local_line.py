@@ -18,6 +18,7 @@ import os
 import secrets
 import socket
 import struct
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -36,18 +37,17 @@ class MessageLine(asyncio.Protocol):
 
     Args:
         most_bytes: a longer message ends the line.
-
-    Attributes:
-        on_message: hears each message, which it may keep.
-        on_lost: hears that the line has ended.
     """
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
         self._transport: asyncio.Transport | None = None
         self._rest = bytearray()
-        self.on_message: Callable[[bytes], None] = _nothing
-        self.on_lost: Callable[[], None] = _nobody
+        self._unheard: deque[bytes] = deque()
+        self._has_news = asyncio.Event()
+        self._is_lost = False
+        self._on_message: Callable[[bytes], None] | None = None
+        self._on_lost: Callable[[], None] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -59,9 +59,25 @@ class MessageLine(asyncio.Protocol):
         assert self._transport is not None
         self._transport.writelines((_LENGTH.pack(len(message)), message))
 
+    async def first(self) -> bytes | None:
+        """The first message, before anybody listens; None when the line has ended without one."""
+        while not self._unheard and not self._is_lost:
+            self._has_news.clear()
+            await self._has_news.wait()
+        return self._unheard.popleft() if self._unheard else None
+
+    def listen(self, on_message: Callable[[bytes], None], on_lost: Callable[[], None]) -> None:
+        """From now on messages are told, those that have come before at once; and the end of the line, once."""
+        self._on_message, self._on_lost = on_message, on_lost
+        while self._unheard:
+            on_message(self._unheard.popleft())
+        if self._is_lost:
+            on_lost()
+
     def close(self) -> None:
         """Ends the line; nobody is told on this side."""
-        self.on_message, self.on_lost = _nothing, _nobody
+        self._on_lost = None
+        self._on_message = _nothing
         if self._transport is not None:
             self._transport.abort()
 
@@ -85,11 +101,7 @@ class MessageLine(asyncio.Protocol):
                 break
             message = bytes(memoryview(rest)[start + _LENGTH.size : stop])
             start = stop
-            try:
-                self.on_message(message)
-            except Exception:
-                self._break()
-                raise
+            self._tell(message)
         del rest[:start]
 
     def pause_writing(self) -> None:
@@ -102,12 +114,29 @@ class MessageLine(asyncio.Protocol):
         self._transport.resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.on_lost()
+        self._is_lost = True
+        self._has_news.set()
+        on_lost, self._on_lost = self._on_lost, None
+        if on_lost is not None:
+            on_lost()
+
+    def _tell(self, message: bytes) -> None:
+        if self._on_message is None:
+            self._unheard.append(message)
+            self._has_news.set()
+            return
+        try:
+            self._on_message(message)
+        except Exception:
+            self._break()
+            raise
 
     def _break(self) -> None:
-        on_lost = self.on_lost
+        """Ends the line from this side and says so here too."""
+        on_lost = self._on_lost
         self.close()
-        on_lost()
+        if on_lost is not None:
+            on_lost()
 
 
 class LineListener:
@@ -137,12 +166,8 @@ class LineListener:
                 accepted.close()
                 continue
             line = MessageLine(most_bytes)
-            shown: asyncio.Future[bytes] = loop.create_future()
-            line.on_message = lambda message, shown=shown: None if shown.done() else shown.set_result(message)  # type: ignore[misc]
-            line.on_lost = lambda shown=shown: None if shown.done() else shown.set_result(b"")  # type: ignore[misc]
             await loop.connect_accepted_socket(lambda line=line: line, accepted)  # type: ignore[misc]
-            if secrets.compare_digest(await shown, proof):
-                line.on_message, line.on_lost = _nothing, _nobody
+            if secrets.compare_digest(await line.first() or b"", proof):
                 return line
             line.close()
 
@@ -187,8 +212,4 @@ def _is_our_own(connected: socket.socket) -> bool:
 
 
 def _nothing(message: bytes) -> None:
-    """Nobody wants to know."""
-
-
-def _nobody() -> None:
     """Nobody wants to know."""

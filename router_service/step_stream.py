@@ -220,13 +220,13 @@ class StepStream:
             line = await listener.accept(proof, MAX_LINE_BYTES)
         finally:
             listener.close()
-        line.on_message, line.on_lost = self._received, self._lost_line
-        if self._error is not None or not line.is_open:
+        if self._error is not None:
             line.close()
             return
         self._line = line
         # A cancellation must not overtake its step: those of earlier steps go where these went.
         self._first_by_line = next(self._ids)
+        line.listen(self._received, self._lost_line)
         self._go_on()
 
     async def _write(self) -> None:

@@ -89,7 +89,12 @@ async def test_all_steps_of_one_turn_of_the_loop_are_one_message_and_a_cancelled
         line = await lined(instance)
         sent: list[bytes] = []
         send = line.send
-        line.send = lambda message: (sent.append(message), send(message))[1]  # type: ignore[method-assign]
+
+        def noted(message: bytes) -> None:
+            sent.append(message)
+            send(message)
+
+        line.send = noted  # type: ignore[method-assign]
         engine.gate.clear()
         steps = [
             asyncio.create_task(instance.step(StepCall(f"s{n}", 0, [3], 1), soon())) for n in range(5)
@@ -112,6 +117,7 @@ async def test_a_line_that_breaks_fails_its_steps_and_the_next_one_goes_over_a_n
         await until(lambda: engine.num_waiting == 1)
         streams: Any = servicer._streams
         broken = line if side == "router" else next(each._line for each in streams if each._line is not None)
+        assert broken._transport is not None
         broken._transport.abort()
         with pytest.raises(FusionRouteError) as lost:
             await waiting
@@ -144,7 +150,7 @@ async def test_messages_arrive_whole_and_in_order_however_they_are_cut() -> None
     messages = [rng.randbytes(rng.choice([0, 1, 3, 4, 5, 100, 70_000])) for _ in range(200)]
     arrived: list[bytes] = []
     line = MessageLine(MOST_BYTES)
-    line.on_message = arrived.append
+    line.listen(arrived.append, list)
     stream = b"".join(len(each).to_bytes(4, "little") + each for each in messages)
     while stream:
         count = rng.choice([1, 2, 3, 7, 4096, 100_000])
@@ -157,9 +163,11 @@ async def test_both_ends_hear_each_other_and_the_end() -> None:
     async with pair() as (ours, theirs):
         heard: list[bytes] = []
         ends: list[str] = []
-        theirs.on_message, theirs.on_lost = heard.append, lambda: ends.append("lost")
-        for size in (0, 10, 300_000):
+        for size in (0, 10):
             ours.send(b"x" * size)
+        await asyncio.sleep(0.05)  # what has come before anybody listens is not lost
+        theirs.listen(heard.append, lambda: ends.append("lost"))
+        ours.send(b"x" * 300_000)
         await until(lambda: len(heard) == 3)
         assert [len(each) for each in heard] == [0, 10, 300_000]
         ours.close()
@@ -169,7 +177,7 @@ async def test_both_ends_hear_each_other_and_the_end() -> None:
 async def test_a_message_that_is_too_long_ends_the_line() -> None:
     async with pair() as (ours, theirs):
         ends: list[str] = []
-        ours.on_lost = lambda: ends.append("lost")
+        ours.listen(lambda message: None, lambda: ends.append("lost"))
         ours.send(b"x" * (MOST_BYTES + 1))
         await until(lambda: ends == ["lost"])
         assert not theirs.is_open
