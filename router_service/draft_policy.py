@@ -17,13 +17,15 @@ from router_service.drafting import EARLY, PLAIN, Drafter, DraftingMode, Lookup,
 
 LENGTHS = (2, 4, 8)
 DRAFT_PROBABILITY = 0.4
-"""A model's token that it gives less than this is seldom the right one, and ends its draft."""
+"""A model's greedy token that it gives less than this is seldom the right one, and ends its draft. A sampled one may
+well be: the noise by which it was chosen is that of the right one."""
 FORCED_TOKENS = 4
 """Tokens of a draft that an application has asked for."""
 MARGIN = 1.05
 """A draft must promise to be so much faster; below, the noise of the clock decides."""
 LOSS_SHARE = 0.01
-"""Of all time; what drafting may have lost before it rests."""
+"""Of all time; what drafting may have lost before it rests. Rounds count with what such rounds take on average: the
+hiccups of a machine are not the drafts' fault."""
 GRACE_TOKENS = 2.0
 """Plain tokens' worth of time that drafting may lose before there is any share to speak of."""
 FORGET = 0.1
@@ -31,7 +33,9 @@ FORGET = 0.1
 STALE_SECONDS = 60.0
 """After so long without a try, a round's cost is what it is estimated to be, not what it once was."""
 FEWEST_SEEN = 8
-"""Tokens of a turn before its drafts are judged."""
+"""Tokens of a turn before its drafts are judged, where no earlier turn has seen what such drafts are worth."""
+WELL_KNOWN = 64.0
+"""Tokens after which it is known, of all turns together, how often a drafter is right."""
 LOOKUP_COST = 0.04
 """Estimate: what checking one more token adds, in plain tokens."""
 
@@ -160,7 +164,7 @@ class Experience:
         cost.seconds.note(seconds)
         cost.num_drafted.note(num_drafted)
         self._all_seconds += seconds
-        lost = self._lost_seconds + seconds - num_tokens * self.token_seconds.value
+        lost = self._lost_seconds + cost.seconds.value - num_tokens * self.token_seconds.value
         self._lost_seconds = max(lost, -LOSS_SHARE * self._all_seconds)  # what was gained is not all to be lost again
 
     def speed_up(self, drafter: Drafter, num_tokens: int, acceptance: float) -> float:
@@ -199,6 +203,7 @@ class TurnDrafting:
     Attributes:
         drafters: who could draft under the turn's rule.
         early: whether an expert may be asked early; None = where it pays.
+        least_probability: models stop drafting before a token that they give less.
     """
 
     mode: DraftingMode
@@ -206,6 +211,7 @@ class TurnDrafting:
     experience: Experience
     lookup: Lookup
     early: bool | None = None
+    least_probability: float = DRAFT_PROBABILITY
     num_seen: int = 0
     _acceptance: dict[Drafter, Average] = field(default_factory=dict)
 
@@ -236,6 +242,9 @@ class TurnDrafting:
         """Whether it matters what drafters would propose."""
         return self.mode is DraftingMode.AUTO and self.experience.may_try
 
+    def _is_judged(self, drafter: Drafter) -> bool:
+        return self.num_seen >= FEWEST_SEEN or self.experience.acceptance[drafter].weight >= WELL_KNOWN
+
     def acceptance(self, drafter: Drafter) -> float:
         """The probability that the next drafted token is the right one."""
         return self._acceptance[drafter].value
@@ -251,16 +260,16 @@ class TurnDrafting:
             if forced not in self.drafters or (forced is Drafter.EXPERT and not has_expert):
                 return None
             return self._with(forced, min(FORCED_TOKENS, most), 0.0)
-        if self.mode is DraftingMode.OFF or not self.experience.may_try or self.num_seen < FEWEST_SEEN:
+        if self.mode is DraftingMode.OFF or not self.experience.may_try:
             return None
         best, best_speed = None, MARGIN
         for drafter in self.drafters:
-            if drafter is Drafter.EXPERT and not has_expert:
+            if (drafter is Drafter.EXPERT and not has_expert) or not self._is_judged(drafter):
                 continue
             for count in LENGTHS:
                 speed = self.experience.speed_up(drafter, count, self.acceptance(drafter))
                 if count <= most and speed > best_speed and self.experience.can_afford(drafter, count):
-                    plan = self._with(drafter, count, DRAFT_PROBABILITY)
+                    plan = self._with(drafter, count, self.least_probability)
                     if plan is not None:
                         best, best_speed = plan, speed
         return best

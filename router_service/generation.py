@@ -45,8 +45,9 @@ log = structlog.get_logger(__name__)
 
 LARGE_ROW = 16384
 """Sampling from rows longer than this takes milliseconds, which the event loop is spared."""
-LOOK_TOKENS = 4
-"""Of every so many tokens one is compared with what drafters would have proposed, where that takes a while."""
+QUICK_ROW = 1024
+LOOK_TOKENS = 8
+"""Of every so many tokens one is compared with what models would have proposed, where rows are longer than that."""
 LEAST_LOGPROB = math.log(DRAFT_PROBABILITY)
 
 
@@ -116,6 +117,7 @@ class TurnWriter:
             self.ensemble.experience,
             Lookup(self.text.tokens),
             self.ensemble.early,
+            least_probability=0.0 if self.turn.sampling.temperature else DRAFT_PROBABILITY,
         )
 
     async def write(self) -> AsyncGenerator[WrittenToken, None]:
@@ -154,7 +156,7 @@ class TurnWriter:
                     reason = self._reason_to_end()
                     if reason is not None or not self._came_true(round_, self._num_written - num_before):
                         break
-                self._learn(round_, self._num_written - num_before, asked_seconds)
+                await self._learn(round_, self._num_written - num_before, asked_seconds)
         self.costs.num_replays, self.costs.num_retries = self.text.num_replays, self.text.num_retries
         self.ending = Ending(reason, self.answer_text.finish(), self.answer_text.stop or "")
 
@@ -173,11 +175,11 @@ class TurnWriter:
         drafted = round_.draft[num_tokens - 1 : num_tokens]
         return drafted == (self.text.tokens[-1],)
 
-    def _learn(self, round_: Round, num_tokens: int, seconds: float) -> None:
+    async def _learn(self, round_: Round, num_tokens: int, seconds: float) -> None:
         """What the round says about the next ones."""
         drafting, drafter = self._drafting, round_.plan.drafter
         if drafter is None or not round_.draft:
-            self._compare(round_.scores[0])
+            await self._compare(round_.scores[0])
             is_first, is_degraded = self._num_written == 1, round_.scores[0].is_degraded
             if not is_first and not is_degraded:  # which took what others do not
                 drafting.experience.note_token(round_.plan, seconds, round_.router_seconds, round_.expert_seconds)
@@ -191,7 +193,7 @@ class TurnWriter:
         drafting.num_seen += num_tokens
         self._asker.last_expert = round_.scores[num_tokens - 1].taken.expert
 
-    def _compare(self, scores: Scores) -> None:
+    async def _compare(self, scores: Scores) -> None:
         """Compares the token just written with what drafters would have proposed; costs no forward."""
         drafting = self._drafting
         if not drafting.is_choosing:
@@ -203,12 +205,16 @@ class TurnWriter:
                     drafting.note_token(drafter, was_right=self._proposed[0] == written)
                 continue
             row = scores.router if drafter is Drafter.ROUTER else scores.expert
-            if row is None or (len(row) > LARGE_ROW and position % LOOK_TOKENS):
+            if row is None or (len(row) > QUICK_ROW and position % LOOK_TOKENS):
                 continue
-            choice = choose(row, self._asker.draft_sampling, position)
-            if choice.logprob < LEAST_LOGPROB:
-                continue  # it would have stopped before
             is_guess = drafter is Drafter.ROUTER or scores.taken.expert == self._asker.guess
+            sampling = self._asker.draft_sampling
+            if self._is_slow(row):
+                choice = await asyncio.to_thread(choose, row, sampling, position)
+            else:
+                choice = choose(row, sampling, position)
+            if drafting.least_probability and choice.logprob < LEAST_LOGPROB:
+                continue  # it would have stopped before
             drafting.note_token(drafter, was_right=is_guess and choice.token_id == written)
 
     def _is_slow(self, row: Row) -> bool:
