@@ -157,13 +157,21 @@ class Experience:
             self.router_seconds.note(router_seconds)
             self.expert_seconds.note(expert_seconds)
 
-    def note_round(self, plan: Plan, num_drafted: int, num_tokens: int, seconds: float) -> None:
-        """Hears what a round with a draft took, and how many tokens it gave."""
+    def note_round(
+        self, plan: Plan, num_drafted: int, num_tokens: int, seconds: float, *, was_asked_for: bool = False
+    ) -> None:
+        """Hears what a round with a draft took, and how many tokens it gave.
+
+        Args:
+            was_asked_for: by the application; what it has lost then is not the policy's loss.
+        """
         assert plan.drafter is not None
         cost = self._rounds.setdefault((plan.drafter, plan.num_tokens), RoundCost())
         cost.seconds.note(seconds)
         cost.num_drafted.note(num_drafted)
         self._all_seconds += seconds
+        if was_asked_for:
+            return
         lost = self._lost_seconds + cost.seconds.value - num_tokens * self.token_seconds.value
         self._lost_seconds = max(lost, -LOSS_SHARE * self._all_seconds)  # what was gained is not all to be lost again
 

@@ -185,7 +185,9 @@ class TurnWriter:
                 drafting.experience.note_token(round_.plan, seconds, round_.router_seconds, round_.expert_seconds)
         else:
             num_accepted = num_tokens if self._came_true(round_, num_tokens) else num_tokens - 1
-            drafting.experience.note_round(round_.plan, len(round_.draft), num_tokens, seconds)
+            drafting.experience.note_round(
+                round_.plan, len(round_.draft), num_tokens, seconds, was_asked_for=drafting.mode.drafter is not None
+            )
             for index in range(min(num_accepted + 1, len(round_.draft))):
                 drafting.note_token(drafter, was_right=index < num_accepted)
             self.costs.note_draft(drafter, len(round_.draft), num_accepted)

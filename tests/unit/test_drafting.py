@@ -143,6 +143,16 @@ def test_a_turn_whose_drafts_fail_is_not_fooled_by_earlier_turns_for_long() -> N
     assert speed_up > 0.97
 
 
+def test_what_drafts_on_demand_have_lost_does_not_keep_others_from_drafting() -> None:
+    experience = Experience()
+    world = World({Drafter.ROUTER: 0.9, Drafter.EXPERT: 0.0, Drafter.LOOKUP: 0.0}, COSTS | {Drafter.ROUTER: 0.2})
+    world.run(100, experience)
+    for _ in range(200):
+        experience.note_round(Plan(Drafter.EXPERT, 4), 4, 1, 10 * PLAIN_SECONDS, was_asked_for=True)
+    _, by = world.run(100, experience)
+    assert by[Drafter.ROUTER] > 80
+
+
 def test_nothing_is_drafted_in_a_crowd() -> None:
     experience = Experience(up_to_turns=2, num_turns=2)
     world = World({Drafter.ROUTER: 0.1, Drafter.EXPERT: 0.1, Drafter.LOOKUP: 0.9}, COSTS)
