@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import socket
 import struct
@@ -24,6 +25,7 @@ from contextlib import suppress
 
 PREFIX = "fusionroute-line-"
 CONNECT_SECONDS = 1.0
+_ADDRESS = re.compile(re.escape(PREFIX) + r"[0-9a-f]{32}")
 _LENGTH = struct.Struct("<I")
 _CREDENTIALS = struct.Struct("3i")
 
@@ -177,14 +179,19 @@ class LineListener:
             self._socket.close()
 
 
+def check_address(address: str) -> None:
+    """Raises LineRefused unless this can be the address of a listener."""
+    if _ADDRESS.fullmatch(address) is None:
+        raise LineRefused("this is no address of a line")
+
+
 async def connect_line(address: str, proof: bytes, most_bytes: int) -> MessageLine:
     """The service's end.
 
     Raises:
         LineRefused: nobody waits there, or somebody else does.
     """
-    if not address.startswith(PREFIX) or not address[len(PREFIX) :].isalnum() or len(address) > 100:
-        raise LineRefused("this is no address of a line")
+    check_address(address)
     loop = asyncio.get_running_loop()
     connecting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connecting.setblocking(False)

@@ -171,6 +171,7 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
             lease_seconds=settings.expert_lease_seconds,
             access=ClientAccess.of(settings),
             shared_memory_bytes=settings.shared_memory_bytes,
+            local_sockets=settings.local_sockets,
         )
         await stack.enter_async_context(directory.running())
         served = ServedCheckpoints(

@@ -50,6 +50,7 @@ class Directory:
         lease_seconds: an instance that vanished from the registry without a goodbye is a last resort for so long.
         access: certificates and key to show to experts.
         shared_memory_bytes: size of the memory for rows that is offered to each expert; 0 = none.
+        local_sockets: whether messages may go over a socket of their own where memory is shared.
         instances: by instance id, vanished ones included.
     """
 
@@ -58,6 +59,7 @@ class Directory:
     lease_seconds: float = 10.0
     access: ClientAccess | None = None
     shared_memory_bytes: int = SHARED_MEMORY_BYTES
+    local_sockets: bool = False
     instances: dict[str, Instance] = field(default_factory=dict)
     _budgets: dict[str, RetryBudget] = field(default_factory=dict)
     _down_since: dict[str, float] = field(default_factory=dict)
@@ -240,7 +242,12 @@ class Directory:
         )
         stub = expert_pb2_grpc.ExpertServiceStub(channel)
         return Instance(
-            entry, channel, stub, on_breaker=self._breaker_changed, memory_bytes=self.shared_memory_bytes
+            entry,
+            channel,
+            stub,
+            on_breaker=self._breaker_changed,
+            memory_bytes=self.shared_memory_bytes,
+            has_socket=self.local_sockets,
         )
 
     async def _keep_fresh(self) -> None:

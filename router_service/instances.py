@@ -97,6 +97,7 @@ class Instance:
         on_breaker: hears when the breaker has changed its state.
         memory_bytes: size of the memory that is offered for rows; 0 = none.
         least_shared_bytes: smaller rows come in messages.
+        has_socket: whether messages may go over a socket of their own where memory is shared.
         has_streams: False once the expert was found not to know streams.
         line: the way of steps to it.
     """
@@ -111,15 +112,20 @@ class Instance:
     on_breaker: Callable[[Instance], None] = _nothing
     memory_bytes: int = 0
     least_shared_bytes: int = LEAST_SHARED_BYTES
+    has_socket: bool = False
     has_streams: bool = True
     line: StepLine = field(init=False)
 
     def __post_init__(self) -> None:
         row_bytes = self.entry.model.logits_width * FLOAT_BYTES
         memory_bytes = min(self.memory_bytes, MOST_SHARED_ROWS * row_bytes)
-        if memory_bytes:  # narrow rows travel as fast in messages, but over a line
+        if memory_bytes and self.has_socket:  # which narrow rows gain by too
             memory_bytes = max(memory_bytes, LEAST_MEMORY_BYTES)
-        self.line = StepLine(streams_over(self.channel), self.entry.address, memory_bytes=memory_bytes)
+        elif row_bytes < self.least_shared_bytes:
+            memory_bytes = 0
+        self.line = StepLine(
+            streams_over(self.channel), self.entry.address, memory_bytes=memory_bytes, has_socket=self.has_socket
+        )
 
     @property
     def name(self) -> str:

@@ -86,6 +86,11 @@ class RouterSettings(ModelSettings):
         description="Memory in /dev/shm for rows from each expert of the same host and user; 0 = rows come in"
         " messages.",
     )
+    local_sockets: bool = Field(
+        False,
+        description="Where memory is shared, steps and answers go over a Unix socket too, past whatever stands between"
+        " router and expert on the network.",
+    )
     top_logits: Annotated[int, Field(ge=0, le=1024)] = Field(
         0,
         description="Experts of other hosts send so many of a row's highest logits first, and the whole row only where"

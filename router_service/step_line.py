@@ -74,6 +74,7 @@ class StepLine:
         open_stream: makes a stream to it; see `streams_over`.
         address: of it, for people.
         memory_bytes: of the memory in which rows may come; 0 = none is offered.
+        has_socket: whether messages may go over a socket of their own where memory is shared.
         max_stream_seconds: an older stream is replaced.
     """
 
@@ -83,11 +84,13 @@ class StepLine:
         address: str,
         *,
         memory_bytes: int = 0,
+        has_socket: bool = False,
         max_stream_seconds: float = MAX_STREAM_SECONDS,
     ) -> None:
         self._open_stream = open_stream
         self._address = address
         self._memory_bytes = memory_bytes
+        self._has_socket = has_socket
         self._max_stream_seconds = max_stream_seconds
         self._stream: StepStream | None = None
         self._retired: set[StepStream] = set()
@@ -157,7 +160,7 @@ class StepLine:
 
     def _open(self, memory: RowMemory | None) -> StepStream:
         listener = None
-        if memory is not None:
+        if memory is not None and self._has_socket:
             with suppress(LineRefused):
                 listener = LineListener()
         return StepStream(self._open_stream(), self._address, memory, listener)

@@ -35,7 +35,7 @@ async def instance_at(address: str, memory_bytes: int = 4096) -> AsyncIterator[I
     async with channel(address) as opened:
         entry = registry_pb2.ExpertEntry(instance_id="i", address=address, model=model)
         stub = expert_pb2_grpc.ExpertServiceStub(opened)
-        instance = Instance(entry, opened, stub, memory_bytes=memory_bytes)
+        instance = Instance(entry, opened, stub, memory_bytes=memory_bytes, has_socket=True)
         yield instance
         await instance.close()
 

@@ -12,6 +12,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from expert_service import checks
 from fusionroute.engine import ModelFacts
 from fusionroute.errors import FusionRouteError, InvalidRequest, Reason, StatusCode, invalid
+from fusionroute.local_line import LineRefused, check_address
 from fusionroute.private_redis import connect
 from fusionroute.shared_memory import MemoryRefused, open_memory
 from fusionroute.v1 import common_pb2, expert_pb2, registry_pb2, router_pb2, trainer_pb2
@@ -94,6 +95,13 @@ def offer(request: expert_pb2.SharedMemoryOffer) -> None:
     raise invalid("shared_memory", "", str(refused.value))
 
 
+def line_address(request: expert_pb2.SharedMemoryOffer) -> None:
+    """An address that is refused is no error either."""
+    with pytest.raises(LineRefused) as refused:
+        check_address(request.line_address)
+    raise invalid("line_address", "", str(refused.value))
+
+
 def score(request: expert_pb2.ScoreRequest) -> None:
     checks.check_score(request, FACTS)
 
@@ -137,6 +145,7 @@ TOO_MUCH: dict[str, tuple[Call, Any]] = {
     ),
     "StreamedStep.request_id": (checks.check_streamed_step, E.StreamedStep(request_id=LONG)),
     "StreamedStep.traceparent": (checks.check_streamed_step, E.StreamedStep(traceparent=LONG)),
+    "SharedMemoryOffer.line_address": (line_address, E.SharedMemoryOffer(line_address=LONG)),
     "SharedMemoryOffer.name": (offer, E.SharedMemoryOffer(name=LONG, num_bytes=4096, proof=bytes(32))),
     "SharedMemoryOffer.proof": (
         offer, E.SharedMemoryOffer(name="fusionroute-rows-" + "0" * 32, num_bytes=4096, proof=bytes(MANY))
