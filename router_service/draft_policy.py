@@ -42,7 +42,7 @@ LOOKUP_COST = 0.04
 
 @dataclass(slots=True)
 class Average:
-    """An exponentially weighted mean that one outlier cannot spoil."""
+    """An exponentially weighted mean."""
 
     value: float = 0.0
     weight: float = 0.0
@@ -51,12 +51,15 @@ class Average:
     def note(self, value: float, forget: float = FORGET) -> None:
         """Takes in a measurement."""
         self.at = time.monotonic()
-        if self.weight and value > 3.0 * self.value > 0.0:
-            value = 3.0 * self.value
         # The first ones count as an ordinary mean.
         share = max(forget, 1.0 / (self.weight + 1.0))
         self.value += share * (value - self.value)
         self.weight += 1.0
+
+    def note_seconds(self, seconds: float) -> None:
+        """Takes in a time; a hiccup counts as three times what is usual."""
+        is_hiccup = self.weight > 0.0 and seconds > 3.0 * self.value > 0.0
+        self.note(3.0 * self.value if is_hiccup else seconds)
 
 
 @dataclass(slots=True)
@@ -85,7 +88,7 @@ class Trials:
 
     def note(self, seconds: float, *, early: bool) -> None:
         """Hears what a token took."""
-        (self.early if early else self.plain).note(seconds)
+        (self.early if early else self.plain).note_seconds(seconds)
 
     def _next_block(self) -> None:
         if min(self.plain.weight, self.early.weight) < 2 * self.BLOCK_TOKENS:
@@ -152,10 +155,10 @@ class Experience:
         """Hears what a token without draft took, and its forwards."""
         self._all_seconds += seconds
         self.trials.note(seconds, early=plan.early)
-        self.token_seconds.note(seconds)
+        self.token_seconds.note_seconds(seconds)
         if not plan.early:
-            self.router_seconds.note(router_seconds)
-            self.expert_seconds.note(expert_seconds)
+            self.router_seconds.note_seconds(router_seconds)
+            self.expert_seconds.note_seconds(expert_seconds)
 
     def note_round(
         self, plan: Plan, num_drafted: int, num_tokens: int, seconds: float, *, was_asked_for: bool = False
@@ -167,7 +170,7 @@ class Experience:
         """
         assert plan.drafter is not None
         cost = self._rounds.setdefault((plan.drafter, plan.num_tokens), RoundCost())
-        cost.seconds.note(seconds)
+        cost.seconds.note_seconds(seconds)
         cost.num_drafted.note(num_drafted)
         self._all_seconds += seconds
         if was_asked_for:
@@ -249,6 +252,13 @@ class TurnDrafting:
     def is_choosing(self) -> bool:
         """Whether it matters what drafters would propose."""
         return self.mode is DraftingMode.AUTO and self.experience.may_try
+
+    @property
+    def looks_at_guess(self) -> bool:
+        """Whether it matters whom one would ask early."""
+        if self.mode.drafter is not None or self.early:
+            return True
+        return self.experience.may_try and (self.mode is DraftingMode.AUTO or self.early is None)
 
     def _is_judged(self, drafter: Drafter) -> bool:
         return self.num_seen >= FEWEST_SEEN or self.experience.acceptance[drafter].weight >= WELL_KNOWN

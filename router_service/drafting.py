@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -94,13 +94,3 @@ def _repeated(tokens: Sequence[int], place: int, num_tokens: int) -> tuple[int, 
     """`num_tokens` tokens from `place` on; where the text ends it goes on with itself, as repetitions do."""
     period = len(tokens) - place
     return tuple(tokens[place + index % period] for index in range(num_tokens))
-
-
-def num_equal(drafted: Iterable[int], written: Iterable[int]) -> int:
-    """How many tokens of a draft came true."""
-    count = 0
-    for mine, theirs in zip(drafted, written, strict=False):
-        if mine != theirs:
-            break
-        count += 1
-    return count

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from router_service.draft_policy import Experience, Trials, TurnDrafting
-from router_service.drafting import Drafter, DraftingMode, Lookup, Plan, num_equal
+from router_service.draft_policy import Average, Experience, Trials, TurnDrafting
+from router_service.drafting import Drafter, DraftingMode, Lookup, Plan
 
 PLAIN_SECONDS = 0.01
 
@@ -47,8 +47,21 @@ def test_lookup_fed_token_by_token_finds_what_lookup_fed_at_once_finds() -> None
         assert lookup.propose(5) == lookup_of(tokens).propose(5)
 
 
-def test_the_common_beginning_of_a_draft_and_the_text_is_counted() -> None:
-    assert [num_equal([1, 2, 3], written) for written in ([1, 2, 3, 4], [1, 9, 3], [], [0])] == [3, 1, 0, 0]
+def test_acceptance_is_the_share_of_right_tokens_and_follows_a_text_that_becomes_easy() -> None:
+    acceptance = Average()
+    for _ in range(100):
+        acceptance.note(0.0)
+    for _ in range(10):
+        acceptance.note(1.0)
+    assert acceptance.value == pytest.approx(1.0 - 0.9**10)
+
+
+def test_one_hiccup_does_not_spoil_a_time() -> None:
+    seconds = Average()
+    for _ in range(100):
+        seconds.note_seconds(1.0)
+    seconds.note_seconds(1000.0)
+    assert seconds.value == pytest.approx(1.2)
 
 
 @dataclass
@@ -166,6 +179,24 @@ def test_a_draft_is_shorter_than_what_may_still_be_written() -> None:
     )
     assert drafting.plan(3, can_be_early=True).num_tokens == 2
     assert drafting.plan(1, can_be_early=True).drafter is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "early", "num_turns", "looks"),
+    [
+        (DraftingMode.AUTO, False, 1, True),
+        (DraftingMode.OFF, None, 1, True),
+        (DraftingMode.OFF, False, 1, False),
+        (DraftingMode.AUTO, None, 9, False),
+        (DraftingMode.OFF, True, 9, True),
+        (DraftingMode.EXPERT, False, 9, True),
+    ],
+)
+def test_who_is_there_is_looked_up_where_it_matters(
+    mode: DraftingMode, early: bool | None, num_turns: int, looks: bool
+) -> None:
+    drafting = TurnDrafting(mode, tuple(Drafter), Experience(num_turns=num_turns), lookup_of([]), early=early)
+    assert drafting.looks_at_guess is looks
 
 
 @pytest.mark.parametrize(("early_seconds", "is_better"), [(0.6, True), (1.5, False)])
