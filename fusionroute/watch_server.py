@@ -12,8 +12,6 @@ not send a request is hung up on (`fusionroute.watch_protocol`), so that probes 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,9 +19,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from fusionroute.background import end_task
-from fusionroute.grpc_runtime import PortTaken, check_port_free
+from fusionroute.grpc_runtime import check_port_free
 from fusionroute.health import ServerHealth
+from fusionroute.http_server import serving_http
 from fusionroute.metrics import CONTENT_TYPE, Exposition, HealthCollector
 
 if TYPE_CHECKING:
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from fusionroute.settings import DaemonSettings
 
 LIVE, PROGRESS, READY, METRICS = "/livez", "/progressz", "/readyz", "/metrics"
-STOP_SECONDS = 3.0
 SCHEME = "bearer "
 MOST_ANSWERS = 32
 """That are made at the same time, /livez apart; more wait."""
@@ -145,53 +142,14 @@ async def watching(settings: DaemonSettings, watched: Watched) -> AsyncIterator[
     if settings.watch_port is None:
         yield None
         return
-    import uvicorn
-
     from fusionroute.watch_protocol import patient_for
 
     watched.exposition.add(HealthCollector(watched.health))
-
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self):  # type: ignore[no-untyped-def]  # signals are the daemon's
-            yield
-
-    listener = _bind(settings.watch_host, settings.watch_port)
-    config = uvicorn.Config(
+    async with serving_http(
         application(watched),
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        ws="none",
+        settings.watch_host,
+        settings.watch_port,
+        port_field="watch_port",
         http=patient_for(watched.request_seconds),
-        server_header=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=1,
-    )
-    server = Server(config)
-    serving = asyncio.create_task(server.serve([listener]), name="watch server")
-    host, port = listener.getsockname()[:2]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    log.info("watch_port_open", address=address)
-    try:
+    ) as address:
         yield address
-    finally:
-        server.should_exit = True
-        await asyncio.wait([serving], timeout=STOP_SECONDS)
-        await end_task(serving)
-        listener.close()
-        if not serving.cancelled() and (error := serving.exception()) is not None:
-            log.error("watch_server_failed", message=repr(error))
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host.strip("[]"), port))
-        listener.listen(64)  # whoever comes before the server runs waits for it
-    except OSError as error:
-        listener.close()
-        raise PortTaken(f"cannot listen on {host}:{port} (watch_port): {error.strerror or error}") from error
-    return listener

@@ -26,6 +26,7 @@ from fusionroute.grpc_runtime import (
     serve_until_signalled,
     server,
 )
+from fusionroute.http_server import serving_http
 from fusionroute.model_settings import DeviceMissing, prepare_torch
 from fusionroute.promotions import PromotedCheckpoint, Promotion, PromotionStore
 from fusionroute.router_loading import LoadedRouter
@@ -39,6 +40,7 @@ from router_service.draft_policy import Experience
 from router_service.drafting import DraftingMode
 from router_service.ensemble import Ensemble
 from router_service.experts import Directory, RemoteExpert
+from router_service.http.service import RouterApi
 from router_service.kv_budget import kv_budget
 from router_service.promotion_watch import CheckpointSource, PromotionWatch
 from router_service.registry_servicer import Admit, RegistryServicer
@@ -67,6 +69,8 @@ def run(settings: RouterSettings) -> ExitCode:
             prepare_torch(settings)
             check_port_free(settings.host, settings.port)
             check_watch_port_free(settings)
+            if settings.http_port is not None:
+                check_port_free(settings.http_host, settings.http_port)
             stack.enter_context(tracing.exporting("router-service", settings.otel_endpoint))
             settings = _with_redis(stack, settings)
             first = load_first(settings, asyncio.run(_read_promotion(settings)))
@@ -144,6 +148,7 @@ class RunningRouter:
     served: ServedCheckpoints
     directory: Directory
     watch_address: str | None = None
+    http_address: str | None = None
 
     @property
     def engine(self) -> Engine:
@@ -211,7 +216,23 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
         gauges = RouterGauges(served, directory, admission)
         watched = Watched(running.health, gauges.exposition(), keys=access.keys)
         watch_address = await stack.enter_async_context(watching(settings, watched))
-        yield RunningRouter(running, keeper, served, directory, watch_address)
+        api = RouterApi(keeper, served, directory, running.health)
+        http_address = await stack.enter_async_context(_http(settings, api))
+        yield RunningRouter(running, keeper, served, directory, watch_address, http_address)
+
+
+@asynccontextmanager
+async def _http(settings: RouterSettings, api: RouterApi) -> AsyncIterator[str | None]:
+    """Serves HTTP within the context where settings name a port; gives HOST:PORT, or None."""
+    if settings.http_port is None:
+        yield None
+        return
+    from router_service.http.application import application
+
+    async with serving_http(
+        application(api), settings.http_host, settings.http_port, port_field="http_port"
+    ) as address:
+        yield address
 
 
 def turn_admission(

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import asdict
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from fusionroute.errors import FusionRouteError
-from fusionroute.fusion import Choice, CombineRule
+from fusionroute.fusion import CombineRule
 from fusionroute.rpc_context import bind_request
 from fusionroute.v1 import router_pb2, router_pb2_grpc
 from fusionroute.wire import identity_to_message, load_to_message
 from router_service import metrics
-from router_service.costs import Costs
 from router_service.experts import Directory
-from router_service.generation import Candidates, WrittenToken
 from router_service.live_turn import LiveTurn
 from router_service.serving import ServedCheckpoints, Serving
 from router_service.session_store import SessionStore
-from router_service.stored_session import FinishReason, SessionState
+from router_service.stored_session import SessionState
+from router_service.turn_events import FINISH_MESSAGES, events_of
 from router_service.turn_keeper import TurnKeeper
-from router_service.turn_request import DRAFTER_MESSAGES, POLICY_MESSAGES, RULE_MESSAGES, Turn
+from router_service.turn_request import POLICY_MESSAGES, RULE_MESSAGES
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -33,13 +30,6 @@ if TYPE_CHECKING:
 FENCE_OF_DELETE = 2**63 - 1
 """Above every writer's: a deleted session is closed whoever wrote it."""
 
-_FINISH_MESSAGES = {
-    FinishReason.EOS: router_pb2.FINISH_REASON_EOS,
-    FinishReason.STOP: router_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: router_pb2.FINISH_REASON_LENGTH,
-    FinishReason.CANCELLED: router_pb2.FINISH_REASON_CANCELLED,
-    FinishReason.CONTEXT: router_pb2.FINISH_REASON_CONTEXT,
-}
 _STATE_MESSAGES = {
     SessionState.EMPTY: router_pb2.SESSION_STATE_UNSPECIFIED,
     SessionState.RUNNING: router_pb2.SESSION_STATE_RUNNING,
@@ -105,7 +95,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             response.combine = RULE_MESSAGES[CombineRule(parameters.combine)]
             response.checkpoint = parameters.checkpoint
             if stored.turn.finish_reason is not None:
-                response.finish_reason = _FINISH_MESSAGES[stored.turn.finish_reason]
+                response.finish_reason = FINISH_MESSAGES[stored.turn.finish_reason]
         return response
 
     async def DeleteSession(  # noqa: N802
@@ -154,91 +144,5 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             slot=slot, address=instance.entry.address, ready=instance.is_ready, model=instance.entry.model
         )
 
-    async def _events(
-        self, live: LiveTurn, from_token: int
-    ) -> AsyncGenerator[router_pb2.GenerationEvent, None]:
-        """Started, the tokens from `from_token` on, Finished."""
-        yield router_pb2.GenerationEvent(
-            started=router_pb2.Started(
-                session_id=live.session_id,
-                num_prompt_tokens=live.answer_position,
-                seed=live.turn.sampling.seed,
-                combine=RULE_MESSAGES[live.turn.rule],
-                checkpoint=live.turn.checkpoint,
-                on_expert_unavailable=POLICY_MESSAGES[live.turn.on_expert_unavailable],
-            )
-        )
-        async with contextlib.aclosing(live.follow(from_token)) as tokens:
-            async for token in tokens:
-                yield router_pb2.GenerationEvent(token=self._token(live.turn, token))
-        ending = live.ending
-        assert ending is not None
-        yield router_pb2.GenerationEvent(
-            finished=router_pb2.Finished(
-                reason=_FINISH_MESSAGES[ending.reason],
-                text=ending.text,
-                num_prompt_tokens=live.answer_position,
-                num_generated_tokens=len(live.tokens),
-                stop=ending.stop,
-                statistics=_statistics(live.costs),
-            )
-        )
-
-    def _token(self, turn: Turn, token: WrittenToken) -> router_pb2.Token:
-        record = token.record
-        by_expert = record.source == record.source.EXPERT
-        message = router_pb2.Token(
-            index=token.index,
-            id=record.token_id,
-            text=token.text,
-            logprob=None if math.isnan(record.logprob) else record.logprob,
-            expert=turn.slots[record.expert] if by_expert else "",
-            expert_epoch=record.epoch if by_expert else 0,
-            routing_weights=token.weights,
-            degraded=record.degraded,
-        )
-        if token.top is not None:
-            message.top.CopyFrom(self._top(token.top))
-        return message
-
-    def _top(self, top: Candidates) -> router_pb2.TopCandidates:
-        return router_pb2.TopCandidates(
-            fused=self._candidates(top.fused),
-            expert=self._candidates(top.expert),
-            router=self._candidates(top.router),
-        )
-
-    def _candidates(self, choices: Sequence[Choice]) -> list[router_pb2.Candidate]:
-        tokenizer = self._served.current.tokenizer  # those of earlier checkpoints have the same vocabulary
-        return [
-            router_pb2.Candidate(
-                id=choice.token_id, text=tokenizer.decode([choice.token_id]), logprob=choice.logprob
-            )
-            for choice in choices
-        ]
-
-
-def _statistics(costs: Costs | None) -> router_pb2.GenerationStatistics | None:
-    if costs is None:
-        return None
-    return router_pb2.GenerationStatistics(
-        num_router_forwards=costs.num_router_forwards,
-        num_expert_calls=costs.num_expert_calls,
-        num_replays=costs.num_replays,
-        total_seconds=costs.total_seconds,
-        first_token_seconds=costs.first_token_seconds,
-        router_seconds=costs.router_seconds,
-        router_forward_seconds=costs.router_forward_seconds,
-        expert_seconds=costs.expert_seconds,
-        expert_forward_seconds=costs.expert_forward_seconds,
-        fuse_seconds=costs.fuse_seconds,
-        store_seconds=costs.store_seconds,
-        num_retries=costs.num_retries,
-        num_degraded_tokens=costs.num_degraded_tokens,
-        drafting=[
-            router_pb2.DraftingStatistics(drafter=DRAFTER_MESSAGES[drafter], **asdict(counts))
-            for drafter, counts in costs.drafts.items()
-        ],
-        num_early_asks=costs.num_early_asks,
-        num_early_hits=costs.num_early_hits,
-    )
+    def _events(self, live: LiveTurn, from_token: int) -> AsyncGenerator[router_pb2.GenerationEvent, None]:
+        return events_of(live, from_token, self._served.current.tokenizer)

@@ -34,6 +34,10 @@ class RouterSettings(ModelSettings):
         description="Slots, with commas between them, that experts may fill for a checkpoint to come.",
     )
     port: Port = Field(50050, description="Port to listen on; 0 = any free one.")
+    http_port: Port | None = Field(
+        None, description="Port for the OpenAI and TGI APIs and the playground; 0 = any free one; absent = none."
+    )
+    http_host: str = Field("127.0.0.1", min_length=1, description="Address on which http_port listens.")
     redis_url: SecretStr | None = Field(
         None,
         description="Redis for sessions and registry; also REDIS_URL. Absent = a private server is started.",

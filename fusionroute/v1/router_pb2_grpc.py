@@ -62,6 +62,11 @@ class RouterServiceStub(object):
                 request_serializer=fusionroute_dot_v1_dot_router__pb2.DeleteSessionRequest.SerializeToString,
                 response_deserializer=fusionroute_dot_v1_dot_router__pb2.DeleteSessionResponse.FromString,
                 _registered_method=True)
+        self.ScorePrompt = channel.unary_stream(
+                '/fusionroute.v1.RouterService/ScorePrompt',
+                request_serializer=fusionroute_dot_v1_dot_router__pb2.ScorePromptRequest.SerializeToString,
+                response_deserializer=fusionroute_dot_v1_dot_router__pb2.ScorePromptResponse.FromString,
+                _registered_method=True)
         self.GetRouterInfo = channel.unary_unary(
                 '/fusionroute.v1.RouterService/GetRouterInfo',
                 request_serializer=fusionroute_dot_v1_dot_router__pb2.GetRouterInfoRequest.SerializeToString,
@@ -113,6 +118,14 @@ class RouterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScorePrompt(self, request, context):
+        """What every token of a prompt would have been worth: its probability under
+        the fused scores that the tokens before it lead to. Writes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetRouterInfo(self, request, context):
         """The checkpoint that routes, its experts and their state.
         """
@@ -147,6 +160,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.DeleteSession,
                     request_deserializer=fusionroute_dot_v1_dot_router__pb2.DeleteSessionRequest.FromString,
                     response_serializer=fusionroute_dot_v1_dot_router__pb2.DeleteSessionResponse.SerializeToString,
+            ),
+            'ScorePrompt': grpc.unary_stream_rpc_method_handler(
+                    servicer.ScorePrompt,
+                    request_deserializer=fusionroute_dot_v1_dot_router__pb2.ScorePromptRequest.FromString,
+                    response_serializer=fusionroute_dot_v1_dot_router__pb2.ScorePromptResponse.SerializeToString,
             ),
             'GetRouterInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRouterInfo,
@@ -292,6 +310,33 @@ class RouterService(object):
             '/fusionroute.v1.RouterService/DeleteSession',
             fusionroute_dot_v1_dot_router__pb2.DeleteSessionRequest.SerializeToString,
             fusionroute_dot_v1_dot_router__pb2.DeleteSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScorePrompt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fusionroute.v1.RouterService/ScorePrompt',
+            fusionroute_dot_v1_dot_router__pb2.ScorePromptRequest.SerializeToString,
+            fusionroute_dot_v1_dot_router__pb2.ScorePromptResponse.FromString,
             options,
             channel_credentials,
             insecure,

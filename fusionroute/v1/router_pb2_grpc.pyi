@@ -51,6 +51,10 @@ class RouterServiceStub:
     """What is stored of a session."""
     DeleteSession: _grpc.UnaryUnaryMultiCallable[_router_pb2.DeleteSessionRequest, _router_pb2.DeleteSessionResponse]
     """Forgets a session here and in the experts."""
+    ScorePrompt: _grpc.UnaryStreamMultiCallable[_router_pb2.ScorePromptRequest, _router_pb2.ScorePromptResponse]
+    """What every token of a prompt would have been worth: its probability under
+    the fused scores that the tokens before it lead to. Writes nothing.
+    """
     GetRouterInfo: _grpc.UnaryUnaryMultiCallable[_router_pb2.GetRouterInfoRequest, _router_pb2.GetRouterInfoResponse]
     """The checkpoint that routes, its experts and their state."""
 
@@ -77,6 +81,10 @@ class RouterServiceAsyncStub(RouterServiceStub):
     """What is stored of a session."""
     DeleteSession: _aio.UnaryUnaryMultiCallable[_router_pb2.DeleteSessionRequest, _router_pb2.DeleteSessionResponse]  # type: ignore[assignment]
     """Forgets a session here and in the experts."""
+    ScorePrompt: _aio.UnaryStreamMultiCallable[_router_pb2.ScorePromptRequest, _router_pb2.ScorePromptResponse]  # type: ignore[assignment]
+    """What every token of a prompt would have been worth: its probability under
+    the fused scores that the tokens before it lead to. Writes nothing.
+    """
     GetRouterInfo: _aio.UnaryUnaryMultiCallable[_router_pb2.GetRouterInfoRequest, _router_pb2.GetRouterInfoResponse]  # type: ignore[assignment]
     """The checkpoint that routes, its experts and their state."""
 
@@ -130,6 +138,16 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.DeleteSessionResponse, _abc.Awaitable[_router_pb2.DeleteSessionResponse]]:
         """Forgets a session here and in the experts."""
+
+    @_abc_1.abstractmethod
+    def ScorePrompt(
+        self,
+        request: _router_pb2.ScorePromptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_router_pb2.ScorePromptResponse], _abc.AsyncIterator[_router_pb2.ScorePromptResponse]]:
+        """What every token of a prompt would have been worth: its probability under
+        the fused scores that the tokens before it lead to. Writes nothing.
+        """
 
     @_abc_1.abstractmethod
     def GetRouterInfo(
