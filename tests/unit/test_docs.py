@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from docs import generate, picture
+from docs import generate, picture, picture_states
 from fusionroute.engine.digest import digest
 from fusionroute.errors import Reason
 
@@ -100,8 +100,9 @@ def test_every_link_leads_to_a_file(page):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_the_picture_is_what_its_script_draws():
+def test_the_pictures_are_what_their_scripts_draw():
     assert (ROOT / "docs/picture.svg").read_text() == picture.drawing()
+    assert (ROOT / "docs/six_states.svg").read_text() == picture_states.drawing()
 
 
 def test_every_reason_has_a_meaning():
