@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from benchmarks.random_llama import random_llama
 from fusionroute.engine import Engine, EngineLimits, StepCall, prepare_model
 from tests.tiny_models import word_tokenizer
 
-WIDTH = 61
 PROMPT = [3] * 20
 
 
@@ -44,7 +44,13 @@ class Run:
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
-    model = _model(arguments)
+    model = random_llama(
+        hidden=arguments.hidden,
+        layers=arguments.layers,
+        intermediate=2 * arguments.hidden,
+        max_tokens=len(PROMPT) + 2 * arguments.tokens,
+        dtype=arguments.dtype,
+    )
     runs: list[Run] = []
     for number in range(arguments.rounds):
         print(f"round {number + 1} of {arguments.rounds}", flush=True)
@@ -114,23 +120,6 @@ def _print_table(runs: list[Run]) -> None:
             )
         ratios = [new / old for new, old in zip(medians[True], medians[False], strict=True)]
         print(f"{sessions:>8} {'ratio':>6}" + "".join(f"{ratio:20.2f}" for ratio in ratios))
-
-
-def _model(arguments: argparse.Namespace) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WIDTH,
-        hidden_size=arguments.hidden,
-        intermediate_size=2 * arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=len(PROMPT) + 2 * arguments.tokens,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).to(getattr(torch, arguments.dtype)).eval()
 
 
 def _arguments() -> argparse.Namespace:

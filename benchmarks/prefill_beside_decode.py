@@ -13,13 +13,12 @@ import statistics
 import time
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.random_llama import WIDTH, random_llama
 from fusionroute.engine import Engine, EngineLimits, LoadedModel, StepCall, prepare_model
 from tests.tiny_models import word_tokenizer
 
 UNBOUNDED_SECONDS = 1e9
-WIDTH = 61
 
 
 def main() -> None:
@@ -73,20 +72,13 @@ async def _measure(arguments: argparse.Namespace, seconds: float) -> tuple[list[
 
 
 def _model(arguments: argparse.Namespace) -> LoadedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WIDTH,
-        hidden_size=arguments.hidden,
-        intermediate_size=3 * arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=8192,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
+    model = random_llama(
+        hidden=arguments.hidden,
+        layers=arguments.layers,
+        intermediate=3 * arguments.hidden,
+        max_tokens=8192,
     )
-    return prepare_model(LlamaForCausalLM(config).eval(), word_tokenizer(WIDTH), name="bench", epoch=1)
+    return prepare_model(model, word_tokenizer(WIDTH), name="bench", epoch=1)
 
 
 def _arguments() -> argparse.Namespace:

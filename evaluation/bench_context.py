@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from evaluation.bench_machine import machine, sizes
-from evaluation.bench_report import Finding, Lines, Report, Table
-from evaluation.bench_runs import OnRun, Runs, Spread, take_turns
+from evaluation.bench_report import Finding, Lines, Report, Table, speed_table
+from evaluation.bench_runs import OnRun, Spread, take_turns
 from evaluation.bench_served import ServedStack, request_for
 
 PROMPT_TOKENS = 16
@@ -82,7 +82,7 @@ async def measure_context(
             "combine": "sum", "greedy": True, "drafting": "off",
         },
         findings=_findings(measured, alone, ends),
-        tables=[_by_position(served, alone), _by_length(measured, num_tokens)],
+        tables=[_by_position(served, alone), _by_length(measured, num_tokens), speed_table("Whole runs", runs)],
         panels=[
             Lines("By position in the session", "new tokens so far", "ms per token",
                   {"served": [(end, each.median) for end, each in served.items()],
@@ -94,7 +94,7 @@ async def measure_context(
                " router and one expert, in this process, nothing else computed.",
                "A position's figure is the mean over the 64 tokens that end there; the first 64, which hold the"
                " prefills of the experts, are left out."],
-        runs={"context": dict[str, Runs](runs)},
+        runs={"context": runs},
     )  # fmt: skip
 
 
@@ -136,7 +136,16 @@ def _findings(
                 Spread.of(_ms_per_token(a, last) / _ms_per_token(a, first) for a in measured)),
         Finding(f"growth from {first} to {last} new tokens", Spread.of(growth), unit="ms"),
         Finding("of it attention alone, in one process", Spread.of([by_attention]), unit="ms"),
+        Finding("share of the growth that is attention alone", Spread.of([_share(by_attention, growth)])),
+        Finding(f"the same ratio with what attention alone explains taken off, {last} / {first}",
+                Spread.of((_ms_per_token(a, last) - by_attention) / _ms_per_token(a, first) for a in measured)),
     ]  # fmt: skip
+
+
+def _share(by_attention: float, growth: Sequence[float]) -> float:
+    """Of the median growth; 1 where nothing grew that attention does not explain."""
+    whole = statistics.median(growth)
+    return by_attention / whole if whole > by_attention else 1.0
 
 
 def _by_position(served: Mapping[int, Spread], alone: Mapping[int, float]) -> Table:

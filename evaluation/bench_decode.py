@@ -6,6 +6,7 @@ The served stack also says where its time goes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from evaluation.bench_machine import machine, sizes
 from evaluation.bench_reference import CachedFusion, generate_with_one, load_causal_lm
@@ -17,10 +18,12 @@ from fusionroute.v1.router_pb2 import Drafting, GenerationStatistics
 ALONE = "HF generate, one expert"
 REFERENCE = "fused in one process, cached"
 PLAIN = "served, plain"
+EXACT = "served, exact"
 EARLY = "served, asked early"
 DRAFTED = "served, drafted too"
+SERVED = (PLAIN, EXACT, EARLY, DRAFTED)
 NUM_CHECKED = 2
-"""Rounds whose texts with early asks are written again in one process."""
+"""Rounds whose texts of other prompts are written again in one process."""
 
 Prompts = Callable[[int], Sequence[int]]
 """The prompt of a number; prompts of different numbers share little."""
@@ -50,69 +53,112 @@ async def measure_decode(
     import torch
 
     torch.set_num_threads(threads)
-    fusion = CachedFusion.load(stack.checkpoint, stack.experts)
     slot, folder = next(iter(stack.experts.items()))
-    single = load_causal_lm(folder)
-    served_ways = (PLAIN, EARLY, DRAFTED)
-    answers: dict[str, list[list[int]]] = {name: [] for name in (REFERENCE, *served_ways)}
-    turns: dict[str, list[ServedTurn]] = {name: [] for name in served_ways}
-
-    # The two ways in this process hold up its event loop, on which nothing else runs meanwhile.
-    async def alone(number: int) -> int:
-        return len(generate_with_one(single, prompts(number), num_tokens))
-
-    async def reference(number: int) -> int:
-        answers[REFERENCE].append(fusion.generate(prompts(number), num_tokens))
-        return num_tokens
-
-    def served(name: str, asked: ServedStack, drafting: Drafting.ValueType, first: int = 0) -> Way:
-        async def way(number: int) -> int:
-            turn = await asked.turn(request_for(prompts(first + number), num_tokens, drafting=drafting))
-            answers[name].append(turn.ids)
-            turns[name].append(turn)
-            return len(turn.ids)
-
-        return way
-
-    num_rounds = NUM_WARMUPS + num_runs
+    written = _Written(prompts, num_tokens, NUM_WARMUPS + num_runs)
+    fusion = CachedFusion.load(stack.checkpoint, stack.experts)
 
     async def tidy() -> None:
         await plain.tidy()
         await stack.tidy()
 
-    runs = await take_turns(
-        {
-            ALONE: alone,
-            REFERENCE: reference,
-            PLAIN: served(PLAIN, plain, Drafting.DRAFTING_OFF),
-            EARLY: served(EARLY, stack, Drafting.DRAFTING_OFF, num_rounds),
-            DRAFTED: served(DRAFTED, stack, Drafting.DRAFTING_AUTO),
-        },
-        num_runs=num_runs, pids=[*plain.all_pids, *stack.all_pids], tidy=tidy, on_run=on_run,
-    )  # fmt: skip
-    early_ids = [fusion.generate(prompts(num_rounds + number), num_tokens) for number in range(NUM_CHECKED)]
-    same = {
-        "served plain ids equal to those of the loop in one process": (answers[PLAIN], answers[REFERENCE]),
-        "ids with early asks equal to those of the loop in one process": (
-            answers[EARLY][:NUM_CHECKED],
-            early_ids,
-        ),
-        "ids with drafts equal to plain ids": (answers[DRAFTED], answers[PLAIN]),
-    }
-    measured = {name: [turn.statistics for turn in turns[name][NUM_WARMUPS:]] for name in served_ways}
+    ways = written.ways_in_process(load_causal_lm(folder), fusion) | written.served_ways(plain, stack)
+    pids = [*plain.all_pids, *stack.all_pids]
+    runs = await take_turns(ways, num_runs=num_runs, pids=pids, tidy=tidy, on_run=on_run)
+    configuration = {
+        **machine(threads), **sizes(folder), "experts": len(stack.experts), "expert_alone": slot,
+        "prompt_tokens": len(prompts(0)), "new_tokens": num_tokens, "runs": num_runs, "warmups": NUM_WARMUPS,
+        "combine": "sum", "greedy": True,
+    }  # fmt: skip
+    same = written.findings_of_ids(fusion)
+    return _report(configuration, runs, written.statistics(), num_tokens, same, is_tiny=is_tiny)
+
+
+class _Written:
+    """What each way writes, round by round."""
+
+    def __init__(self, prompts: Prompts, num_tokens: int, num_rounds: int) -> None:
+        self._prompts, self._num_tokens, self._num_rounds = prompts, num_tokens, num_rounds
+        self._answers: dict[str, list[list[int]]] = {name: [] for name in (REFERENCE, *SERVED)}
+        self._turns: dict[str, list[ServedTurn]] = {name: [] for name in SERVED}
+
+    def ways_in_process(self, single: Any, fusion: CachedFusion) -> dict[str, Way]:
+        """They hold up the event loop, on which nothing else runs meanwhile."""
+
+        async def alone(number: int) -> int:
+            return len(generate_with_one(single, self._prompts(number), self._num_tokens))
+
+        async def reference(number: int) -> int:
+            self._answers[REFERENCE].append(fusion.generate(self._prompts(number), self._num_tokens))
+            return self._num_tokens
+
+        return {ALONE: alone, REFERENCE: reference}
+
+    def served_ways(self, plain: ServedStack, stack: ServedStack) -> dict[str, Way]:
+        """No stack sees a prompt twice within its memory of prompts: each way but the plain ones has its own."""
+        return {
+            PLAIN: self._served(PLAIN, plain, 0),
+            EXACT: self._served(EXACT, plain, 2 * self._num_rounds, exact=True),
+            EARLY: self._served(EARLY, stack, self._num_rounds),
+            DRAFTED: self._served(DRAFTED, stack, 0, Drafting.DRAFTING_AUTO),
+        }
+
+    def _served(
+        self,
+        name: str,
+        asked: ServedStack,
+        first: int,
+        drafting: Drafting.ValueType = Drafting.DRAFTING_OFF,
+        *,
+        exact: bool = False,
+    ) -> Way:
+        async def way(number: int) -> int:
+            request = request_for(self._prompts(first + number), self._num_tokens, drafting=drafting)
+            request.exact = exact
+            turn = await asked.turn(request)
+            self._answers[name].append(turn.ids)
+            self._turns[name].append(turn)
+            return len(turn.ids)
+
+        return way
+
+    def statistics(self) -> dict[str, list[GenerationStatistics]]:
+        """Of the measured turns, by served way."""
+        return {
+            name: [turn.statistics for turn in turns[NUM_WARMUPS:]] for name, turns in self._turns.items()
+        }
+
+    def findings_of_ids(self, fusion: CachedFusion) -> list[Finding]:
+        """Texts are compared with those of the same prompts that another way has written, or writes now."""
+
+        def again(first: int) -> list[list[int]]:
+            numbers = range(first, first + NUM_CHECKED)
+            return [fusion.generate(self._prompts(number), self._num_tokens) for number in numbers]
+
+        written, loop = self._answers, "those of the loop in one process"
+        same = {
+            f"served plain ids equal to {loop}": (written[PLAIN], written[REFERENCE]),
+            f"exact ids equal to {loop}": (written[EXACT][:NUM_CHECKED], again(2 * self._num_rounds)),
+            f"ids with early asks equal to {loop}": (written[EARLY][:NUM_CHECKED], again(self._num_rounds)),
+            "ids with drafts equal to plain ids": (written[DRAFTED], written[PLAIN]),
+        }
+        return [Finding(what, equal_share(*pair)) for what, pair in same.items()]
+
+
+def _report(
+    configuration: Mapping[str, Any],
+    runs: Mapping[str, Runs],
+    measured: Mapping[str, Sequence[GenerationStatistics]],
+    num_tokens: int,
+    same_ids: Sequence[Finding],
+    *,
+    is_tiny: bool,
+) -> Report:
     parts = {name: shares(of_way, num_tokens) for name, of_way in measured.items()}
     return Report(
         suite="decode",
         question="How long does a fused token take, and where does its time go?",
-        configuration={
-            **machine(threads), **sizes(folder), "experts": len(stack.experts), "expert_alone": slot,
-            "prompt_tokens": len(prompts(0)), "new_tokens": num_tokens, "runs": num_runs, "warmups": NUM_WARMUPS,
-            "combine": "sum", "greedy": True,
-        },
-        findings=[
-            *_findings(runs, measured[PLAIN], is_tiny=is_tiny),
-            *(Finding(what, equal_share(*pair)) for what, pair in same.items()),
-        ],
+        configuration=configuration,
+        findings=[*_findings(runs, measured[PLAIN], is_tiny=is_tiny), *same_ids],
         tables=(speed_table("One session", runs), _parts_table(parts)),
         panels=(
             Bars("One session, whole turns", "ms per token",
@@ -123,7 +169,8 @@ async def measure_decode(
         ),
         notes=(
             "'asked early': the last token's expert is asked before the router has routed, where that pays; 'drafted"
-            " too': tokens are also drafted where that pays. Neither is done in 'plain'.",
+            " too': tokens are also drafted where that pays. Neither is done in 'plain' and 'exact'.",
+            "'exact': rows are the same bit for bit whatever shares their forwards.",
             "Every round has another prompt, which no stack has seen before; prefill is included everywhere.",
             "'hand-over' is waiting for the router's own engine beyond its forwards, 'wire' for an expert beyond its.",
         ),
@@ -158,6 +205,7 @@ def _findings(
             ratio(runs[ALONE].ms_per_token, runs[DRAFTED].ms_per_token),
             at_least=1.0,
         ),
+        Finding("served exact / served plain", ratio(runs[EXACT].ms_per_token, runs[PLAIN].ms_per_token)),
     ]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from evaluation.bench_machine import machine, sizes
 from evaluation.bench_report import Bars, Cell, Finding, Report, Table, speed_table
-from evaluation.bench_runs import NUM_WARMUPS, OnRun, Spread, Way, ratio, take_turns
+from evaluation.bench_runs import NUM_WARMUPS, OnRun, Runs, Spread, Way, ratio, take_turns
 from evaluation.bench_served import ServedStack, ServedTurn, request_for
 
 MOST_GROWTH = 1.03
@@ -48,38 +49,46 @@ async def measure_experts(
     runs = await take_turns(
         {names[count]: way(count) for count in stacks}, num_runs=num_runs, pids=pids, tidy=tidy, on_run=on_run
     )
+    folder = next(iter(stacks[min(stacks)].experts.values()))
+    configuration = {
+        **machine(threads), **sizes(folder), "experts": " ".join(map(str, stacks)),
+        "prompt_tokens": len(prompts(0)), "new_tokens": num_tokens, "runs": num_runs, "warmups": NUM_WARMUPS,
+        "combine": "sum", "greedy": True, "drafting": "off",
+    }  # fmt: skip
     measured = {count: of_stack[NUM_WARMUPS:] for count, of_stack in turns.items()}
+    return _report(configuration, {count: runs[name] for count, name in names.items()}, measured)
+
+
+def _report(
+    configuration: Mapping[str, Any], runs: Mapping[int, Runs], measured: Mapping[int, Sequence[ServedTurn]]
+) -> Report:
     familiar = {
         count: [_ms(turn.familiar_gaps()) for turn in of_stack] for count, of_stack in measured.items()
     }
-    few, many = min(stacks), max(stacks)
-    first = stacks[few]
+    few, many = min(runs), max(runs)
+    named = {each.name: each for each in runs.values()}
     return Report(
         suite="experts",
         question="Does a token get slower with more experts?",
-        configuration={
-            **machine(threads), **sizes(next(iter(first.experts.values()))), "experts": " ".join(map(str, stacks)),
-            "prompt_tokens": len(prompts(0)), "new_tokens": num_tokens, "runs": num_runs, "warmups": NUM_WARMUPS,
-            "combine": "sum", "greedy": True, "drafting": "off",
-        },
+        configuration=configuration,
         findings=[
             Finding(f"ms / token with {many} experts / with {few}, once an expert has written",
                     ratio(familiar[many], familiar[few]), at_most=MOST_GROWTH),
             Finding(f"ms / token with {many} experts / with {few}, whole turns",
-                    ratio(runs[names[many]].ms_per_token, runs[names[few]].ms_per_token)),
+                    ratio(runs[many].ms_per_token, runs[few].ms_per_token)),
             Finding(f"CPU ms / token with {many} experts / with {few}, whole turns",
-                    ratio(runs[names[many]].cpu_ms_per_token, runs[names[few]].cpu_ms_per_token)),
+                    ratio(runs[many].cpu_ms_per_token, runs[few].cpu_ms_per_token)),
         ],
-        tables=[speed_table("Whole turns", runs), _table(measured, familiar)],
+        tables=[speed_table("Whole turns", named), _table(measured, familiar)],
         panels=[
             Bars("Once an expert has written in the session", "ms per token",
-                 {names[count]: Spread.of(values) for count, values in familiar.items()}),
+                 {runs[count].name: Spread.of(values) for count, values in familiar.items()}),
             Bars("Whole turns, first visits included", "ms per token",
-                 {name: Spread.of(each.ms_per_token) for name, each in runs.items()}),
+                 {name: Spread.of(each.ms_per_token) for name, each in named.items()}),
         ],
         notes=["An expert that writes for the first time in a session has the whole session to read; that is once for"
                " each expert, not for each token, and counted in whole turns only."],
-        runs={"experts": runs},
+        runs={"experts": named},
     )  # fmt: skip
 
 

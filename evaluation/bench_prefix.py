@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from evaluation.bench_decode import equal_share
 from evaluation.bench_machine import machine, sizes
 from evaluation.bench_report import Bars, Cell, Finding, Report, Table
-from evaluation.bench_runs import OnRun, Spread, ratio
+from evaluation.bench_runs import CpuClock, OnRun, Spread, ratio
 from evaluation.bench_served import ServedStack, ServedTurn, request_for
 
 TAIL_TOKENS = 16
@@ -41,47 +43,86 @@ async def measure_prefix(
         num_tokens: new tokens of each session.
     """
     slot = next(iter(stack.experts))
-    turns: dict[str, list[ServedTurn]] = {kind: [] for kind in KINDS}
-    total = NUM_WARMUPS + num_runs
-    for number in range(total):
-        prefix = list(prompts(10 * number, prefix_tokens))
+    rounds = _Rounds(stack, prompts, prefix_tokens, num_tokens, slot)
+    for number in range(NUM_WARMUPS + num_runs):
+        await rounds.run(number)
+        on_run(number + 1, NUM_WARMUPS + num_runs)
+    configuration = {
+        **machine(threads), **sizes(stack.checkpoint), "experts": len(stack.experts),
+        "prefix_tokens": prefix_tokens, "tail_tokens": TAIL_TOKENS, "new_tokens": num_tokens, "runs": num_runs,
+        "warmups": NUM_WARMUPS, "fixed_expert": slot, "greedy": True,
+    }  # fmt: skip
+    measured = {kind: of_kind[NUM_WARMUPS:] for kind, of_kind in rounds.sessions.items()}
+    return _report(configuration, measured)
 
-        async def ask(kind: str, prompt_ids: Sequence[int]) -> None:
-            turns[kind].append(await stack.turn(request_for(prompt_ids, num_tokens, fixed_expert=slot)))
 
-        await ask(FIRST, [*prefix, *prompts(10 * number + 1, TAIL_TOKENS)])
-        await ask(SECOND, [*prefix, *prompts(10 * number + 2, TAIL_TOKENS)])
-        await ask(AGAIN, [*prefix, *prompts(10 * number + 1, TAIL_TOKENS)])
-        await stack.tidy()
-        await ask(CLOSED, [*prefix, *prompts(10 * number + 3, TAIL_TOKENS)])
-        await ask(STRANGER, prompts(10 * number + 4, prefix_tokens + TAIL_TOKENS))
-        await stack.tidy()
-        on_run(number + 1, total)
-    measured = {kind: of_kind[NUM_WARMUPS:] for kind, of_kind in turns.items()}
-    first_ms = {kind: [1000 * turn.arrived[0] for turn in of_kind] for kind, of_kind in measured.items()}
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """A session of one turn.
+
+    Attributes:
+        cpu_seconds: of all processes, until its stream ended.
+    """
+
+    turn: ServedTurn
+    cpu_seconds: float
+
+
+class _Rounds:
+    """Rounds of sessions, one of each kind."""
+
+    def __init__(
+        self, stack: ServedStack, prompts: Prompts, prefix_tokens: int, num_tokens: int, slot: str
+    ) -> None:
+        self._stack, self._prompts, self._prefix_tokens = stack, prompts, prefix_tokens
+        self._num_tokens, self._slot = num_tokens, slot
+        self._cpu = CpuClock(stack.all_pids)
+        self.sessions: dict[str, list[_Session]] = {kind: [] for kind in KINDS}
+
+    async def run(self, number: int) -> None:
+        """A round with a prefix of its own."""
+        prompts, first = self._prompts, 10 * number
+        prefix = list(prompts(first, self._prefix_tokens))
+        await self._ask(FIRST, [*prefix, *prompts(first + 1, TAIL_TOKENS)])
+        await self._ask(SECOND, [*prefix, *prompts(first + 2, TAIL_TOKENS)])
+        await self._ask(AGAIN, [*prefix, *prompts(first + 1, TAIL_TOKENS)])
+        await self._stack.tidy()
+        await self._ask(CLOSED, [*prefix, *prompts(first + 3, TAIL_TOKENS)])
+        await self._ask(STRANGER, prompts(first + 4, self._prefix_tokens + TAIL_TOKENS))
+        await self._stack.tidy()
+
+    async def _ask(self, kind: str, prompt_ids: Sequence[int]) -> None:
+        before = self._cpu.seconds()
+        turn = await self._stack.turn(request_for(prompt_ids, self._num_tokens, fixed_expert=self._slot))
+        self.sessions[kind].append(_Session(turn, self._cpu.seconds() - before))
+
+
+def _report(configuration: Mapping[str, Any], measured: Mapping[str, Sequence[_Session]]) -> Report:
+    first_ms = {kind: [1000 * each.turn.arrived[0] for each in of_kind] for kind, of_kind in measured.items()}
+    cpu_ms = {kind: [1000 * each.cpu_seconds for each in of_kind] for kind, of_kind in measured.items()}
+    ids = {kind: [each.turn.ids for each in of_kind] for kind, of_kind in measured.items()}
     rows: list[list[Cell]] = []
     for kind, values in first_ms.items():
-        value = Spread.of(values)
-        rows.append([kind, value.median, value.low, value.high, ratio(values, first_ms[FIRST]).median])
-    columns = ("session", "ms to first token", "least", "most", "of the first session's")
+        value, share = Spread.of(values), ratio(values, first_ms[FIRST])
+        rows.append([kind, value.median, value.low, value.high, share.median, Spread.of(cpu_ms[kind]).median])
+    columns = (
+        "session", "ms to first token", "least", "most", "of the first session's", "CPU ms, whole session"
+    )  # fmt: skip
     return Report(
         suite="prefix",
         question="How soon does a session begin whose prompt begins like another's?",
-        configuration={
-            **machine(threads), **sizes(stack.checkpoint), "experts": len(stack.experts),
-            "prefix_tokens": prefix_tokens, "tail_tokens": TAIL_TOKENS, "new_tokens": num_tokens, "runs": num_runs,
-            "warmups": NUM_WARMUPS, "fixed_expert": slot, "greedy": True,
-        },
+        configuration=configuration,
         findings=[
             *(Finding(f"time to first token, {kind} / first", ratio(first_ms[kind], first_ms[FIRST]),
                       at_most=MOST_SHARE) for kind in (SECOND, AGAIN, CLOSED)),
             Finding("time to first token, another prefix / first", ratio(first_ms[STRANGER], first_ms[FIRST])),
-            Finding("ids of the same prompt again equal to the first ones",
-                    equal_share([turn.ids for turn in measured[AGAIN]], [turn.ids for turn in measured[FIRST]]),
+            Finding(f"CPU of the whole session, {SECOND} / first", ratio(cpu_ms[SECOND], cpu_ms[FIRST])),
+            Finding("ids of the same prompt again equal to the first ones", equal_share(ids[AGAIN], ids[FIRST]),
                     at_least=1.0),
         ],
         tables=[Table("Time to the first token", columns, rows)],
         panels=[Bars("Time to the first token", "ms", {kind: Spread.of(each) for kind, each in first_ms.items()})],
-        notes=["One expert writes all tokens, so that it has read the prefix in the first session; the router"
+        notes=["Through the served stack: from the request to the token's arrival at the client over gRPC.",
+               "One expert writes all tokens, so that it has read the prefix in the first session; the router"
                " reads every prompt too."],
     )  # fmt: skip

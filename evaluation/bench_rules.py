@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from evaluation.bench_machine import machine, sizes
 from evaluation.bench_report import Bars, Finding, Report, Table, speed_table
-from evaluation.bench_runs import NUM_WARMUPS, OnRun, Spread, Way, ratio, take_turns
+from evaluation.bench_runs import NUM_WARMUPS, OnRun, Runs, Spread, Way, ratio, take_turns
 from evaluation.bench_served import ServedStack, ServedTurn, request_for
 from fusionroute.v1.router_pb2 import CombineRule
 
@@ -64,26 +65,36 @@ async def measure_rules(
         {name: way(name) for name in rules},
         num_runs=num_runs, pids=stack.all_pids, tidy=stack.tidy, on_run=on_run,
     )  # fmt: skip
+    configuration = {
+        **machine(threads), **sizes(stack.checkpoint), "experts": len(stack.experts), "new_tokens": num_tokens,
+        "prompts_per_run": prompts_per_run, "runs": num_runs, "warmups": NUM_WARMUPS, "greedy": True,
+        "drafting": "off", "ends_at_eos": not ignore_eos,
+    }  # fmt: skip
     calls = {name: _calls_per_token(of_rule[NUM_WARMUPS:]) for name, of_rule in turns.items()}
-    compared = [name for name in rules if name != "sum"]
+    return _report(configuration, runs, calls)
+
+
+def _report(
+    configuration: Mapping[str, Any], runs: Mapping[str, Runs], calls: Mapping[str, Sequence[float]]
+) -> Report:
+    """Every rule against `sum`."""
+    gains = {name: ratio(runs["sum"].ms_per_token, each.ms_per_token) for name, each in runs.items()}
+    cpu = {name: ratio(runs["sum"].cpu_ms_per_token, each.cpu_ms_per_token) for name, each in runs.items()}
+    compared = [name for name in runs if name != "sum"]
     return Report(
         suite="rules",
         question="What do the combine rules cost?",
-        configuration={
-            **machine(threads), **sizes(stack.checkpoint), "experts": len(stack.experts), "new_tokens": num_tokens,
-            "prompts_per_run": prompts_per_run, "runs": num_runs, "warmups": NUM_WARMUPS, "greedy": True,
-            "drafting": "off", "ends_at_eos": not ignore_eos,
-        },
+        configuration=configuration,
         findings=[
-            *(Finding(f"tokens / s of {name} / of sum",
-                      ratio(runs["sum"].ms_per_token, runs[name].ms_per_token)) for name in compared),
-            *(Finding(f"expert calls per token, {name}", Spread.of(calls[name])) for name in rules),
+            *(Finding(f"tokens / s of {name} / of sum", gains[name]) for name in compared),
+            *(Finding(f"tokens / CPU s of {name} / of sum", cpu[name]) for name in compared),
+            *(Finding(f"expert calls per token, {name}", Spread.of(calls[name])) for name in runs),
         ],
         tables=[
             speed_table("One session at a time", runs),
             Table("Who takes part", ("rule", "expert calls / token", "least", "most", "tokens / s against sum"),
                   [[name, Spread.of(calls[name]).median, min(calls[name]), max(calls[name]),
-                    ratio(runs["sum"].ms_per_token, runs[name].ms_per_token).median] for name in rules]),
+                    gains[name].median] for name in runs]),
         ],
         panels=[
             Bars("Speed", "ms per token", {name: Spread.of(each.ms_per_token) for name, each in runs.items()}),

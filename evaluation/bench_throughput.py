@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from evaluation.bench_machine import machine, sizes
 from evaluation.bench_report import Finding, Lines, Report, Table
@@ -15,6 +16,8 @@ PROMPT_TOKENS = 16
 LEAST_GAIN = {"bfloat16": 8.0, "float16": 8.0, "float32": 4.5}
 """Of 16 sessions over one, by number format, where forwards take nearly all of the time."""
 LARGE_HIDDEN = 512
+ONE_EXPERT = "one expert"
+KINDS = ("routed", ONE_EXPERT)
 
 Prompts = Callable[[int], Sequence[int]]
 
@@ -36,28 +39,12 @@ async def measure_throughput(
         num_tokens: new tokens of each session.
         sessions: how many at a time.
     """
-
-    def way(stack: ServedStack, count: int, fixed_expert: str) -> Way:
-        async def run(number: int) -> int:
-            requests = [
-                request_for(
-                    prompts(number * max(sessions) + place)[:PROMPT_TOKENS],
-                    num_tokens,
-                    fixed_expert=fixed_expert,
-                )
-                for place in range(count)
-            ]
-            return sum(len(turn.ids) for turn in await stack.turns(requests))
-
-        return run
-
-    ways: dict[str, Way] = {}
-    for dtype, stack in stacks.items():
-        slots = {"routed": "", "one expert": next(iter(stack.experts))}
-        ways |= {
-            _name(dtype, kind, count): way(stack, count, slot)
-            for kind, slot in slots.items() for count in sessions
-        }  # fmt: skip
+    ways = {
+        _name(dtype, kind, count): _way(
+            stack, prompts, num_tokens, count, max(sessions), next(iter(stack.experts)) if kind == ONE_EXPERT else ""
+        )
+        for dtype, stack in stacks.items() for kind in KINDS for count in sessions
+    }  # fmt: skip
 
     async def tidy() -> None:
         for stack in stacks.values():
@@ -69,31 +56,69 @@ async def measure_throughput(
     )
     first = next(iter(stacks.values()))
     facts = sizes(next(iter(first.experts.values())))
-    is_large = facts["hidden"] >= LARGE_HIDDEN
-    kinds = [(dtype, kind) for dtype in stacks for kind in ("routed", "one expert")]
+    configuration = {
+        **machine(threads), **facts, "dtype": " and ".join(stacks),
+        "experts": len(first.experts), "prompt_tokens": PROMPT_TOKENS, "new_tokens": num_tokens,
+        "runs": num_runs, "warmups": NUM_WARMUPS, "combine": "sum", "greedy": True, "drafting": "off",
+    }  # fmt: skip
+    return _report(configuration, runs, list(stacks), sessions, has_aims=facts["hidden"] >= LARGE_HIDDEN)
+
+
+def _way(
+    stack: ServedStack, prompts: Prompts, num_tokens: int, count: int, most: int, fixed_expert: str
+) -> Way:
+    """So many sessions at a time, with other prompts in each round.
+
+    Args:
+        most: sessions at a time of any way.
+    """
+
+    async def run(number: int) -> int:
+        requests = [
+            request_for(prompts(number * most + place)[:PROMPT_TOKENS], num_tokens, fixed_expert=fixed_expert)
+            for place in range(count)
+        ]
+        return sum(len(turn.ids) for turn in await stack.turns(requests))
+
+    return run
+
+
+def _report(
+    configuration: Mapping[str, Any],
+    runs: Mapping[str, Runs],
+    dtypes: Sequence[str],
+    sessions: Sequence[int],
+    *,
+    has_aims: bool,
+) -> Report:
+    kinds = [(dtype, kind) for dtype in dtypes for kind in KINDS]
+
+    def lines(title: str, label: str, measured: Callable[[Runs], Sequence[float]]) -> Lines:
+        points = {
+            f"{dtype}, {kind}": [
+                (count, Spread.of(measured(runs[_name(dtype, kind, count)])).median) for count in sessions
+            ]
+            for dtype, kind in kinds
+        }
+        return Lines(title, "sessions at a time", label, points, has_log_x=True)
+
     return Report(
         suite="throughput",
         question="How many tokens per second do many sessions get together?",
-        configuration={
-            **machine(threads), **facts, "dtype": " and ".join(stacks),
-            "experts": len(first.experts), "prompt_tokens": PROMPT_TOKENS, "new_tokens": num_tokens,
-            "runs": num_runs, "warmups": NUM_WARMUPS, "combine": "sum", "greedy": True, "drafting": "off",
-        },
+        configuration=configuration,
         findings=[
-            each for dtype, kind in kinds for each in _findings(runs, dtype, kind, sessions, is_large=is_large)
+            each
+            for dtype, kind in kinds
+            for each in _findings(runs, dtype, kind, sessions, has_aims=has_aims)
         ],
         tables=[_table(runs, kinds, sessions)],
         panels=[
-            Lines("All sessions together", "sessions at a time", "tokens per second",
-                  {f"{dtype}, {kind}": [(count, Spread.of(runs[_name(dtype, kind, count)].tokens_per_second).median)
-                                        for count in sessions] for dtype, kind in kinds}, has_log_x=True),
-            Lines("Processor time of all processes", "sessions at a time", "CPU ms per token",
-                  {f"{dtype}, {kind}": [(count, Spread.of(runs[_name(dtype, kind, count)].cpu_ms_per_token).median)
-                                        for count in sessions] for dtype, kind in kinds}, has_log_x=True),
+            lines("All sessions together", "tokens per second", lambda each: each.tokens_per_second),
+            lines("Processor time of all processes", "CPU ms per token", lambda each: each.cpu_ms_per_token),
         ],
         notes=["Whole turns, short prompts included; the client runs on the same cores and is counted too."],
         runs={"throughput": runs},
-    )  # fmt: skip
+    )
 
 
 def _name(dtype: str, kind: str, count: int) -> str:
@@ -101,7 +126,7 @@ def _name(dtype: str, kind: str, count: int) -> str:
 
 
 def _findings(
-    runs: Mapping[str, Runs], dtype: str, kind: str, sessions: Sequence[int], *, is_large: bool
+    runs: Mapping[str, Runs], dtype: str, kind: str, sessions: Sequence[int], *, has_aims: bool
 ) -> list[Finding]:
     """Sixteen against one, and the most against sixteen."""
 
@@ -109,10 +134,15 @@ def _findings(
         above, below = runs[_name(dtype, kind, many)], runs[_name(dtype, kind, few)]
         return ratio(above.tokens_per_second, below.tokens_per_second)
 
+    def cheaper(many: int, few: int) -> Spread:
+        above, below = runs[_name(dtype, kind, few)], runs[_name(dtype, kind, many)]
+        return ratio(above.cpu_ms_per_token, below.cpu_ms_per_token)
+
     found = []
     if 16 in sessions and 1 in sessions:
         what = f"tokens / s of 16 sessions / of one, {dtype}, {kind}"
-        found.append(Finding(what, gain(16, 1), at_least=LEAST_GAIN[dtype] if is_large else None))
+        found.append(Finding(what, gain(16, 1), at_least=LEAST_GAIN[dtype] if has_aims else None))
+        found.append(Finding(f"tokens / CPU s of 16 sessions / of one, {dtype}, {kind}", cheaper(16, 1)))
     if 64 in sessions and 16 in sessions:
         what = f"tokens / s of 64 sessions / of 16, {dtype}, {kind}"
         found.append(Finding(what, gain(64, 16), at_least=1.0))

@@ -144,9 +144,11 @@ def _report(
             value, trip = Spread.of(each.wire_ms), Spread.of(each.round_trip_ms)
             what = f"wire of a row, {dtype}, {kind}"
             findings.append(Finding(what, value, at_most=MOST_MS.get(kind), unit="ms"))
-            rows.append(
-                [f"{dtype}, {kind}", value.median, value.low, value.high, trip.median, round(each.row_bytes)]
-            )
+            cpu = Spread.of(runs[f"{dtype}, {kind}"].cpu_ms_per_token)
+            rows.append([
+                f"{dtype}, {kind}", value.median, value.low, value.high, trip.median, cpu.median,
+                round(each.row_bytes),
+            ])  # fmt: skip
         shrunk = whole.row_bytes / short.row_bytes
         same = float(np.mean([a == b for a, b in zip(short.ids, whole.ids, strict=True)]))
         findings += [
@@ -160,7 +162,7 @@ def _report(
             ),
         ]
     first = next(iter(stacks.values()))
-    columns = ("wire", "ms / row", "least", "most", "round trip, ms", "bytes / row")
+    columns = ("wire", "ms / row", "least", "most", "round trip, ms", "round trip, CPU ms", "bytes / row")
     return Report(
         suite="wire",
         question="What does the way of a row between two processes of one host cost?",
