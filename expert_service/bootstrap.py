@@ -130,7 +130,9 @@ async def running_expert(
         served = ServedModel(engine, load_anew or (lambda: asyncio.to_thread(_load, settings)))
         del engine
         await stack.enter_async_context(served)
-        servicer = ExpertServicer(served, settings.slot, settings.max_message_bytes)
+        servicer = ExpertServicer(
+            served, settings.slot, settings.max_message_bytes, takes_lines=settings.is_reached_directly
+        )
         registrar: Registrar | None = None
         access = ServerAccess.of(settings)
         running = await stack.enter_async_context(

@@ -32,14 +32,21 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         served: its engine does the work and judges the state of sessions.
         slot: what this expert is in the router's checkpoint.
         max_message_bytes: answers that would be larger are refused before they are computed.
+        takes_lines: whether callers of this host may send their messages over a socket of their own.
     """
 
     def __init__(
-        self, served: ServedModel, slot: str = "", max_message_bytes: int = MAX_MESSAGE_BYTES
+        self,
+        served: ServedModel,
+        slot: str = "",
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        *,
+        takes_lines: bool = True,
     ) -> None:
         self._served = served
         self._slot = slot
         self._max_message_bytes = max_message_bytes
+        self._takes_lines = takes_lines
         self._stepping = Stepping(served, slot, max_message_bytes)
         self._streams: set[StepStream] = set()
         self._is_stopping = False
@@ -69,7 +76,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     async def StepStream(  # type: ignore[override]  # `service_of` has them encoded
         self, request_iterator: Requests, context: Context
     ) -> Responses:
-        stream = StepStream(self._stepping, self._streams.discard)
+        stream = StepStream(self._stepping, self._streams.discard, takes_lines=self._takes_lines)
         self._streams.add(stream)
         if self._is_stopping:
             stream.end_when_idle()

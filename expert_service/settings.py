@@ -50,6 +50,11 @@ class ExpertSettings(ModelSettings):
         default=900.0, description="An expert on standby that has not been swapped in for so long stops."
     )
 
+    @property
+    def is_reached_directly(self) -> bool:
+        """Whether nothing stands between routers and this expert, as far as it knows: it is reached where it listens."""
+        return self.advertise is None
+
     def router_addresses(self) -> tuple[str, ...]:
         """`router` one by one."""
         return tuple(self.router.split(",")) if self.router is not None else ()

@@ -76,11 +76,15 @@ class StepStream:
     Args:
         stepping: begins steps.
         on_end: hears that the stream has ended.
+        takes_lines: whether the caller's offer of a line is taken.
     """
 
-    def __init__(self, stepping: Stepping, on_end: Callable[[StepStream], None]) -> None:
+    def __init__(
+        self, stepping: Stepping, on_end: Callable[[StepStream], None], *, takes_lines: bool = True
+    ) -> None:
         self._stepping = stepping
         self._on_end = on_end
+        self._takes_lines = takes_lines
         self._running: dict[int, _Running] = {}
         self._ended: deque[StreamedAnswer] = deque()
         self._must_greet = False
@@ -136,7 +140,7 @@ class StepStream:
                 is_first = False
                 self._greet(request)
             self._take(request)
-            if request.shared_memory.line_address and self._memory is not None and self._line is None:
+            if self._can_connect(request):
                 await self._connect(request.shared_memory)
             while len(self._ended) > MAX_UNSENT_ANSWERS:
                 self._was_sent.clear()
@@ -149,6 +153,10 @@ class StepStream:
             running = self._running.get(step_id)
             if running is not None:
                 running.give_up(_CANCELLED)
+
+    def _can_connect(self, request: expert_pb2.StepStreamRequest) -> bool:
+        is_offered = self._takes_lines and bool(request.shared_memory.line_address)
+        return is_offered and self._memory is not None and self._line is None
 
     async def _connect(self, offer: expert_pb2.SharedMemoryOffer) -> None:
         """From then on messages go over the line; the stream itself only says when all is over."""

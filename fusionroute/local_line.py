@@ -168,9 +168,14 @@ class LineListener:
                 accepted.close()
                 continue
             line = MessageLine(most_bytes)
-            await loop.connect_accepted_socket(lambda line=line: line, accepted)  # type: ignore[misc]
-            if secrets.compare_digest(await line.first() or b"", proof):
-                return line
+            try:
+                await loop.connect_accepted_socket(lambda line=line: line, accepted)  # type: ignore[misc]
+                if secrets.compare_digest(await line.first() or b"", proof):
+                    return line
+            except BaseException:  # cancelled, above all
+                line.close()
+                accepted.close()
+                raise
             line.close()
 
     def close(self) -> None:

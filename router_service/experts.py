@@ -59,7 +59,7 @@ class Directory:
     lease_seconds: float = 10.0
     access: ClientAccess | None = None
     shared_memory_bytes: int = SHARED_MEMORY_BYTES
-    local_sockets: bool = False
+    local_sockets: bool = True
     instances: dict[str, Instance] = field(default_factory=dict)
     _budgets: dict[str, RetryBudget] = field(default_factory=dict)
     _down_since: dict[str, float] = field(default_factory=dict)

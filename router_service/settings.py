@@ -38,6 +38,22 @@ class RouterSettings(ModelSettings):
         None, description="Port for the OpenAI and TGI APIs and the playground; 0 = any free one; absent = none."
     )
     http_host: str = Field("127.0.0.1", min_length=1, description="Address on which http_port listens.")
+    http_max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
+        8 * 2**20, description="Largest body of an HTTP request, bytes."
+    )
+    http_max_new_tokens: Positive = Field(
+        2048, description="New tokens of a chat request that names no limit; the context's end is one in any case."
+    )
+    http_origins: str = Field(
+        "",
+        pattern=r"^((https?://[^\s,/]+|\*)(,(https?://[^\s,/]+|\*))*)?$",
+        description="Origins, with commas between them, whose pages may call HTTP from browsers; * = all.",
+    )
+    served_name: str = Field(
+        "fusionroute",
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="Name of the model in HTTP APIs; SERVED_NAME/SLOT is one expert, SERVED_NAME/router the router.",
+    )
     redis_url: SecretStr | None = Field(
         None,
         description="Redis for sessions and registry; also REDIS_URL. Absent = a private server is started.",
@@ -91,9 +107,9 @@ class RouterSettings(ModelSettings):
         " messages.",
     )
     local_sockets: bool = Field(
-        False,
+        True,
         description="Where memory is shared, steps and answers go over a Unix socket too, past whatever stands between"
-        " router and expert on the network.",
+        " router and expert on the network; not to an expert that advertises another address than it listens at.",
     )
     top_logits: Annotated[int, Field(ge=0, le=1024)] = Field(
         0,
@@ -115,6 +131,10 @@ class RouterSettings(ModelSettings):
     expert_lease_seconds: Seconds = Field(
         10.0, description="An expert that is silent for so long leaves the registry."
     )
+
+    def http_origin_names(self) -> tuple[str, ...]:
+        """`http_origins` one by one."""
+        return tuple(self.http_origins.split(",")) if self.http_origins else ()
 
     def asks_early(self) -> bool | None:
         """`early_asks`; None = where it pays."""

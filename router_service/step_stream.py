@@ -116,6 +116,8 @@ class StepStream:
             self._connecting = asyncio.create_task(
                 self._connect(listener, memory.proof), name=f"line to {address}", context=Context()
             )
+            # Not within the task: one that is cancelled before its first step does nothing at all.
+            self._connecting.add_done_callback(lambda _: listener.close())
 
     @property
     def shares_memory(self) -> bool:
@@ -216,10 +218,7 @@ class StepStream:
 
     async def _connect(self, listener: LineListener, proof: bytes) -> None:
         """Takes the expert's connection, over which everything goes from then on."""
-        try:
-            line = await listener.accept(proof, MAX_LINE_BYTES)
-        finally:
-            listener.close()
+        line = await listener.accept(proof, MAX_LINE_BYTES)
         if self._error is not None:
             line.close()
             return
