@@ -104,7 +104,12 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 async def stack(family: Family, redis: MortalRedis) -> AsyncIterator[Stack]:
     await redis.start()
     async with served(
-        family, redis_url=redis.url, session_lease_seconds=1.0, expert_lease_seconds=3.0
+        family,
+        redis_url=redis.url,
+        session_lease_seconds=1.0,
+        expert_lease_seconds=3.0,
+        drafting="off",  # `Pace` counts calls of experts as tokens
+        early_asks="off",
     ) as stack:
         yield stack
 
