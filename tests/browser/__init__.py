@@ -1,0 +1,1 @@
+"""The playground as people see it, in a real browser: `make browser-test`."""
