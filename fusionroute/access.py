@@ -11,6 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -106,6 +107,7 @@ class ServerAccess:
     ) -> None:
         self.keys = keys
         self._files: WatchedFiles[Pem] | None = None
+        self._tls = tls if tls is not None and tls.is_given else None
         self.require_client = False
         if tls is not None and tls.is_given:
             if tls.certificate is None:
@@ -151,6 +153,28 @@ class ServerAccess:
             renewed,  # type: ignore[arg-type]  # None is documented: nothing has changed
             require_client_authentication=self.require_client,
         )
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """For a port without gRPC: as `credentials`, also for clients' certificates. None = not encrypted."""
+        if self._files is None or self._tls is None:
+            return None
+        tls, files, taken = self._tls, self._files, self._files.generation
+        newest = _context_of(tls, require_client=self.require_client)
+
+        def renew(
+            connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, context: ssl.SSLContext
+        ) -> None:
+            """At each handshake; one that fails to read the new files goes on with what there was."""
+            nonlocal newest, taken
+            files.current()
+            if files.generation != taken:
+                with suppress(OSError, ValueError):
+                    newest = _context_of(tls, require_client=self.require_client)
+                    taken = files.generation
+            connection.context = newest
+
+        newest.sni_callback = renew
+        return newest
 
 
 class ClientAccess:
@@ -259,6 +283,19 @@ def warn_if_open(settings: DaemonSettings) -> None:
             without=missing,
             note="whoever reaches this address may call every method; see docs/security.md",
         )
+
+
+def _context_of(files: TlsFiles, *, require_client: bool) -> ssl.SSLContext:
+    """A server's, from files that have been read before. Raises OSError or ValueError: they are others now."""
+    assert files.certificate is not None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(files.certificate, files.key, password=_no_password)
+    if require_client:
+        context.load_verify_locations(files.ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 def _tls_of(settings: DaemonSettings) -> TlsFiles:

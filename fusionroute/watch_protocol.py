@@ -15,17 +15,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 MOST_CONNECTIONS = 64
 
 
-def patient_for(request_seconds: float) -> type[H11Protocol]:
+def patient_for(request_seconds: float, most_connections: int = MOST_CONNECTIONS) -> type[H11Protocol]:
     """A protocol for `uvicorn.Config(http=...)`.
 
     Args:
         request_seconds: how long a caller may take to send a whole request, once it is connected.
+        most_connections: with more, the one that has been silent for longest is closed.
     """
 
     class Protocol(_BoundedProtocol):
         pass
 
-    Protocol.request_seconds = request_seconds
+    Protocol.request_seconds, Protocol.most_connections = request_seconds, most_connections
     return Protocol
 
 
@@ -33,13 +34,14 @@ class _BoundedProtocol(H11Protocol):
     """uvicorn's, with bounds on what a caller may hold."""
 
     request_seconds = 10.0
+    most_connections = MOST_CONNECTIONS
     _deadline: asyncio.TimerHandle | None = None
     _silent_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
         self._wait_for_request(self.request_seconds)
-        while len(self.connections) > MOST_CONNECTIONS:
+        while len(self.connections) > self.most_connections:
             self._oldest_of_others()._hang_up()
 
     def connection_lost(self, exc: Exception | None) -> None:

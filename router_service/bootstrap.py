@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import structlog
 from pydantic import SecretStr
@@ -36,17 +37,19 @@ from fusionroute.watch_server import Watched, check_watch_port_free, watching
 from router_service import metrics
 from router_service.admission import Admission
 from router_service.asking import LocalModel, Patience
-from router_service.draft_policy import Experience
+from router_service.draft_experience import Experience
 from router_service.drafting import DraftingMode
 from router_service.ensemble import Ensemble
 from router_service.experts import Directory, RemoteExpert
 from router_service.http.service import RouterApi
 from router_service.kv_budget import kv_budget
 from router_service.promotion_watch import CheckpointSource, PromotionWatch
+from router_service.prompt_scoring import PromptScorer
 from router_service.registry_servicer import Admit, RegistryServicer
 from router_service.registry_store import RegistryStore
 from router_service.servicer import RouterServicer
 from router_service.serving import PromotionReport, ServedCheckpoints, Serving
+from router_service.session_closing import SessionCloser
 from router_service.session_store import SessionStore
 from router_service.settings import RouterSettings
 from router_service.token_pace import PaceLimit
@@ -59,6 +62,9 @@ from router_service.watching import RouterGauges, needs_redis
 log = structlog.get_logger(__name__)
 
 ROUTER_SERVICE = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
+HTTP_REQUEST_SECONDS = 60.0
+"""How long a caller of the HTTP port may take to send a request."""
+MOST_HTTP_CONNECTIONS = 1024
 REGISTRY_SERVICE = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name
 
 
@@ -186,8 +192,10 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
         await stack.enter_async_context(served.open())
         admission = turn_admission(settings, served, directory)
         limits = TurnLimits(settings.alone_seconds, settings.store_patience_seconds)
+        closer = await stack.enter_async_context(SessionCloser(served, directory).running())
         keeper = TurnKeeper(served, store, admission, limits)
         stack.push_async_callback(keeper.drain, 0.0)
+        scorer = PromptScorer(served, admission, closer, lambda: keeper.is_draining)
         if settings.checkpoints_dir is not None:
             watch = PromotionWatch(
                 promotions=PromotionStore(redis),
@@ -201,7 +209,7 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
         running = await stack.enter_async_context(
             server(
                 [
-                    router_service(RouterServicer(keeper, store, served, directory)),
+                    router_service(RouterServicer(keeper, store, served, directory, scorer)),
                     registry_service(RegistryServicer(registry, _admission(settings, served))),
                 ],
                 host=settings.host,
@@ -216,21 +224,39 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
         gauges = RouterGauges(served, directory, admission)
         watched = Watched(running.health, gauges.exposition(), keys=access.keys)
         watch_address = await stack.enter_async_context(watching(settings, watched))
-        api = RouterApi(keeper, served, directory, running.health)
-        http_address = await stack.enter_async_context(_http(settings, api))
+        api = RouterApi(
+            keeper,
+            served,
+            directory,
+            running.health,
+            watched.exposition,
+            scorer,
+            served_name=settings.served_name,
+            max_new_tokens=settings.http_max_new_tokens,
+        )
+        http_address = await stack.enter_async_context(_http(settings, api, access))
         yield RunningRouter(running, keeper, served, directory, watch_address, http_address)
 
 
 @asynccontextmanager
-async def _http(settings: RouterSettings, api: RouterApi) -> AsyncIterator[str | None]:
+async def _http(settings: RouterSettings, api: RouterApi, access: ServerAccess) -> AsyncIterator[str | None]:
     """Serves HTTP within the context where settings name a port; gives HOST:PORT, or None."""
     if settings.http_port is None:
         yield None
         return
-    from router_service.http.application import application
+    from fusionroute.watch_protocol import patient_for
+    from router_service.http.application import Admittance, application
 
+    admittance = Admittance(access.keys, settings.http_max_body_bytes, settings.http_origin_names())
+    encryption = access.ssl_context()
+    config: dict[str, Any] = {} if encryption is None else {"ssl_context_factory": lambda *_: encryption}
     async with serving_http(
-        application(api), settings.http_host, settings.http_port, port_field="http_port"
+        application(api, admittance),
+        settings.http_host,
+        settings.http_port,
+        port_field="http_port",
+        http=patient_for(HTTP_REQUEST_SECONDS, MOST_HTTP_CONNECTIONS),
+        **config,
     ) as address:
         yield address
 

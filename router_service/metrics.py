@@ -103,6 +103,15 @@ FOLLOWED_TURNS = Counter(
     registry=REGISTRY,
 )
 
+HTTP_SECONDS = Histogram(
+    f"{PREFIX}_http_seconds",
+    "How long HTTP requests took, streams to their end, by route (other: there is none) and status (499: the client"
+    " left).",
+    ["route", "status"],
+    buckets=LATENCY_BUCKETS,
+    registry=REGISTRY,
+)
+
 # --- experts -----------------------------------------------------------------------------------------------------
 
 RETRIES = Counter(

@@ -1,34 +1,83 @@
-"""All HTTP routes of the router in one application."""
+"""All HTTP routes of the router in one application, and what stands before them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp
 
-from fusionroute import __version__
+from fusionroute.api_keys import ApiKeys
+from fusionroute.errors import FusionRouteError
+from router_service.http.access import KeysAsked
+from router_service.http.body_limit import BodyLimit
+from router_service.http.errors import openai_body, openai_error
+from router_service.http.observing import Observed
+from router_service.http.openai_routes import openai_routes
 from router_service.http.service import RouterApi
+from router_service.http.upkeep import upkeep_routes
+
+OPEN_PATHS = ("/health",)
+"""That are answered without a key."""
 
 
-def application(api: RouterApi) -> Starlette:
+@dataclass(frozen=True, slots=True)
+class Admittance:
+    """Whose requests are answered.
+
+    Attributes:
+        keys: None = nobody is asked for one.
+        max_body_bytes: of a request.
+        origins: whose pages may call from browsers.
+    """
+
+    keys: ApiKeys | None = None
+    max_body_bytes: int = 8 * 2**20
+    origins: tuple[str, ...] = ()
+
+
+def application(api: RouterApi, admittance: Admittance | None = None) -> ASGIApp:
     """The application for `fusionroute.http_server.serving_http`."""
-    routed = Starlette(routes=[*upkeep_routes(api)])
+    admittance = admittance or Admittance()
+    routes = all_routes(api)
+    routed = Starlette(
+        routes=routes, exception_handlers={FusionRouteError: _refused, HTTPException: _not_there}
+    )
     routed.router.redirect_slashes = False  # to the host that the caller named
-    return routed
+    app: ASGIApp = BodyLimit(routed, admittance.max_body_bytes)
+    if admittance.keys is not None:
+        app = KeysAsked(app, admittance.keys, OPEN_PATHS)
+    if admittance.origins:  # before the keys: browsers ask without one whether they may ask
+        app = CORSMiddleware(
+            app,
+            allow_origins=admittance.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return Observed(app, routes)
 
 
-def upkeep_routes(api: RouterApi) -> list[BaseRoute]:
-    """Whether the router is there, and which version it is."""
+def all_routes(api: RouterApi) -> list[BaseRoute]:
+    """Of every API."""
+    return [*upkeep_routes(api), *openai_routes(api)]
 
-    async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
 
-    async def ready(request: Request) -> Response:
-        reasons = await api.health.why_not_ready()
-        return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, FusionRouteError)
+    return openai_error(error)
 
-    async def version(request: Request) -> Response:
-        return JSONResponse({"version": __version__, "checkpoint": api.offer.checkpoint})
 
-    return [Route("/health", health), Route("/ready", ready), Route("/version", version)]
+async def _not_there(request: Request, error: Exception) -> Response:
+    """404 and 405 with a body that says so."""
+    assert isinstance(error, HTTPException)
+    shown = f"{request.method} {request.url.path}"[:200]
+    what = {404: f"there is no {shown}", 405: f"{shown}: this method is not known here"}
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    body = openai_body(error.status_code, what.get(error.status_code, error.detail), code)
+    return JSONResponse(body, error.status_code, dict(error.headers or {}))

@@ -1,0 +1,77 @@
+"""Prompts of OpenAI's API as prompts of turns: texts, token ids, batches of both, conversations."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fusionroute.errors import invalid
+from fusionroute.v1 import router_pb2
+from router_service.http.openai_requests import ChatMessage, Prompt
+from router_service.http.service import RouterApi
+
+MAX_PROMPTS = 128
+
+
+def prompts_of(prompt: Prompt) -> list[str | list[int]]:
+    """One by one. Raises InvalidRequest: none, too many, or an id that cannot be one."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise invalid("prompt", prompt, "at least one text or token id")
+    if isinstance(prompt[0], int):
+        return [_checked(prompt)]
+    if len(prompt) > MAX_PROMPTS:
+        raise invalid("prompt", f"{len(prompt)} prompts", f"at most {MAX_PROMPTS}")
+    return [each if isinstance(each, str) else _checked(each) for each in prompt]
+
+
+def _checked(ids: Any) -> list[int]:
+    if bad := [each for each in ids if not 0 <= each < 2**32]:
+        raise invalid("prompt", bad[0], "a token id")
+    return list(ids)
+
+
+def set_prompt(request: router_pb2.GenerateRequest, prompt: str | list[int]) -> None:
+    """Makes a request continue a text or token ids."""
+    if isinstance(prompt, str):
+        request.text = encodable("prompt", prompt)
+    else:
+        request.token_ids.ids.extend(prompt)
+
+
+def encodable(field: str, text: str) -> str:
+    """The text, if UTF-8 can say it. Raises InvalidRequest: it has half of a surrogate pair in it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise invalid(field, text[error.start : error.end], "text that UTF-8 can say") from None
+    return text
+
+
+async def set_conversation(
+    request: router_pb2.GenerateRequest, messages: list[ChatMessage], api: RouterApi
+) -> None:
+    """Makes a request answer the last message of a conversation. Raises InvalidRequest."""
+    await asyncio.sleep(0)
+    for number, message in enumerate(messages):
+        role = "system" if message.role == "developer" else message.role
+        text = encodable(f"messages[{number}].content", text_of(message, f"messages[{number}].content"))
+        request.messages.messages.add(role=role, content=text)
+
+
+def text_of(message: ChatMessage, field: str) -> str:
+    """A message's text, its parts joined. Raises InvalidRequest: a part is no text, or there is none."""
+    content = message.content
+    if content is None:
+        raise invalid(field, None, "a text")
+    if isinstance(content, str):
+        return content
+    texts = []
+    for number, part in enumerate(content):
+        if part.type != "text":
+            raise invalid(f"{field}[{number}].type", part.type, "text: other content cannot be read here")
+        if part.text is None:
+            raise invalid(f"{field}[{number}].text", None, "a text")
+        texts.append(part.text)
+    return "\n".join(texts)
