@@ -94,6 +94,11 @@ constraints: ## Resolve the dependencies anew and write constraints.txt
 chaos: $(READY) ## The kill matrix: every part hurt in every way while it writes (ten minutes)
 	$(BIN)/python -m tests.chaos $(CHAOS_FLAGS)
 
+.PHONY: bench
+bench: $(READY) ## Measure everything that docs/performance.md shows, and fill it (half an hour)
+	$(BIN)/fusionroute bench all --output benchmarks/results $(BENCH_FLAGS)
+	$(BIN)/python docs/performance.py
+
 export COMPOSE ?= docker compose
 
 .PHONY: compose-up

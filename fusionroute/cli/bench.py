@@ -16,7 +16,9 @@ bench = CommandGroup(
         "prefix": "fusionroute.cli.bench_state:prefix",
         "speculation": "fusionroute.cli.bench_ways:speculation",
         "wire": "fusionroute.cli.bench_ways:wire",
+        "http": "fusionroute.cli.bench_http:http",
         "peers": "fusionroute.cli.bench_peers:peers",
+        "all": "fusionroute.cli.bench_all:all_suites",
     },
     help="""Measure speed on this machine: ratios of what takes turns in one run.
 

@@ -11,6 +11,7 @@ import pytest
 from docs import performance
 from evaluation.bench_report import Finding, Report, Table
 from evaluation.bench_runs import Spread
+from fusionroute.cli.bench_all import PLAN
 from tests.unit.test_docs import assert_it_parses, programs, shell_lines
 
 PLACE = "<!-- results of wire: begin -->\nold\n<!-- results of wire: end -->"
@@ -59,8 +60,15 @@ def test_the_page_has_a_place_for_every_suite_and_says_what_the_committed_result
     from fusionroute.cli.bench import bench
 
     page = performance.PAGE.read_text()
-    assert set(re.findall(r"<!-- results of (\w+): begin -->", page)) == set(bench.list_commands(None))
+    assert set(re.findall(r"<!-- results of (\w+): begin -->", page)) == set(bench.list_commands(None)) - {
+        "all"
+    }
     assert performance.main(["--check"]) == 0
+
+
+def test_the_commands_of_the_page_are_those_that_measure_everything() -> None:
+    lines = [line for line in shell_lines(performance.PAGE) if line.startswith("fusionroute bench")]
+    assert [line for line in lines if line.split()[2] != "all"] == [each.command for each in PLAN]
 
 
 def test_every_command_of_the_page_is_understood_and_each_suite_has_one() -> None:
@@ -70,4 +78,4 @@ def test_every_command_of_the_page_is_understood_and_each_suite_has_one() -> Non
         if program == "fusionroute":
             suites.add(words[1])
             assert_it_parses(programs()[program], words)
-    assert suites == set(re.findall(r"<!-- results of (\w+): begin -->", performance.PAGE.read_text()))
+    assert suites == {"all", *re.findall(r"<!-- results of (\w+): begin -->", performance.PAGE.read_text())}
