@@ -1,25 +1,32 @@
 """What an application needs to talk to a router: typed calls, our errors, streams closed behind it.
 
 async with RouterClient.open("127.0.0.1:50050") as router:
-    async with aclosing(router.generate(GenerateRequest(text="box: 4+4="))) as events:
-        async for event in events: ...
+    print((await router.complete("box: 4+4=", max_tokens=20)).text)
+    async with router.stream("box: 4+4=", combine="select") as answer:
+        async for token in answer:
+            print(token.text, token.expert)
+
+Below these are the calls of the contract, message for message.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from typing import TypeVar
+from typing import TypeVar, Unpack
 
 import grpc
 
 from fusionroute.access import ClientAccess
+from fusionroute.answer_stream import AnswerStream
+from fusionroute.answers import Completion, Expert, ScoredToken, Session
 from fusionroute.calls import answer_of, answers_of
 from fusionroute.errors import AccessDenied, FusionRouteError, invalid
 from fusionroute.grpc_runtime import channel
+from fusionroute.questions import Options, Prompt, ScoringOptions, generate_request, score_request
 from fusionroute.rpc_errors import was_transport
-from fusionroute.unbroken import Patience, unbroken
+from fusionroute.unbroken import Patience, identified, unbroken
 from fusionroute.v1 import registry_pb2, registry_pb2_grpc, router_pb2, router_pb2_grpc
 from fusionroute.v1.registry_pb2 import ExpertEntry, ExpertState
 from fusionroute.v1.router_pb2 import (
@@ -27,7 +34,9 @@ from fusionroute.v1.router_pb2 import (
     GenerationEvent,
     GetRouterInfoResponse,
     GetSessionResponse,
+    PromptToken,
     ResumeRequest,
+    ScorePromptRequest,
 )
 
 CALL_TIMEOUT_SECONDS = 15.0
@@ -80,6 +89,80 @@ class RouterClient:
         """Another router shall be asked from now on, if there is one."""
         self._current = (self._current + 1) % len(self._routers)
 
+    # --- in plain Python -----------------------------------------------------------------------------------------
+
+    def stream(
+        self, prompt: Prompt, *, patience: Patience | None = None, **options: Unpack[Options]
+    ) -> AnswerStream:
+        """An answer, token by token; a stream that breaks goes on at the next token.
+
+        Args:
+            prompt: a text, token ids, or messages for the chat template.
+            patience: how long the answer may take.
+            options: see `fusionroute.questions.Options`.
+
+        Raises:
+            InvalidRequest: an option cannot be that. While reading: FusionRouteError as the router meant it.
+        """
+        request = identified(generate_request(prompt, options))
+        return AnswerStream(
+            self.unbroken(request, patience),
+            self.cancel,
+            session_id=request.session_id,
+            cancels_on_leaving=request.one_off,
+        )
+
+    async def complete(
+        self, prompt: Prompt, *, patience: Patience | None = None, **options: Unpack[Options]
+    ) -> Completion:
+        """A whole answer. Arguments and errors as of `stream`."""
+        return await self.stream(prompt, patience=patience, **options).read()
+
+    async def chat(
+        self,
+        messages: str | Sequence[Mapping[str, str]],
+        *,
+        patience: Patience | None = None,
+        **options: Unpack[Options],
+    ) -> Completion:
+        """The answer to messages, or to one of a user. As `stream`, which takes messages too."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return await self.complete(messages, patience=patience, **options)
+
+    def follow(
+        self, session_id: str, from_token: int = 0, timeout_seconds: float = STREAM_TIMEOUT_SECONDS
+    ) -> AnswerStream:
+        """The latest answer of a session from its token `from_token` on, written or still being written.
+
+        An answer whose writing broke off is continued. One stream of one router: when it breaks, it breaks.
+        """
+        return AnswerStream(
+            self.resume(session_id, from_token, timeout_seconds),
+            self.cancel,
+            session_id=session_id,
+            cancels_on_leaving=False,
+        )
+
+    async def score(
+        self, prompt: Prompt, *, from_position: int = 0, **options: Unpack[ScoringOptions]
+    ) -> list[ScoredToken]:
+        """What each token of a prompt, from one of its positions on, would have been worth."""
+        request = score_request(prompt, options, from_position)
+        async with aclosing(self.score_prompt(request)) as tokens:
+            return [ScoredToken.of(token) async for token in tokens]
+
+    async def session(self, session_id: str) -> Session:
+        """What is stored of a session. Raises SESSION_UNKNOWN."""
+        return Session.of(await self.get_session(session_id))
+
+    async def experts(self, timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> list[Expert]:
+        """The experts that the routers know, by slot."""
+        entries = await self.list_experts(timeout_seconds)
+        return sorted(map(Expert.of, entries), key=lambda expert: (expert.slot, expert.instance_id))
+
+    # --- message for message -------------------------------------------------------------------------------------
+
     def unbroken(
         self,
         request: GenerateRequest,
@@ -110,6 +193,16 @@ class RouterClient:
         async with aclosing(answers_of(call, self.address)) as responses:
             async for response in responses:
                 yield response.event
+
+    async def score_prompt(
+        self, request: ScorePromptRequest, timeout_seconds: float = STREAM_TIMEOUT_SECONDS
+    ) -> AsyncGenerator[PromptToken, None]:
+        """What each token of a prompt would have been worth, in order. Leaving early ends the scoring."""
+        call = self._router.sessions.ScorePrompt(request, timeout=timeout_seconds)
+        async with aclosing(answers_of(call, self.address)) as responses:
+            async for response in responses:
+                for token in response.tokens:
+                    yield token
 
     async def cancel(self, session_id: str) -> bool:
         """Stops the running turn of a session; False when none was running."""
