@@ -11,6 +11,7 @@ MAX_ID_CHARACTERS = 128
 MAX_SLOT_CHARACTERS = 32
 MAX_MESSAGES = 4096
 ROLES = frozenset({"system", "user", "assistant"})
+MAX_CONSTRAINT_CHARACTERS = {"json_schema": 65_536, "regex": 8_192, "grammar": 65_536}
 CHARACTERS_PER_TOKEN = 64
 """A text with more characters than this for each token of the context is refused without counting its tokens. Usual
 text has about four; only long runs of one character come near."""
@@ -25,11 +26,11 @@ def check_limits(request: router_pb2.GenerateRequest, max_context_tokens: int) -
         request: as it came.
         max_context_tokens: longest session of the checkpoint that would serve it.
     """
-    for field, value in (("session_id", request.session_id), ("request_id", request.request_id)):
-        if not _ID.fullmatch(value):
-            raise invalid(field, value, f"at most {MAX_ID_CHARACTERS} characters of A-Z a-z 0-9 . _ : -")
+    check_id("session_id", request.session_id)
+    check_id("request_id", request.request_id)
     if len(request.fixed_expert) > MAX_SLOT_CHARACTERS:
         raise invalid("fixed_expert", request.fixed_expert, f"at most {MAX_SLOT_CHARACTERS} characters")
+    _check_constraint(request.sampling.constraint)
     kind = request.WhichOneof("prompt")
     if kind == "token_ids":
         _check_num_ids(len(request.token_ids.ids), max_context_tokens)
@@ -37,6 +38,22 @@ def check_limits(request: router_pb2.GenerateRequest, max_context_tokens: int) -
         _check_messages(request.messages, max_context_tokens)
     else:
         _check_characters("text", len(request.text), max_context_tokens)
+
+
+def check_id(field: str, value: str) -> None:
+    """Raises InvalidRequest when a value cannot be an id."""
+    if not _ID.fullmatch(value):
+        raise invalid(field, value, f"at most {MAX_ID_CHARACTERS} characters of A-Z a-z 0-9 . _ : -")
+
+
+def _check_constraint(constraint: router_pb2.Constraint) -> None:
+    kind = constraint.WhichOneof("language")
+    if kind is None:
+        return
+    text: str = getattr(constraint, kind)
+    most = MAX_CONSTRAINT_CHARACTERS[kind]
+    if not 1 <= len(text) <= most:
+        raise invalid(f"constraint.{kind}", text, f"1 to {most} characters")
 
 
 def _check_num_ids(num_ids: int, max_context_tokens: int) -> None:

@@ -22,7 +22,7 @@ class KeysAsked:
     Args:
         app: what is guarded.
         keys: what is accepted.
-        open_paths: for which nobody is asked; those that end with a slash stand for all below them too.
+        open_paths: for which nobody is asked; those that end with a slash, but the root, stand for all below them too.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, open_paths: tuple[str, ...]) -> None:
@@ -46,7 +46,8 @@ class KeysAsked:
     def _is_open(self, scope: Scope) -> bool:
         path: str = scope["path"]
         return scope["method"] in ("GET", "HEAD") and any(
-            path == each or (each.endswith("/") and path.startswith(each)) for each in self._open_paths
+            path == each or (len(each) > 1 and each.endswith("/") and path.startswith(each))
+            for each in self._open_paths
         )
 
     def _note(self, scope: Scope, what: str) -> None:

@@ -19,10 +19,12 @@ from router_service.http.body_limit import BodyLimit
 from router_service.http.errors import openai_body, openai_error
 from router_service.http.observing import Observed
 from router_service.http.openai_routes import openai_routes
+from router_service.http.playground import PAGE_PATHS, playground_routes
 from router_service.http.service import RouterApi
+from router_service.http.tgi import tgi_routes
 from router_service.http.upkeep import upkeep_routes
 
-OPEN_PATHS = ("/health",)
+OPEN_PATHS = ("/health", *PAGE_PATHS)
 """That are answered without a key."""
 
 
@@ -65,7 +67,7 @@ def application(api: RouterApi, admittance: Admittance | None = None) -> ASGIApp
 
 def all_routes(api: RouterApi) -> list[BaseRoute]:
     """Of every API."""
-    return [*upkeep_routes(api), *openai_routes(api)]
+    return [*upkeep_routes(api), *openai_routes(api), *playground_routes(api)]
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -16,9 +16,10 @@ from fusionroute.wire import load_to_message
 from router_service.http.service import RouterApi
 from router_service.instance_choice import Standing
 from router_service.instances import Instance
+from router_service.request_limits import check_id
 
 ASSETS = "/playground/"
-OPEN_PATHS = ("/", ASSETS)
+PAGE_PATHS = ("/", ASSETS)
 """That are answered without a key: the page itself, which asks people for the key that its calls need."""
 PAGE = "index.html"
 
@@ -64,12 +65,26 @@ class Asset:
 
 
 def playground_routes(api: RouterApi) -> list[BaseRoute]:
-    """The page, and `/fusionroute/state`, which it asks for each second."""
+    """The page, `/fusionroute/state`, which it asks for each second, and a way to end and forget a session.
+
+    A stream that goes on after a cut needs a session, which does not end with its connection.
+    """
 
     async def state(request: Request) -> Response:
         return JSONResponse(state_of(api), headers={"cache-control": "no-store"})
 
-    return [*page_routes(), Route("/fusionroute/state", state, methods=["GET"])]
+    async def forget(request: Request) -> Response:
+        session_id = request.path_params["session_id"]
+        check_id("session_id", session_id)
+        existed = await api.keeper.delete(session_id)
+        await api.scorer.closer.forget(session_id)
+        return JSONResponse({"session_id": session_id, "existed": existed})
+
+    return [
+        *page_routes(),
+        Route("/fusionroute/state", state, methods=["GET"]),
+        Route("/fusionroute/sessions/{session_id}", forget, methods=["DELETE"]),
+    ]
 
 
 def page_routes() -> list[BaseRoute]:

@@ -9,6 +9,8 @@ const ASK_TIMEOUT_MS = 5000;
 const KEY_PLACE = "fusionroute.key";
 /** After a cut these may pass: the turn is still being put aside, or the router is just starting again. */
 const PASSING_STATUS = new Set([409, 429, 502, 503]);
+/** Statuses of errors that come in the middle of a stream, by their type. */
+const STATUS_OF = { rate_limit_error: 429, conflict_error: 409, not_found_error: 404, invalid_request_error: 400 };
 
 /** The server said no, in words. */
 export class Refused extends Error {
@@ -50,14 +52,21 @@ export class Api {
     return this.#get("fusionroute/state");
   }
 
+  /** Ends what is being written in a session, and forgets it. Whoever leaves the page need not wait. */
+  async forget(sessionId) {
+    await this.#ask(`fusionroute/sessions/${sessionId}`, { method: "DELETE", keepalive: true }).catch(() => {});
+  }
+
   /**
-   * The chunks of a streamed answer. A cut connection is taken up again where it broke.
+   * The chunks of a streamed answer, which is written in a session of its own (`body.fusionroute.session_id`), so that
+   * a cut connection can be taken up again where it broke.
    * @param {string} path
    * @param {object} body
-   * @param {{signal: AbortSignal, lastId?: string, onCut?: () => void}} options
+   * @param {{signal: AbortSignal, lastId?: string, onCut?: () => void}} options `lastId`: go on behind this event
    * @returns {AsyncGenerator<{id: string, chunk: object}>}
    */
   async *stream(path, body, { signal, lastId = "", onCut = () => {} }) {
+    const beginning = firstId(body);
     let numFailed = 0;
     for (;;) {
       try {
@@ -72,15 +81,17 @@ export class Api {
           numFailed = 0;
           if (data === "[DONE]") return;
           const chunk = JSON.parse(data);
-          if (chunk.error) throw new Refused(chunk.error.status ?? chunk.error.code, chunk.error.message);
-          lastId = id;
+          if (chunk.error) throw new Refused(STATUS_OF[chunk.error.type] ?? 500, chunk.error.message);
+          lastId = id || lastId;
           yield { id, chunk };
         }
         throw new TypeError("it ended in the middle of the answer");
       } catch (error) {
         numFailed += 1;
+        const hasNotBegun = error.status === 404 && lastId === beginning;
         const mayPass = !(error instanceof Refused) || (lastId && PASSING_STATUS.has(error.status));
-        if (signal.aborted || !mayPass || numFailed >= MOST_ATTEMPTS) throw error;
+        if (signal.aborted || !(mayPass || hasNotBegun) || numFailed >= MOST_ATTEMPTS) throw error;
+        lastId = hasNotBegun ? "" : lastId || beginning; // the question may have arrived before the cut
         onCut();
         await pause(Math.min(MOST_PAUSE_MS, FIRST_PAUSE_MS * 2 ** (numFailed - 1)), signal);
       }
@@ -99,6 +110,11 @@ export class Api {
     const seconds = Number(response.headers.get("retry-after")) || null;
     throw new Refused(response.status, await reasonOf(response), seconds);
   }
+}
+
+/** What stands for "from the first token on" where an event's id is asked for. */
+export function firstId(body) {
+  return `${body.fusionroute.session_id}:0`;
 }
 
 async function reasonOf(response) {

@@ -1,7 +1,7 @@
 /** The turns of the conversation: asking, writing down what comes, stopping, asking again. */
 
 import { Answer } from "./answer.js";
-import { inWords } from "./api.js";
+import { firstId, inWords } from "./api.js";
 import { keep, recall } from "./keeping.js";
 import { make } from "./looks.js";
 
@@ -47,14 +47,16 @@ export class Conversation {
   restore() {
     let answer = null;
     for (const turn of recall()) {
-      if (!turn.lastId) turn.ending ??= "stopped"; // nothing had come yet that could be gone on from
       this.turns.push(turn);
       answer = this.#place(turn);
       this.#conclude(answer);
     }
     this.#follow(true);
     const last = this.turns.at(-1);
-    if (last && last.ending === undefined) this.#write(answer);
+    if (last && last.ending === undefined) {
+      last.lastId ??= firstId(last.body);
+      this.#write(answer);
+    }
     this.onChange();
   }
 
@@ -64,7 +66,9 @@ export class Conversation {
    * @param {{path: string, body: object, rule: string}} request without the prompt
    */
   ask(prompt, { path, body, rule }) {
-    const turn = { prompt, path, rule, seed: body.seed, tokens: [], body: this.#withPrompt(prompt, path, body) };
+    const extension = { ...body.fusionroute, session_id: newSessionId() };
+    const whole = { ...this.#withPrompt(prompt, path, body), fusionroute: extension };
+    const turn = { prompt, path, rule, seed: body.seed, tokens: [], body: whole };
     this.turns.push(turn);
     this.#atEnd = true;
     return this.#write(this.#place(turn));
@@ -72,21 +76,29 @@ export class Conversation {
 
   /** Asks for the last answer again, with the settings as they are now. */
   askAgain(request) {
-    const { prompt } = this.turns.pop();
+    const turn = this.turns.pop();
+    this.#forget(turn);
     this.list.lastElementChild.remove();
-    return this.ask(prompt, request);
+    return this.ask(turn.prompt, request);
   }
 
   stop() {
-    this.#running?.abort();
+    if (this.#running === null) return;
+    this.#running.abort();
+    this.#forget(this.turns.at(-1));
   }
 
   clear() {
-    this.stop();
+    this.#running?.abort();
+    this.turns.forEach((turn) => this.#forget(turn));
     this.turns = [];
     this.list.replaceChildren();
     keep(this.turns);
     this.onChange();
+  }
+
+  #forget(turn) {
+    this.api.forget(turn.body.fusionroute.session_id);
   }
 
   #withPrompt(prompt, path, body) {
@@ -156,10 +168,24 @@ export class Conversation {
   #conclude(answer) {
     const { turn } = answer;
     turn.answered = turn.ending === "error" && answer.isEmpty ? "" : answer.text;
-    if (turn.ending === "error") answer.tell(turn.error, "error");
-    else if (answer.isEmpty && turn.ending) answer.tell("The answer is empty.");
+    if (turn.ending === "error") {
+      answer.tell(turn.error, "error");
+      if (turn.lastId) answer.note.append(" ", this.#goOnButton(answer));
+    } else if (answer.isEmpty && turn.ending) answer.tell("The answer is empty.");
     else answer.tell(ENDINGS[turn.ending] ?? "");
     answer.shares.conclude(turn);
+  }
+
+  /** What broke off can be continued where it stands. */
+  #goOnButton(answer) {
+    const button = make("button", "go-on", "Go on");
+    button.type = "button";
+    button.addEventListener("click", () => {
+      if (this.isRunning) return;
+      delete answer.turn.ending;
+      this.#write(answer);
+    });
+    return button;
   }
 
   /** Keeps the end in sight for whoever was looking at it, once a frame at most. */
@@ -170,4 +196,9 @@ export class Conversation {
       this.element.scrollTop = this.element.scrollHeight;
     });
   }
+}
+
+function newSessionId() {
+  const words = crypto.getRandomValues(new Uint32Array(4));
+  return `page-${Array.from(words, (word) => word.toString(16).padStart(8, "0")).join("")}`;
 }
