@@ -67,7 +67,7 @@ def application(api: RouterApi, admittance: Admittance | None = None) -> ASGIApp
 
 def all_routes(api: RouterApi) -> list[BaseRoute]:
     """Of every API."""
-    return [*upkeep_routes(api), *openai_routes(api), *playground_routes(api)]
+    return [*upkeep_routes(api), *openai_routes(api), *tgi_routes(api), *playground_routes(api)]
 
 
 async def _refused(request: Request, error: Exception) -> Response:
