@@ -253,7 +253,12 @@ class Choice:
 def choose(fused: Row, sampling: Sampling, position: int, seen: SeenTokens | None = None) -> Choice:
     """Chooses the token for `position` of the session from fused scores [V]; ties go to the lowest id."""
     token = pick(fused, sampling, position, seen)
-    return Choice(token, float(fused[token]) - logsumexp(fused))
+    return Choice(token, logprob(fused, token))
+
+
+def logprob(row: Row, token: int) -> float:
+    """Natural log of a token's probability under a row of logits [V]."""
+    return float(row[token]) - logsumexp(row)
 
 
 def pick(fused: Row, sampling: Sampling, position: int, seen: SeenTokens | None = None) -> int:

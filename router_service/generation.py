@@ -23,7 +23,6 @@ from fusionroute.fusion import (
     SeenTokens,
     choose,
     fuse,
-    top_candidates,
 )
 from fusionroute.short_rows import can_choose, pick_if_certain
 from fusionroute.telemetry import is_debugging
@@ -34,7 +33,7 @@ from router_service.drafting import Drafter, Lookup, Plan
 from router_service.ensemble import Ensemble
 from router_service.records import UNKNOWN_LOGPROB, TokenRecord, TokenSource
 from router_service.rounds import RoundAsker
-from router_service.scores import Round, Scores
+from router_service.scores import Candidates, Round, Scores
 from router_service.session_text import Text
 from router_service.stored_session import FinishReason
 from router_service.text import AnswerText
@@ -49,15 +48,6 @@ QUICK_ROW = 1024
 LOOK_TOKENS = 8
 """Of every so many tokens one is compared with what models would have proposed, where rows are longer than that."""
 LEAST_LOGPROB = math.log(DRAFT_PROBABILITY)
-
-
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """Best ids with their log-probabilities, by whom."""
-
-    fused: list[Choice]
-    expert: list[Choice]
-    router: list[Choice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,11 +275,7 @@ class TurnWriter:
         count = self.wishes.num_top_candidates
         if not count:
             return choice, None
-        return choice, Candidates(
-            fused=top_candidates(fused, count),
-            expert=[] if scores.expert is None else top_candidates(scores.expert, count),
-            router=[] if scores.router is None else top_candidates(scores.router, count),
-        )
+        return choice, scores.candidates(fused, count)
 
     @property
     def _can_be_short(self) -> bool:

@@ -270,9 +270,13 @@ class Instance:
             or self.entry.state == registry_pb2.EXPERT_STATE_DRAINING
         )
 
-    async def close_session(self, session_id: str, fence: int) -> None:
-        """Asks the expert to forget a session; an expert that does not answer will evict it in time."""
-        request = expert_pb2.CloseSessionRequest(session_id=session_id, fence=fence)
+    async def close_session(self, session_id: str, fence: int, *, may_share: bool = False) -> None:
+        """Asks the expert to forget a session; an expert that does not answer will evict it in time.
+
+        Args:
+            may_share: other sessions may still begin with what was computed for it.
+        """
+        request = expert_pb2.CloseSessionRequest(session_id=session_id, fence=fence, may_share=may_share)
         with contextlib.suppress(grpc.aio.AioRpcError):
             await self.stub.CloseSession(request, timeout=CLOSE_SECONDS)
 

@@ -33,7 +33,7 @@ from router_service.session_text import NEXT_ROW, Text, Wanted
 from router_service.turn_request import Turn
 
 UNSURE_SECONDS = 0.5
-"""How long one may be missed whom the router has not picked, or not for the next token."""
+"""Rows that may turn out not to be needed are not worth a longer wait."""
 
 
 @dataclass(slots=True)
@@ -44,6 +44,7 @@ class RoundAsker:
         costs: what was asked and how long it took is added here.
         top_logits: so many of an expert's highest logits may come instead of its row; 0 = rows only.
         last_expert: who took part in the last token; None before the first, and where the router wrote it alone.
+        unsure_seconds: how long one may be missed whom the router has not picked, or not for the next token.
     """
 
     ensemble: Ensemble
@@ -52,6 +53,7 @@ class RoundAsker:
     costs: Costs
     top_logits: int = 0
     last_expert: int | None = None
+    unsure_seconds: float = UNSURE_SECONDS
     _policy: Policy = field(init=False)
     _draft_of_models: Draft = field(init=False)
     _next_row: Wanted = field(init=False)
@@ -171,7 +173,7 @@ class RoundAsker:
         guess = self.guess
         assert guess is not None
         started = time.monotonic()
-        patience = self.ensemble.expert_patience.while_absent(UNSURE_SECONDS, UNSURE_SECONDS)
+        patience = self.ensemble.expert_patience.while_absent(self.unsure_seconds, self.unsure_seconds)
         try:
             answer = await ask(self.ensemble.experts[guess], self.text, patience, wanted)
         except FusionRouteError:
@@ -249,7 +251,7 @@ class RoundAsker:
 
     async def _ask_for_draft(self, expert: int, wanted: Wanted) -> Answer | None:
         """Rows that matter only if the tokens before them come true; None where they cannot be had."""
-        patience = self.ensemble.expert_patience.while_absent(UNSURE_SECONDS, UNSURE_SECONDS)
+        patience = self.ensemble.expert_patience.while_absent(self.unsure_seconds, self.unsure_seconds)
         try:
             answer = await ask(self.ensemble.experts[expert], self.text, patience, wanted)
         except FusionRouteError:

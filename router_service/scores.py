@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
-from fusionroute.fusion import Decision, Row
+from fusionroute.fusion import Choice, Decision, Row, top_candidates
 from fusionroute.short_rows import ShortRow
 from router_service.asking import Answer
 from router_service.drafting import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Best ids with their log-probabilities, by whom."""
+
+    fused: list[Choice]
+    expert: list[Choice]
+    router: list[Choice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,14 @@ class Scores:
         assert self.whole is not None
         answer = await self.whole()
         return replace(self, expert=answer.rows[0], epoch=answer.epoch, short=None, whole=None)
+
+    def candidates(self, fused: Row, count: int) -> Candidates:
+        """The `count` best ids of each row, and of the scores [V] that they were fused to."""
+        return Candidates(
+            fused=top_candidates(fused, count),
+            expert=[] if self.expert is None else top_candidates(self.expert, count),
+            router=[] if self.router is None else top_candidates(self.router, count),
+        )
 
     @property
     def is_degraded(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,8 @@ from fusionroute.wire import identity_to_message, load_to_message
 from router_service import metrics
 from router_service.experts import Directory
 from router_service.live_turn import LiveTurn
-from router_service.serving import ServedCheckpoints, Serving
+from router_service.prompt_scoring import PromptScorer
+from router_service.serving import ServedCheckpoints
 from router_service.session_store import SessionStore
 from router_service.stored_session import SessionState
 from router_service.turn_events import FINISH_MESSAGES, events_of
@@ -26,9 +26,6 @@ from router_service.turn_request import POLICY_MESSAGES, RULE_MESSAGES
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
-
-FENCE_OF_DELETE = 2**63 - 1
-"""Above every writer's: a deleted session is closed whoever wrote it."""
 
 _STATE_MESSAGES = {
     SessionState.EMPTY: router_pb2.SESSION_STATE_UNSPECIFIED,
@@ -46,11 +43,13 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         store: SessionStore,
         served: ServedCheckpoints,
         directory: Directory,
+        scorer: PromptScorer,
     ) -> None:
         self._keeper = keeper
         self._store = store
         self._served = served
         self._directory = directory
+        self._scorer = scorer
 
     async def Generate(  # noqa: N802
         self, request: router_pb2.GenerateRequest, context: Context
@@ -102,14 +101,19 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self, request: router_pb2.DeleteSessionRequest, context: Context
     ) -> router_pb2.DeleteSessionResponse:
         existed = await self._keeper.delete(request.session_id)
-        await asyncio.gather(
-            *(self._close_session(serving, request.session_id) for serving in self._served.all()),
-            *(
-                instance.close_session(request.session_id, FENCE_OF_DELETE)
-                for instance in list(self._directory.instances.values())
-            ),
-        )
+        await self._scorer.closer.forget(request.session_id)
         return router_pb2.DeleteSessionResponse(existed=existed)
+
+    async def ScorePrompt(  # noqa: N802
+        self, request: router_pb2.ScorePromptRequest, context: Context
+    ) -> AsyncIterator[router_pb2.ScorePromptResponse]:
+        try:
+            async with contextlib.aclosing(self._scorer.score(request)) as responses:
+                async for response in responses:
+                    yield response
+        except FusionRouteError as error:
+            metrics.REJECTIONS.labels(reason=error.reason.value).inc()
+            raise
 
     async def GetRouterInfo(  # noqa: N802
         self, request: router_pb2.GetRouterInfoRequest, context: Context
@@ -130,11 +134,6 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             num_retiring_checkpoints=len(self._served.retiring),
             default_on_expert_unavailable=POLICY_MESSAGES[offer.default_policy],
         )
-
-    @staticmethod
-    async def _close_session(serving: Serving, session_id: str) -> None:
-        with serving.in_use():
-            await serving.engine.close_session(session_id, FENCE_OF_DELETE, for_good=True)
 
     def _slot(self, slot: str) -> router_pb2.ExpertSlot:
         instance = self._directory.best(slot)

@@ -52,6 +52,7 @@ class Text:
         tokens: all tokens, prompts included.
         num_replays: times that a model had lost the session and was sent all of it again.
         num_retries: times that a model had to be asked again for any other reason.
+        asked: names of the caches that may hold some of it.
     """
 
     session_id: str
@@ -59,6 +60,7 @@ class Text:
     tokens: list[int]
     num_replays: int = 0
     num_retries: int = 0
+    asked: set[str] = field(default_factory=set)
     _digests: array[int] = field(default_factory=lambda: array("Q", [EMPTY]))
     _cached: dict[str, int] = field(default_factory=dict)
     _ahead: dict[str, tuple[int, ...]] = field(default_factory=dict)  # what a cache holds beyond `_cached`
@@ -84,6 +86,7 @@ class Text:
 
     def call(self, cache_name: str, deadline: float, wanted: Wanted = NEXT_ROW) -> StepCall:
         """The step that brings a cache up to date and asks for rows."""
+        self.asked.add(cache_name)
         last = len(self.tokens) - 1
         start = min(self.cached_length(cache_name), last + wanted.rows[0])
         first_row = last + wanted.rows[0] - start

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from fusionroute.fusion import Choice
 from fusionroute.v1 import router_pb2
 from router_service.costs import Costs
-from router_service.generation import Candidates, WrittenToken
+from router_service.generation import WrittenToken
 from router_service.live_turn import LiveTurn
+from router_service.scores import Candidates
 from router_service.stored_session import FinishReason
 from router_service.turn_request import DRAFTER_MESSAGES, POLICY_MESSAGES, RULE_MESSAGES, Turn
 

@@ -80,6 +80,11 @@ class TurnKeeper:
         return sum(live.is_written_here for live in self._live.values())
 
     @property
+    def is_draining(self) -> bool:
+        """Whether new turns are refused because the router is about to stop."""
+        return self._draining
+
+    @property
     def num_tokens_written(self) -> int:
         """Tokens of the running turns; moves while turns make progress."""
         return sum(len(live.tokens) for live in self._live.values())

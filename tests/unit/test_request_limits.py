@@ -16,6 +16,7 @@ from fusionroute.local_line import LineRefused, check_address
 from fusionroute.private_redis import connect
 from fusionroute.shared_memory import MemoryRefused, open_memory
 from fusionroute.v1 import common_pb2, expert_pb2, registry_pb2, router_pb2, trainer_pb2
+from router_service.prompt_scoring import as_turn
 from router_service.registry_servicer import RegistryServicer
 from router_service.registry_store import RegistryStore
 from router_service.request_limits import CHARACTERS_PER_TOKEN, MAX_MESSAGES
@@ -43,6 +44,10 @@ Call = Callable[[Any], Any]
 
 def generate(request: router_pb2.GenerateRequest) -> None:
     read_turn(request, OFFER)
+
+
+def score_prompt(request: router_pb2.ScorePromptRequest) -> None:
+    read_turn(as_turn(request), OFFER)
 
 
 async def session(request: Any) -> None:
@@ -124,6 +129,10 @@ def sampling(**changes: Any) -> router_pb2.GenerateRequest:
     return router_pb2.GenerateRequest(text="w5", sampling=router_pb2.SamplingParameters(**changes))
 
 
+def constrained(**changes: Any) -> router_pb2.GenerateRequest:
+    return sampling(constraint=router_pb2.Constraint(**changes))
+
+
 def chat(*messages: router_pb2.ChatMessage) -> router_pb2.GenerateRequest:
     return router_pb2.GenerateRequest(messages=router_pb2.ChatMessages(messages=messages))
 
@@ -165,6 +174,11 @@ TOO_MUCH: dict[str, tuple[Call, Any]] = {
     "ChatMessage.content": (generate, chat(R.ChatMessage(role="user", content=LONG))),
     "SamplingParameters.logit_bias": (generate, sampling(logit_bias=dict.fromkeys(range(2000), 1.0))),
     "SamplingParameters.stop": (generate, sampling(stop=[LONG])),
+    "Constraint.json_schema": (generate, constrained(json_schema=LONG)),
+    "Constraint.regex": (generate, constrained(regex=LONG)),
+    "Constraint.grammar": (generate, constrained(grammar=LONG)),
+    "ScorePromptRequest.text": (score_prompt, R.ScorePromptRequest(text="x" * (CHARACTERS_PER_TOKEN * CONTEXT + 1))),
+    "ScorePromptRequest.fixed_expert": (score_prompt, R.ScorePromptRequest(text="w5", fixed_expert=LONG)),
     "ResumeRequest.session_id": (session, R.ResumeRequest(session_id=LONG)),
     "CancelRequest.session_id": (session, R.CancelRequest(session_id=LONG)),
     "GetSessionRequest.session_id": (session, R.GetSessionRequest(session_id=LONG)),

@@ -1,0 +1,177 @@
+"""What a prompt's tokens would have been worth: the log-probability of each under the fused scores before it.
+
+The prompt is checked as a draft is: a chunk of its tokens at a time, for which the router and every expert that it
+picks within the chunk give all their rows in one forward each. So a prompt costs as many forwards as it has chunks,
+and rows are never kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+from fusionroute.errors import Reason, Unavailable, invalid
+from fusionroute.fusion import fuse, logprob
+from fusionroute.v1 import router_pb2
+from router_service.costs import Costs
+from router_service.drafting import Drafter, Plan
+from router_service.rounds import RoundAsker
+from router_service.scores import Candidates, Scores
+from router_service.serving import ServedCheckpoints, Serving
+from router_service.session_closing import SessionCloser
+from router_service.session_text import Text
+from router_service.text import AnswerText
+from router_service.turn_admission import TurnAdmission
+from router_service.turn_events import top_message
+from router_service.turn_request import Turn, read_prompt, read_turn, read_wishes
+
+CHUNK_BYTES = 16 * 2**20
+"""Rows of router and experts for one chunk, as float32."""
+FLOAT_BYTES = 4
+MAX_CHUNK_TOKENS = 256
+MOST_CHUNKS = 4
+"""Chunks whose rows are in memory at a time, of all prompts together."""
+QUICK_NUMBERS = 65536
+"""Scores of more numbers than these take milliseconds, which the event loop is spared."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A token's log-probability, who took part, and the best candidates where they are wanted."""
+
+    logprob: float
+    expert: int | None
+    top: Candidates | None
+
+
+@dataclass(slots=True, eq=False)
+class PromptScorer:
+    """Scores prompts.
+
+    Attributes:
+        closer: gives the models' memory back.
+        is_draining: whether the router is about to stop.
+        max_chunk_tokens: at most so many tokens at a time, fewer where rows are long.
+    """
+
+    served: ServedCheckpoints
+    admission: TurnAdmission
+    closer: SessionCloser
+    is_draining: Callable[[], bool]
+    max_chunk_tokens: int = MAX_CHUNK_TOKENS
+    _rooms: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_CHUNKS))
+
+    async def score(
+        self, request: router_pb2.ScorePromptRequest
+    ) -> AsyncGenerator[router_pb2.ScorePromptResponse, None]:
+        """The tokens from `from_position` on, some at a time; to be closed by whoever stops reading.
+
+        Raises:
+            FusionRouteError: the request cannot be served, as of a turn; EXPERT_UNAVAILABLE when an expert that is
+                picked does not come back in time.
+        """
+        if self.is_draining():
+            raise Unavailable(Reason.DRAINING, "the router is about to stop", retry_after_seconds=1.0)
+        self.admission.check()
+        with self.served.current.in_use() as serving:
+            alike = as_turn(request)
+            turn = read_turn(alike, serving.offer)
+            num_candidates = read_wishes(alike, serving.offer).num_top_candidates
+            ids = await read_prompt(alike, serving.tokenizer, serving.offer, first_turn=True)
+            if request.from_position >= len(ids):
+                raise invalid(
+                    "from_position", request.from_position, f"below {len(ids)}, the prompt's length"
+                )
+            text = Text(f"score:{uuid4().hex}", 0, ids[: max(1, request.from_position)])
+            with self.admission.reserve(min(len(ids) + 1, serving.offer.max_context_tokens)):
+                try:
+                    # A row of the router and one of an expert for each token.
+                    room = max(1, CHUNK_BYTES // (2 * FLOAT_BYTES * serving.offer.logits_width))
+                    chunk_tokens = min(self.max_chunk_tokens, room)
+                    scoring = _Scoring(serving, turn, num_candidates, ids, text, chunk_tokens, self._rooms)
+                    async for tokens in scoring.run(request.from_position):
+                        yield router_pb2.ScorePromptResponse(tokens=tokens)
+                finally:
+                    self.closer.give_back(serving, text)
+
+
+class _Scoring:
+    """One prompt being scored; `text` holds what was scored already."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        turn: Turn,
+        num_candidates: int,
+        ids: Sequence[int],
+        text: Text,
+        chunk_tokens: int,
+        rooms: asyncio.Semaphore,
+    ) -> None:
+        self._serving, self._turn, self._num_candidates = serving, turn, num_candidates
+        self._ids, self._text, self._chunk_tokens, self._rooms = ids, text, chunk_tokens, rooms
+        self._asker = RoundAsker(serving.ensemble, turn, text, Costs(), unsure_seconds=math.inf)
+
+    async def run(self, from_position: int) -> AsyncGenerator[list[router_pb2.PromptToken], None]:
+        ids, text = self._ids, self._text
+        pieces = self._serving.answer_text((), ids[:from_position])
+        if from_position == 0:
+            yield [self._message(0, None, pieces)]
+        while (start := len(text.tokens)) < len(ids):
+            chunk = ids[start : start + self._chunk_tokens]
+            async with self._rooms:
+                judged = await self._judge(chunk)
+            text.tokens.extend(chunk[: len(judged)])
+            yield [self._message(start + index, each, pieces) for index, each in enumerate(judged)]
+
+    async def _judge(self, chunk: Sequence[int]) -> list[_Judged]:
+        """The tokens that follow the text, as many of them as rows could be had for; at least one."""
+        draft = tuple(chunk[:-1])
+        plan = Plan(Drafter.LOOKUP, len(draft), ids=draft) if draft else Plan()
+        scores = (await self._asker.ask(plan)).scores
+        if len(scores) * self._serving.offer.logits_width > QUICK_NUMBERS:
+            return await asyncio.to_thread(self._judge_rows, scores, chunk)
+        return self._judge_rows(scores, chunk)
+
+    def _judge_rows(self, scores: Sequence[Scores], chunk: Sequence[int]) -> list[_Judged]:
+        judged = []
+        for each, token in zip(scores, chunk, strict=False):
+            fused = fuse(self._turn.rule, each.taken, each.expert, each.router)
+            top = each.candidates(fused, self._num_candidates) if self._num_candidates else None
+            judged.append(_Judged(logprob(fused, token), each.taken.expert, top))
+        return judged
+
+    def _message(self, position: int, judged: _Judged | None, pieces: AnswerText) -> router_pb2.PromptToken:
+        piece = pieces.push(self._ids[position])
+        if position == len(self._ids) - 1:
+            piece += pieces.finish()
+        message = router_pb2.PromptToken(position=position, id=self._ids[position], text=piece)
+        if judged is not None:
+            message.logprob = judged.logprob
+            if judged.expert is not None:
+                message.expert = self._turn.slots[judged.expert]
+            if judged.top is not None:
+                message.top.CopyFrom(top_message(judged.top, self._serving.tokenizer))
+        return message
+
+
+def as_turn(request: router_pb2.ScorePromptRequest) -> router_pb2.GenerateRequest:
+    """The greedy turn with the same prompt; an expert that is not there is waited for, since scores must not change."""
+    turn = router_pb2.GenerateRequest(
+        combine=request.combine,
+        fixed_expert=request.fixed_expert,
+        num_top_candidates=request.num_top_candidates,
+        exact=request.exact,
+        on_expert_unavailable=router_pb2.ON_EXPERT_UNAVAILABLE_WAIT,
+    )
+    kind = request.WhichOneof("prompt")
+    if kind == "token_ids":
+        turn.token_ids.CopyFrom(request.token_ids)
+    elif kind == "messages":
+        turn.messages.CopyFrom(request.messages)
+    else:
+        turn.text = request.text
+    return turn

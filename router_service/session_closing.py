@@ -1,0 +1,74 @@
+"""Giving back what the models hold of sessions that end: for good, or so that others may still begin with it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+from fusionroute.background import end_task
+from fusionroute.errors import FusionRouteError
+from router_service.experts import Directory
+from router_service.serving import ServedCheckpoints, Serving
+from router_service.session_text import Text
+
+FENCE_OF_DELETE = 2**63 - 1
+"""Above every writer's: a deleted session is closed whoever wrote it."""
+
+PARTING_SECONDS = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class SessionCloser:
+    """Closes sessions in the router's engines and in the experts."""
+
+    served: ServedCheckpoints
+    directory: Directory
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[SessionCloser]:
+        """After the context, what is still being closed has a moment; then the models evict it in time."""
+        try:
+            yield self
+        finally:
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=PARTING_SECONDS)
+            for task in list(self._tasks):
+                await end_task(task)
+
+    async def forget(self, session_id: str) -> None:
+        """Closes a session everywhere; sessions that begin alike may not use what was computed for it either."""
+        await asyncio.gather(
+            *(self._forget_here(serving, session_id) for serving in self.served.all()),
+            *(
+                instance.close_session(session_id, FENCE_OF_DELETE)
+                for instance in list(self.directory.instances.values())
+            ),
+        )
+
+    def give_back(self, serving: Serving, text: Text) -> None:
+        """Begins to close a session that nobody will go on with, wherever its rows were asked for. Beginnings that it
+        has in common with others stay, until the room is needed."""
+        serving.enter()
+        task = asyncio.create_task(self._give_back(serving, text), name=f"close {text.session_id}")
+        self._tasks.add(task)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            serving.leave()
+
+        task.add_done_callback(ended)
+
+    async def _give_back(self, serving: Serving, text: Text) -> None:
+        asked = [each for each in self.directory.instances.values() if each.name in text.asked]
+        closing = [each.close_session(text.session_id, text.fence, may_share=True) for each in asked]
+        with suppress(FusionRouteError):  # stale: another router goes on with it
+            await serving.engine.close_session(text.session_id, text.fence)
+        await asyncio.gather(*closing)
+
+    @staticmethod
+    async def _forget_here(serving: Serving, session_id: str) -> None:
+        with serving.in_use():
+            await serving.engine.close_session(session_id, FENCE_OF_DELETE, for_good=True)
