@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
-def write_ready_file(path: Path, address: str, watch_address: str | None = None) -> None:
-    """Writes "HOST:PORT\\n" so that a reader sees all of it or nothing; a second line names the watch port, if any."""
+def write_ready_file(
+    path: Path, address: str, watch_address: str | None = None, http_url: str | None = None
+) -> None:
+    """Writes "HOST:PORT\\n" so that a reader sees all of it or nothing.
+
+    Further lines name the watch port, HOST:PORT, and where applications are served over HTTP, a URL; if any.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    lines = [address] if watch_address is None else [address, watch_address]
+    lines = [line for line in (address, watch_address, http_url) if line is not None]
     temporary.write_text("\n".join(lines) + "\n", encoding="ascii")
     temporary.replace(path)
 
@@ -46,6 +51,7 @@ async def serve_until_signalled(
     drain_seconds: float,
     ready_file: Path | None = None,
     watch_address: str | None = None,
+    http_url: str | None = None,
     ended: asyncio.Future[str] | None = None,
 ) -> None:
     """Says ready, waits for SIGTERM or SIGINT, drains, stops. A second signal ends the process at once.
@@ -56,6 +62,7 @@ async def serve_until_signalled(
         drain_seconds: most time for it.
         ready_file: receives HOST:PORT while we serve.
         watch_address: HOST:PORT of the watch port, None without one; also told in the ready file.
+        http_url: where applications are served over HTTP, None where they are not; also told in the ready file.
         ended: done with a reason when it must stop without having been told to.
     """
     loop = asyncio.get_running_loop()
@@ -75,7 +82,7 @@ async def serve_until_signalled(
     print(f"ready on {running.address}", flush=True)
     log.info("ready", address=running.address)
     if ready_file is not None:
-        write_ready_file(ready_file, running.address, watch_address)
+        write_ready_file(ready_file, running.address, watch_address, http_url)
     endings: list[asyncio.Future[Any]] = [signalled] if ended is None else [signalled, ended]
     await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
     why = signalled.result().name if signalled.done() else "none"

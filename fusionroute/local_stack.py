@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from fusionroute.stack_state import (
 )
 
 DEFAULT_ROUTER_PORT = 50050
+DEFAULT_HTTP_PORT = 8080
 START_DEADLINE_SECONDS = 300.0
 STOP_DEADLINE_SECONDS = 25.0
 POLL_SECONDS = 0.1
@@ -93,6 +95,8 @@ class StackPlan:
     trainer: bool = False
     # give each daemon a watch port, any free one
     watch: bool = False
+    # of the first router, for applications over HTTP; 0 = any free one, which the others take anyway; None = none
+    http_port: int | None = None
     # further environment of the daemons, for example settings by their variables
     variables: Mapping[str, str] = field(default_factory=dict)
 
@@ -110,6 +114,17 @@ def threads_for(num_processes: int, num_cores: int | None = None) -> int:
     """Torch threads for each of so many processes: the cores shared out, at least one each."""
     cores = num_cores if num_cores is not None else len(os.sched_getaffinity(0))
     return max(1, cores // num_processes)
+
+
+def free_http_port() -> int:
+    """The usual port for HTTP, or 0, any free one, where something else has taken it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", DEFAULT_HTTP_PORT))
+        except OSError:
+            return 0
+    return DEFAULT_HTTP_PORT
 
 
 def start(
@@ -227,6 +242,8 @@ class _Launch:
         for name in names:
             port = self.plan.port if name == ROUTER else 0
             options = {"checkpoint": self.plan.router_checkpoint, "port": str(port)}
+            if self.plan.http_port is not None:
+                options["http-port"] = str(self.plan.http_port if name == ROUTER else 0)
             if self.plan.trainer:
                 options["checkpoints-dir"] = str(self.folder / CHECKPOINTS)
             self._spawn(name, self.programs.router, {**options, **self._model_options(name)})
@@ -302,8 +319,11 @@ class _Launch:
         while not (address := first_line(ready_file)):
             self._pause(f"{name} does not serve")
         self._remember(addresses={**self.state.addresses, name: address})
+        further = ready_file.read_text().splitlines()[1:]
+        for url in (line for line in further if line.startswith(("http://", "https://"))):
+            self._remember(http_urls={**self.state.http_urls, name: url})
         if self.plan.watch:
-            self._remember_watch_address(name, ready_file.read_text().splitlines()[1])
+            self._remember_watch_address(name, further[0])
         self.on_progress(name, f"serving on {address}")
         return address
 

@@ -59,6 +59,8 @@ class StackState:
     addresses: Mapping[str, str] = field(default_factory=dict)
     # HOST:PORT of the watch ports, by process name; empty without them
     watch_addresses: Mapping[str, str] = field(default_factory=dict)
+    # URLs of the routers' HTTP ports, by process name; empty without them
+    http_urls: Mapping[str, str] = field(default_factory=dict)
     # names of processes that are being stopped while the others go on
     leaving: tuple[str, ...] = ()
 

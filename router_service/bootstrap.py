@@ -154,7 +154,7 @@ class RunningRouter:
     served: ServedCheckpoints
     directory: Directory
     watch_address: str | None = None
-    http_address: str | None = None
+    http_url: str | None = None
 
     @property
     def engine(self) -> Engine:
@@ -234,13 +234,13 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
             served_name=settings.served_name,
             max_new_tokens=settings.http_max_new_tokens,
         )
-        http_address = await stack.enter_async_context(_http(settings, api, access))
-        yield RunningRouter(running, keeper, served, directory, watch_address, http_address)
+        http_url = await stack.enter_async_context(_http(settings, api, access))
+        yield RunningRouter(running, keeper, served, directory, watch_address, http_url)
 
 
 @asynccontextmanager
 async def _http(settings: RouterSettings, api: RouterApi, access: ServerAccess) -> AsyncIterator[str | None]:
-    """Serves HTTP within the context where settings name a port; gives HOST:PORT, or None."""
+    """Serves HTTP within the context where settings name a port; gives its URL, or None."""
     if settings.http_port is None:
         yield None
         return
@@ -258,7 +258,7 @@ async def _http(settings: RouterSettings, api: RouterApi, access: ServerAccess) 
         http=patient_for(HTTP_REQUEST_SECONDS, MOST_HTTP_CONNECTIONS),
         **config,
     ) as address:
-        yield address
+        yield f"{'http' if encryption is None else 'https'}://{address}"
 
 
 def turn_admission(
@@ -324,6 +324,7 @@ async def serve(settings: RouterSettings, first: FirstCheckpoint) -> None:
             drain_seconds=settings.drain_seconds,
             ready_file=settings.ready_file,
             watch_address=router.watch_address,
+            http_url=router.http_url,
         )
 
 

@@ -55,7 +55,7 @@ def demo(seed: int, num_rounds: int | None, budget_seconds: float | None, as_jso
     from fusionroute.cli.lab import build_family
     from fusionroute.cli.scoreboard import num_rounds_of, show_scores
     from fusionroute.cli.stack import temporary_stack
-    from fusionroute.local_stack import StackPlan, threads_for
+    from fusionroute.local_stack import ROUTER, StackPlan, threads_for
 
     screen = console(stderr=as_json)
     clock = _Clock(screen)
@@ -65,6 +65,7 @@ def demo(seed: int, num_rounds: int | None, budget_seconds: float | None, as_jso
         router_checkpoint=str(family.router_sft),
         experts={slot: str(path) for slot, path in family.experts.items()},
         port=0,
+        http_port=0,
         threads=threads_for(1 + len(family.experts)),
         isolated=True,
         trainer=True,
@@ -78,6 +79,7 @@ def demo(seed: int, num_rounds: int | None, budget_seconds: float | None, as_jso
             outcomes = asyncio.run(_ask(screen, state.router_address, rounds, PHASE_ONE_SHARE * budget))
         with clock.stage("4  phase II: the CDPO checkpoint is published, and promoted while the router serves"):
             asyncio.run(_promote(screen, state, folder, family.router))
+        clock.say(f"\n   while this runs, the page in a browser: {state.http_urls[ROUTER]}/")
         with clock.stage("5  answers, each token in the colour of the expert that took part"):
             asyncio.run(_show(screen, state.router_address, seed))
         with clock.stage("6  table: the same items, asked of the new checkpoint as well"):

@@ -51,6 +51,12 @@ WATCH_SECONDS = 0.5
     help="Port of the router; 0 = any free one.",
 )
 @click.option(
+    "--http-port",
+    type=click.IntRange(0, 65535),
+    help="Port for the OpenAI and TGI APIs and the playground; 0 = any free one.  [default: 8080, or any where"
+    " that is taken]",
+)
+@click.option(
     "--routers",
     type=click.IntRange(1, 16),
     default=1,
@@ -91,6 +97,7 @@ def up(
     lab: str | None,
     preset: str | None,
     port: int,
+    http_port: int | None,
     routers: int,
     devices: tuple[str, ...],
     dtype: str,
@@ -121,6 +128,7 @@ def up(
         router_checkpoint=checkpoint,
         experts=models,
         port=port,
+        http_port=http_port if http_port is not None else local_stack.free_http_port(),
         routers=routers,
         devices=devices,
         dtype=dtype,
@@ -134,6 +142,8 @@ def up(
     state = start_stack(plan, folder)
     behind = "the router" if routers == 1 else f"{routers} routers"
     click.echo(f"up: {len(models)} experts behind {behind} on {state.router_address}")
+    for url in state.http_urls.values():
+        click.echo(f"    {url}/ in a browser, {url}/v1 for OpenAI's clients")
     if trainer:
         click.echo(f"    and a trainer on {state.addresses['trainer']}")
     if watch:

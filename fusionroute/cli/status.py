@@ -38,6 +38,8 @@ class Row:
     queue_depth: int = 0
     # HOST:PORT for probes and metrics; empty without one
     watch: str = ""
+    # URL for applications; empty without one
+    http: str = ""
 
 
 @click.command()
@@ -125,7 +127,12 @@ def describe(
         else:
             what = "ready" if record.name in answering else "running"
             rows.append(Row(record.name, record.pid, what, address))
-    return [replace(row, watch=state.watch_addresses.get(row.process, "")) for row in rows]
+    return [
+        replace(
+            row, watch=state.watch_addresses.get(row.process, ""), http=state.http_urls.get(row.process, "")
+        )
+        for row in rows
+    ]
 
 
 def _busy(row: Row, model: ModelIdentity, load: Load) -> Row:
@@ -149,3 +156,6 @@ def _print_table(rows: list[Row]) -> None:
         cells = [row.process, str(row.pid), row.state, row.address or "-", epoch, kv, sessions, queue]
         shown.add_row(*cells, *([row.watch or "-"] if watch else []))
     console().print(shown)
+    for row in rows:
+        if row.http:
+            console().print(f"{row.process} over HTTP: {row.http}", markup=False)

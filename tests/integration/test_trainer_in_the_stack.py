@@ -63,7 +63,7 @@ def test_a_checkpoint_is_promoted_and_rolled_back_by_command_and_survives_a_rest
         "--expert",
         f"math={family.experts['math']}",
     )
-    start += ("--trainer", "--port", "0", "--threads", "1")
+    start += ("--trainer", "--port", "0", "--http-port", "0", "--threads", "1")
     try:
         assert "trainer on" in commands.run(*start)
         assert commands.checkpoint_of_an_answer() == written_fingerprint(family.router)
