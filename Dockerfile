@@ -15,7 +15,8 @@ ENV PATH=/opt/venv/bin:$PATH
 # The dependencies change seldom: a layer of their own. `wheels*` may match nothing.
 COPY constraints.txt pyproject.toml wheels* /src/wheels/
 RUN cd wheels \
- && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" >requirements.txt \
+ && python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+print(*p['dependencies'], *p['optional-dependencies']['cpu'], sep='\n')" >requirements.txt \
  && pip install --find-links . --constraint constraints.txt --requirement requirements.txt hatchling
 
 COPY pyproject.toml README.md LICENSE /src/

@@ -1,5 +1,7 @@
 """A forward of transformers' module with its DynamicCache against the engine's, in one run, interleaved.
 
+The engine's twice: with torch's products only, and with its own kernels for few rows where those are there and faster.
+
     python benchmarks/forward.py --shape tiny --dtype float32 --threads 1
 
 One row per case: batch sessions with one token each, or one session that catches up on 16 tokens; all with the head on
@@ -22,6 +24,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from fusionroute.engine import LoadedModel, prepare_model
 from fusionroute.engine.attention import RaggedBatch, Segment
+from fusionroute.engine.decoder import Decoder
 from fusionroute.engine.kv_cache import SessionCache
 from tests.tiny_models import word_tokenizer
 
@@ -30,7 +33,7 @@ SHAPES = {
     "h512": {"vocab_size": 128_256, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8},
 }
 HEADS = {"tiny": (4, 2), "h512": (8, 4)}
-CASES = ((1, 1), (4, 1), (16, 1), (1, 16))
+CASES = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, 4), (1, 16))
 """Sessions, and new tokens of each."""
 
 
@@ -44,15 +47,25 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Medians of one case, in milliseconds, and how long the engine takes relative to the module."""
+    """Medians of one case, in milliseconds.
+
+    Attributes:
+        torch_ms: of the engine without kernels of its own.
+        engine_ratio: engine / module.
+        kernels_ratio: engine / engine without kernels.
+        exact_ratio: exact / engine.
+    """
 
     sessions: int
     tokens: int
     module_ms: float
+    torch_ms: float
     engine_ms: float
     exact_ms: float
     engine_ratio: float
     engine_cpu_ratio: float
+    kernels_ratio: float
+    kernels_cpu_ratio: float
     exact_ratio: float
 
 
@@ -99,12 +112,12 @@ def engine_forward(
     return forward
 
 
-def measure(
-    module: LlamaForCausalLM, engine: LoadedModel, sessions: int, tokens: int, past: int, times: int
-) -> Result:
+def measure(models: Models, sessions: int, tokens: int, past: int, times: int) -> Result:
     """One case."""
+    engine = models.engine
     forwards = [
-        module_forward(module, past, sessions, tokens),
+        module_forward(models.module, past, sessions, tokens),
+        engine_forward(models.without_kernels, past, sessions, tokens, exact=False),
         engine_forward(engine, past, sessions, tokens, exact=False),
         engine_forward(engine, past, sessions, tokens, exact=True),
     ]
@@ -121,16 +134,28 @@ def measure(
         sessions,
         tokens,
         module_ms=round(1e3 * walls[0], 3),
-        engine_ms=round(1e3 * walls[1], 3),
-        exact_ms=round(1e3 * walls[2], 3),
-        engine_ratio=round(walls[1] / walls[0], 3),
-        engine_cpu_ratio=round(cpus[1] / cpus[0], 3),
-        exact_ratio=round(walls[2] / walls[1], 3),
+        torch_ms=round(1e3 * walls[1], 3),
+        engine_ms=round(1e3 * walls[2], 3),
+        exact_ms=round(1e3 * walls[3], 3),
+        engine_ratio=round(walls[2] / walls[0], 3),
+        engine_cpu_ratio=round(cpus[2] / cpus[0], 3),
+        kernels_ratio=round(walls[2] / walls[1], 3),
+        kernels_cpu_ratio=round(cpus[2] / cpus[1], 3),
+        exact_ratio=round(walls[3] / walls[2], 3),
     )
 
 
-def models(shape: str, dtype: torch.dtype) -> tuple[LlamaForCausalLM, LoadedModel]:
-    """The same random weights as a module on sdpa, and prepared for the engine."""
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The same random weights as a module on sdpa, and prepared for the engine twice."""
+
+    module: LlamaForCausalLM
+    engine: LoadedModel
+    without_kernels: LoadedModel
+
+
+def models_of(shape: str, dtype: torch.dtype) -> Models:
+    """The models of a shape."""
     torch.manual_seed(0)
     heads, key_value_heads = HEADS[shape]
     config = LlamaConfig(
@@ -142,7 +167,10 @@ def models(shape: str, dtype: torch.dtype) -> tuple[LlamaForCausalLM, LoadedMode
     )
     module = LlamaForCausalLM(config).to(dtype).eval()
     tokenizer = word_tokenizer(SHAPES[shape]["vocab_size"])
-    return module, prepare_model(copy.deepcopy(module), tokenizer, name=shape, epoch=1)
+    engine, without = (prepare_model(copy.deepcopy(module), tokenizer, name=shape, epoch=1) for _ in range(2))
+    assert isinstance(without._network, Decoder)
+    without._network.drop_row_kernels()
+    return Models(module, engine, without)
 
 
 @torch.inference_mode()
@@ -152,26 +180,30 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--past", type=int, default=128, help="tokens cached before")
     parser.add_argument("--times", type=int, default=0, help="forwards of each kind; 0 = 200 tiny, 15 else")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    module, engine = models(options.shape, getattr(torch, options.dtype))
+    models = models_of(options.shape, getattr(torch, options.dtype))
     times = options.times or (200 if options.shape == "tiny" else 15)
     print(
         f"{options.shape} {options.dtype}, {options.threads} threads, {options.past} tokens cached, {times} times"
     )
-    print("sessions tokens   module   engine    exact ms   engine/module (CPU)   exact/engine")
+    print(
+        "sessions tokens   module    torch   engine    exact ms"
+        "   engine/module (CPU)   engine/torch (CPU)   exact/engine"
+    )
     results = []
     for sessions, tokens in CASES:
-        result = measure(module, engine, sessions, tokens, options.past, times)
+        result = measure(models, sessions, tokens, options.past, times)
         results.append(asdict(result))
         print(
-            f"{sessions:8} {tokens:6} {result.module_ms:8.2f} {result.engine_ms:8.2f} {result.exact_ms:8.2f}"
-            f"       {result.engine_ratio:13.2f} ({result.engine_cpu_ratio:.2f})   {result.exact_ratio:12.2f}",
+            f"{sessions:8} {tokens:6} {result.module_ms:8.3f} {result.torch_ms:8.3f} {result.engine_ms:8.3f}"
+            f" {result.exact_ms:8.3f}       {result.engine_ratio:13.2f} ({result.engine_cpu_ratio:.2f})"
+            f"        {result.kernels_ratio:6.2f} ({result.kernels_cpu_ratio:.2f})   {result.exact_ratio:12.2f}",
             flush=True,
         )
     if options.output:

@@ -41,6 +41,7 @@ def all_checks(stack_folder: Path, port: int) -> list[Check]:
         ("cache", check_cache),
         ("memory", check_memory),
         ("threads", check_threads),
+        ("kernels", check_kernels),
         ("device", check_device),
         ("stack", lambda: check_stack(stack_folder)),
     ]
@@ -168,6 +169,16 @@ def check_threads() -> Check:
     if cores < 2:
         return Check("threads", "warn", finding, "Everything works on one core, slowly.")
     return Check("threads", "ok", finding)
+
+
+def check_kernels(version_of: Callable[[str], str] = metadata.version) -> Check:
+    """Whether forwards of few rows can have kernels of their own on a CPU."""
+    try:
+        finding = f"numba {version_of('numba')}, for forwards of few rows on a CPU"
+    except metadata.PackageNotFoundError:
+        advice = "On a CPU decoding takes up to twice as long: pip install 'fusionroute[cpu]'."
+        return Check("kernels", "warn", "numba is not installed", advice)
+    return Check("kernels", "ok", finding)
 
 
 def check_device() -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -16,6 +17,7 @@ from fusionroute.engine.kv_cache import SessionCache
 from fusionroute.engine.module_forward import ModuleForward
 from fusionroute.engine.network import Network
 from fusionroute.engine.parallel_decoder import is_part, split_decoder_of
+from fusionroute.engine.row_products import ROW_COUNTS
 from fusionroute.errors import ModelRejected, Reason
 
 if TYPE_CHECKING:
@@ -72,6 +74,11 @@ def admitted_network(
     if decoder is not None and eager is not None:
         if (fault := _difference(_rows_in_chunks(decoder, tokens), eager)) is None:
             decoder.choose_layouts()
+            if decoder.has_row_kernels and (
+                fault := _difference(_finite(_rows_by_kernels(decoder, tokens), name), eager)
+            ):
+                log.warning("row_kernels_not_used", model=name, family=family, why=fault)
+                decoder.drop_row_kernels()
             return decoder
         log.warning("decoder_not_used", model=name, family=family, why=fault)
     network = ModuleForward(model, width, keeps_hidden=keeps_hidden)
@@ -118,6 +125,21 @@ def _rows_in_chunks(network: Network, tokens: list[int]) -> Tensor:
         batch = RaggedBatch([Segment(mine, start, 0, count), Segment(other, start, count, 2 * count)])
         chunk, positions = tokens[start:stop], list(range(start, stop))
         rows.append(network.run(batch, chunk + chunk[::-1], positions * 2, range(count))[0].to("cpu"))
+    return torch.cat(rows)
+
+
+def _rows_by_kernels(network: Network, tokens: list[int]) -> Tensor:
+    """Logits of one prompt in forwards of so few rows that kernels of our own compute them."""
+    cache = SessionCache(len(tokens))
+    rows = []
+    start = 0
+    for count in itertools.cycle(ROW_COUNTS):
+        stop = min(start + count, len(tokens))
+        batch = RaggedBatch([Segment(cache, start, 0, stop - start)])
+        rows.append(network.run(batch, tokens[start:stop], range(start, stop), range(stop - start))[0])
+        start = stop
+        if start == len(tokens):
+            break
     return torch.cat(rows)
 
 

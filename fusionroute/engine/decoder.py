@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from fusionroute.engine.activations import Activation, activation_of, by_rows
 from fusionroute.engine.attention import RaggedBatch, attend
@@ -22,6 +22,7 @@ from fusionroute.engine.fused_weights import can_fuse, fuse
 from fusionroute.engine.logits_head import LogitsHead
 from fusionroute.engine.rotary import RotaryTable
 from fusionroute.engine.row_norm import RowNorm
+from fusionroute.engine.row_products import RowProducts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,17 +102,32 @@ class Decoder:
         self._final_norm = RowNorm(inner.norm.weight.detach().float() + one, config.rms_norm_eps)
         size = self._layers[0].size
         self._rotary = RotaryTable(inner.rotary_emb, self._embeddings, size, config.max_position_embeddings)
+        self._products = RowProducts()
         self._head = LogitsHead(
-            model.lm_head.weight.detach()[:width], getattr(config, "final_logit_softcapping", None)
+            model.lm_head.weight.detach()[:width],
+            getattr(config, "final_logit_softcapping", None),
+            self._products,
         )
         self._activate = activation_of(inner.layers[0].mlp.act_fn)
         self._tiles = ExactTiles()
-        self._joined: Linear = linear
+        self._joined: Linear = self._products.linear
 
     can_be_exact = True
 
     def choose_layouts(self) -> None:
-        """Measures which layouts are fast on this machine; takes up to a second or so."""
+        """Measures which products are fast on this machine; takes up to two seconds or so."""
+        if self._products.prepare(self._embeddings):
+            self._products.choose([weight for layer in self._layers for weight in layer.weights])
+        self._head.choose_layouts()
+
+    @property
+    def has_row_kernels(self) -> bool:
+        """Whether few rows are computed by kernels of our own, if those are faster."""
+        return self._products.is_there
+
+    def drop_row_kernels(self) -> None:
+        """Leaves all products to torch."""
+        self._products.drop()
         self._head.choose_layouts()
 
     def run(
@@ -124,7 +140,7 @@ class Decoder:
         if len(wanted) != len(token_ids):
             kept = torch.tensor(wanted, dtype=torch.long, device=self._embeddings.device)
         cos, sin = self._rotary.at(positions)
-        run = Pass(batch, cos, sin, self._rotary.rotate, linear, self._joined, self._activate)
+        run = Pass(batch, cos, sin, self._rotary.rotate, self._products.linear, self._joined, self._activate)
         hidden = self._hidden(run, token_ids, kept)
         return self._head(hidden), hidden
 
@@ -193,6 +209,11 @@ class _Layer:
                 norm(layer, "pre_feedforward_layernorm"),
             )
         self._query_norm, self._key_norm = norm(attention, "q_norm"), norm(attention, "k_norm")
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """Of its four products, [outputs, inputs] each."""
+        return self._qkv, self._o, self._gate_up, self._down
 
     def __call__(self, x: Tensor, run: Pass, kept: Tensor | None) -> Tensor:
         """Rows [n, H] to rows [n, H], or [kept, H] where nobody needs the others any more."""

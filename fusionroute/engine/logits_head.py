@@ -2,19 +2,20 @@
 
 The same numbers can be had as `x @ W.T`, row after row, or as `(W @ x.T).T`, column after column, and one column is
 slower than two. Which is fastest for a few rows depends on number format, machine and library, by a factor of up to
-four either way.
+four either way; where our own kernels are there, mostly they are.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from fusionroute.engine.exact_tiles import ExactTiles, padded
+from fusionroute.engine.row_products import ASSUMED_ROWS, RowProducts, measuring_clock
 
 LAYOUT_ROWS = (1, 2, 4, 8)
 """Numbers of rows that are tried; one between counts as the next lower, more than the last go by rows."""
@@ -33,10 +34,14 @@ class LogitsHead:
     Args:
         weight: [V, H]; not copied.
         softcap: logits become softcap * tanh(logits / softcap).
+        products: where there may be kernels for few rows.
     """
 
-    def __init__(self, weight: Tensor, softcap: float | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, softcap: float | None = None, products: RowProducts | None = None
+    ) -> None:
         self._weight = weight
+        self._products = products
         self._softcap = softcap
         self.layouts: list[Layout] = [linear] * (LAYOUT_ROWS[-1] + 1)
         # Not by measurement: every process that serves these weights on such a machine must give the same bits.
@@ -46,11 +51,20 @@ class LogitsHead:
     def choose_layouts(self, budget_seconds: float = BUDGET_SECONDS) -> None:
         """Measures the layouts on this machine, within about so many seconds; what was not measured goes by rows."""
         weight = self._weight
-        if weight.device.type != "cpu" or weight.numel() * weight.element_size() < FEWEST_BYTES:
+        kernel = self._products.by_kernel if self._products is not None and self._products.is_there else None
+        self.layouts = [linear] * len(self.layouts)
+        layouts: list[Layout] = [linear] if kernel is None else [linear, kernel]
+        if weight.device.type != "cpu":
+            return
+        if weight.numel() * weight.element_size() >= FEWEST_BYTES:
+            layouts += [by_columns]
+        elif kernel is None:
             return
         deadline = time.monotonic() + budget_seconds
         for count in LAYOUT_ROWS:
-            layout = _fastest(weight[:count].clone(), weight, deadline)
+            layout = _fastest(weight[:1].expand(count, -1).contiguous(), weight, layouts, deadline)
+            if layout is None:  # no time left
+                layout = kernel if self.layouts[-1] == kernel and count <= ASSUMED_ROWS else linear
             self.layouts[count:] = [layout] * (len(self.layouts) - count)
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -86,18 +100,18 @@ def by_two_columns(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(weight, hidden.expand(2, -1).t())[:, :1].t().contiguous()
 
 
-def _fastest(hidden: Tensor, weight: Tensor, deadline: float) -> Layout:
-    layouts: list[Layout] = [linear, by_columns]
-    if hidden.shape[0] == 1:
-        layouts.append(by_two_columns)
+def _fastest(hidden: Tensor, weight: Tensor, layouts: Sequence[Layout], deadline: float) -> Layout | None:
+    if hidden.shape[0] == 1 and by_columns in layouts:
+        layouts = [*layouts, by_two_columns]
     seconds = [float("inf")] * len(layouts)
+    clock = measuring_clock()
     for attempt in range(1 + _TIMES):  # the first is for warming up
         for index, layout in enumerate(layouts):
             if time.monotonic() > deadline:
-                return linear
-            started = time.perf_counter()
+                return None
+            started = clock()
             layout(hidden, weight)
             if attempt:
-                seconds[index] = min(seconds[index], time.perf_counter() - started)
+                seconds[index] = min(seconds[index], clock() - started)
     best = seconds.index(min(seconds))
     return layouts[best] if seconds[best] < _WORTH * seconds[0] else linear

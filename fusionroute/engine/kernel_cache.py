@@ -1,0 +1,58 @@
+"""Where compiled kernels are kept between starts: a folder of the user's own, or nowhere."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_SOURCES = ("row_intrinsics.py", "row_kernels.py")
+
+
+@contextmanager
+def kernels_kept() -> Iterator[None]:
+    """What is decorated within keeps its compiled code: under NUMBA_CACHE_DIR if set, else under
+    ``$FUSIONROUTE_CACHE_DIR/kernels`` (default ``~/.cache/fusionroute``); nowhere if that is not ours alone to write.
+    """
+    from numba import config
+
+    before = config.CACHE_DIR
+    root = os.environ.get("FUSIONROUTE_CACHE_DIR") or "~/.cache/fusionroute"
+    if not before and (folder := kernel_folder(Path(root))) is not None:
+        config.CACHE_DIR = str(folder)
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
+
+
+def is_cached() -> bool:
+    """Whether there is a place for compiled code just now."""
+    from numba import config
+
+    return bool(config.CACHE_DIR)
+
+
+def kernel_folder(root: Path) -> Path | None:
+    """A folder under `root` for this version of the sources; None if there can be none that only we may write.
+
+    Compiled code is run: whoever may write here is as powerful as who may write the package.
+    """
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    try:
+        folder = root.expanduser() / "kernels" / digest.hexdigest()[:16]
+        folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        for each in (folder.parent, folder):
+            each.mkdir(mode=0o700, exist_ok=True)
+            found = each.lstat()
+            is_writable_by_others = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or is_writable_by_others:
+                return None
+    except (OSError, RuntimeError):  # RuntimeError: of a user without a home
+        return None
+    return folder if os.access(folder, os.W_OK) else None
