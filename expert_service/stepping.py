@@ -159,4 +159,4 @@ def _draft(request: expert_pb2.StepRequest) -> Draft:
         min_p=choice.min_p,
         seed=choice.seed,
     )
-    return Draft(request.draft_tokens, sampling, choice.min_probability)
+    return Draft(request.draft_tokens, sampling, choice.min_probability, frozenset(choice.end_ids))

@@ -90,6 +90,14 @@ class Lookup:
         return ()
 
 
+def before_end(ids: tuple[int, ...], end_ids: frozenset[int]) -> tuple[int, ...]:
+    """The ids before the first one that ends an answer: the round that checks them gives that one anyway."""
+    for place, token_id in enumerate(ids):
+        if token_id in end_ids:
+            return ids[:place]
+    return ids
+
+
 def _repeated(tokens: Sequence[int], place: int, num_tokens: int) -> tuple[int, ...]:
     """`num_tokens` tokens from `place` on; where the text ends it goes on with itself, as repetitions do."""
     period = len(tokens) - place

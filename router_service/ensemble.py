@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fusionroute.fusion import HeadLayout
 from router_service.asking import Model, Patience
-from router_service.draft_policy import Experience
+from router_service.draft_experience import Experience
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,29 +9,29 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
-from functools import partial
+from typing import TypeVar
 
 import structlog
 
 from fusionroute.errors import FusionRouteError, Reason
 from fusionroute.fusion import (
-    Choice,
     CombineRule,
     Row,
     SeenTokens,
     choose,
-    fuse,
 )
-from fusionroute.short_rows import can_choose, pick_if_certain
 from fusionroute.telemetry import is_debugging
 from router_service import metrics
+from router_service.choosing import TokenChooser
+from router_service.constraints import ConstrainedAnswer
 from router_service.costs import Costs
+from router_service.draft_experience import Spent
 from router_service.draft_policy import DRAFT_PROBABILITY, TurnDrafting
 from router_service.drafting import Drafter, Lookup, Plan
 from router_service.ensemble import Ensemble
-from router_service.records import UNKNOWN_LOGPROB, TokenRecord, TokenSource
+from router_service.records import TokenRecord, TokenSource
 from router_service.rounds import RoundAsker
 from router_service.scores import Candidates, Round, Scores
 from router_service.session_text import Text
@@ -42,11 +42,10 @@ from router_service.turn_request import Turn, Wishes
 
 log = structlog.get_logger(__name__)
 
-LARGE_ROW = 16384
-"""Sampling from rows longer than this takes milliseconds, which the event loop is spared."""
 QUICK_ROW = 1024
 LOOK_TOKENS = 8
-"""Of every so many tokens one is compared with what models would have proposed, where rows are longer than that."""
+"""Of every so many tokens one is compared with what models would have proposed, where that is not quick."""
+Asked = TypeVar("Asked")
 LEAST_LOGPROB = math.log(DRAFT_PROBABILITY)
 
 
@@ -80,6 +79,7 @@ class TurnWriter:
         answer_text: turns the answer's ids into text.
         log: takes each token on its way to the store.
         is_cancelled: asked before each token.
+        constrained: which tokens may come next, advanced by the answer so far; None = all may.
     """
 
     ensemble: Ensemble
@@ -90,16 +90,20 @@ class TurnWriter:
     answer_text: AnswerText
     log: TokenLog
     is_cancelled: Callable[[], bool]
+    constrained: ConstrainedAnswer | None = None
     costs: Costs = field(default_factory=Costs)
     ending: Ending | None = None
     is_asking: bool = False
     """Whether the writer waits for a model, so that cancelling its task interrupts nothing else."""
+    _chooser: TokenChooser = field(init=False)
     _asker: RoundAsker = field(init=False)
     _drafting: TurnDrafting = field(init=False)
     _proposed: tuple[int, ...] = ()
+    _asked_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        top_logits = self.ensemble.top_logits if self._can_be_short else 0
+        self._chooser = TokenChooser(self.turn, self.wishes, self.constrained)
+        top_logits = self.ensemble.top_logits if self._chooser.can_be_short else 0
         self._asker = RoundAsker(self.ensemble, self.turn, self.text, self.costs, top_logits)
         self._drafting = TurnDrafting(
             self.wishes.drafting,
@@ -108,6 +112,7 @@ class TurnWriter:
             Lookup(self.text.tokens),
             self.ensemble.early,
             least_probability=0.0 if self.turn.sampling.temperature else DRAFT_PROBABILITY,
+            end_ids=self._asker.end_ids,
         )
 
     async def write(self) -> AsyncGenerator[WrittenToken, None]:
@@ -120,35 +125,48 @@ class TurnWriter:
             while reason is None:
                 started = time.monotonic()
                 try:
-                    self.is_asking = True
-                    round_ = await self._asker.ask(self._plan())
+                    round_ = await self._interruptible(self._asker.ask(self._plan()))
                 except FusionRouteError as error:
                     if error.reason is Reason.CONTEXT_FULL and self._num_written:
                         reason = FinishReason.CONTEXT
                         break
                     raise
-                except asyncio.CancelledError:
-                    if not self.is_cancelled():
-                        raise
-                    _take_back_cancellation()
+                if round_ is None:
                     reason = FinishReason.CANCELLED
                     break
-                finally:
-                    self.is_asking = False
-                asked_seconds, num_before = time.monotonic() - started, self._num_written
+                self._asked_seconds, num_before = time.monotonic() - started, self._num_written
                 for scores in round_.scores:
                     token = await self._next_token(scores, seen)
+                    if token is None:
+                        reason = FinishReason.CANCELLED
+                        break
                     await self._until_there_is_room()
                     self.log.append(token.record)
                     self.text.tokens.append(token.record.token_id)
                     seen.add(token.record.token_id)
                     yield token
+                    if self.constrained is not None:
+                        await self.constrained.advance(token.record.token_id)
                     reason = self._reason_to_end()
                     if reason is not None or not self._came_true(round_, self._num_written - num_before):
                         break
-                await self._learn(round_, self._num_written - num_before, asked_seconds)
+                if self._num_written > num_before:
+                    await self._learn(round_, self._num_written - num_before)
         self.costs.num_replays, self.costs.num_retries = self.text.num_replays, self.text.num_retries
         self.ending = Ending(reason, self.answer_text.finish(), self.answer_text.stop or "")
+
+    async def _interruptible(self, asked: Awaitable[Asked]) -> Asked | None:
+        """What models answer; None where the turn is cancelled meanwhile."""
+        self.is_asking = True
+        try:
+            return await asked
+        except asyncio.CancelledError:
+            if not self.is_cancelled():
+                raise
+            _take_back_cancellation()
+            return None
+        finally:
+            self.is_asking = False
 
     # --- rounds ----------------------------------------------------------------------------------------------------
 
@@ -167,23 +185,21 @@ class TurnWriter:
         drafted = round_.draft[num_tokens - 1 : num_tokens]
         return drafted == (self.text.tokens[-1],)
 
-    async def _learn(self, round_: Round, num_tokens: int, seconds: float) -> None:
+    async def _learn(self, round_: Round, num_tokens: int) -> None:
         """What the round says about the next ones."""
-        drafting, drafter = self._drafting, round_.plan.drafter
-        if drafter is None or not round_.draft:
+        drafting, drafter, num_drafted = self._drafting, round_.plan.drafter, len(round_.draft)
+        is_first, is_degraded = self._num_written == num_tokens, round_.scores[0].is_degraded
+        if not is_first and not is_degraded:  # which took what others do not
+            spent = Spent(self._asked_seconds, round_.router_seconds, round_.expert_seconds)
+            drafting.note_round(round_.plan, num_drafted, num_tokens, spent)
+        if drafter is None or not num_drafted:
             await self._compare(round_.scores[0])
-            is_first, is_degraded = self._num_written == 1, round_.scores[0].is_degraded
-            if not is_first and not is_degraded:  # which took what others do not
-                drafting.experience.note_token(round_.plan, seconds, round_.router_seconds, round_.expert_seconds)
         else:
             num_accepted = num_tokens if self._came_true(round_, num_tokens) else num_tokens - 1
-            drafting.experience.note_round(
-                round_.plan, len(round_.draft), num_tokens, seconds, was_asked_for=drafting.mode.drafter is not None
-            )
-            for index in range(min(num_accepted + 1, len(round_.draft))):
+            for index in range(min(num_tokens, num_drafted)):  # nothing behind the turn's last token was judged
                 drafting.note_token(drafter, was_right=index < num_accepted)
-            self.costs.note_draft(drafter, len(round_.draft), num_accepted)
-            metrics.note_draft(drafter.value, len(round_.draft), num_accepted)
+            self.costs.note_draft(drafter, num_drafted, num_accepted)
+            metrics.note_draft(drafter.value, num_drafted, num_accepted)
         drafting.num_seen += num_tokens
         self._asker.last_expert = round_.scores[num_tokens - 1].taken.expert
 
@@ -199,11 +215,11 @@ class TurnWriter:
                     drafting.note_token(drafter, was_right=self._proposed[0] == written)
                 continue
             row = scores.router if drafter is Drafter.ROUTER else scores.expert
-            if row is None or (len(row) > QUICK_ROW and position % LOOK_TOKENS):
+            if row is None or (position % LOOK_TOKENS and not self._is_quick(row, drafter)):
                 continue
             is_guess = drafter is Drafter.ROUTER or scores.taken.expert == self._asker.guess
             sampling = self._asker.draft_sampling
-            if self._is_slow(row):
+            if self._chooser.is_slow(row):
                 choice = await asyncio.to_thread(choose, row, sampling, position)
             else:
                 choice = choose(row, sampling, position)
@@ -211,18 +227,25 @@ class TurnWriter:
                 continue  # it would have stopped before
             drafting.note_token(drafter, was_right=is_guess and choice.token_id == written)
 
-    def _is_slow(self, row: Row) -> bool:
-        """Whether choosing from a row takes long enough to be kept off the event loop."""
-        return len(row) > LARGE_ROW and self.turn.sampling.temperature != 0.0
+    def _is_quick(self, row: Row, drafter: Drafter) -> bool:
+        """Whether a drafter's choice from a row costs next to nothing, or is worth it while little is known."""
+        is_sampled = self.turn.sampling.temperature != 0.0
+        return len(row) <= QUICK_ROW and not (is_sampled and self._drafting.is_well_known(drafter))
 
     # --- tokens ----------------------------------------------------------------------------------------------------
 
-    async def _next_token(self, scores: Scores, seen: SeenTokens) -> WrittenToken:
-        started = time.monotonic()
-        choice = await self._choose_short(scores, seen) if scores.short is not None else None
-        if scores.short is not None and choice is None:
-            scores = await scores.with_whole_row()
-        choice, top = (choice, None) if choice is not None else await self._choose_whole(scores, seen)
+    async def _next_token(self, scores: Scores, seen: SeenTokens) -> WrittenToken | None:
+        """The token that the rows give; None where the turn is cancelled while a whole row is asked for."""
+        started, asked_before = time.monotonic(), self._asked_seconds
+        choice, top = None, None
+        if scores.short is not None:
+            choice = await self._chooser.choose_short(scores, len(self.text.tokens), seen)
+            whole = scores if choice is not None else await self._ask_whole(scores)
+            if whole is None:
+                return None
+            scores = whole
+        if choice is None:
+            choice, top = await self._chooser.choose_whole(scores, len(self.text.tokens), seen)
         decision, is_degraded = scores.taken, scores.is_degraded
         if not scores.has_expert or decision.expert is None:
             record = TokenRecord(choice.token_id, choice.logprob, TokenSource.ROUTER, degraded=is_degraded)
@@ -239,7 +262,7 @@ class TurnWriter:
             weights=tuple(decision.weights.tolist()) if self.wishes.routing_weights else (),
             top=top,
         )
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - started - (self._asked_seconds - asked_before)
         metrics.FUSE_SECONDS.observe(seconds)
         self.costs.fuse_seconds += seconds
         if not self.costs.first_token_seconds:
@@ -247,6 +270,13 @@ class TurnWriter:
             metrics.FIRST_TOKEN_SECONDS.observe(self.costs.first_token_seconds)
         self._count(record)
         return token
+
+    async def _ask_whole(self, scores: Scores) -> Scores | None:
+        """The same with the expert's whole row, which is part of what the round takes."""
+        started = time.monotonic()
+        whole = await self._interruptible(self._asker.ask_whole(scores))
+        self._asked_seconds += time.monotonic() - started
+        return whole
 
     def _count(self, record: TokenRecord) -> None:
         by_expert = record.source is TokenSource.EXPERT
@@ -260,51 +290,6 @@ class TurnWriter:
         await self.log.room()
         metrics.STORE_WAIT_SECONDS.observe(time.monotonic() - started)
 
-    async def _choose_whole(
-        self, scores: Scores, seen: SeenTokens
-    ) -> tuple[Choice, Candidates | None]:
-        fused = fuse(self.turn.rule, scores.taken, scores.expert, scores.router)
-        if self._is_slow(fused) or (self.wishes.num_top_candidates and len(fused) > LARGE_ROW):
-            return await asyncio.to_thread(self._choose, fused, scores, seen)
-        return self._choose(fused, scores, seen)
-
-    def _choose(
-        self, fused: Row, scores: Scores, seen: SeenTokens
-    ) -> tuple[Choice, Candidates | None]:
-        choice = choose(fused, self.turn.sampling, len(self.text.tokens), seen)
-        count = self.wishes.num_top_candidates
-        if not count:
-            return choice, None
-        return choice, scores.candidates(fused, count)
-
-    @property
-    def _can_be_short(self) -> bool:
-        """Whether an expert's highest logits may suffice for this turn's tokens."""
-        return can_choose(self.turn.sampling) and not (
-            self.turn.rule is CombineRule.MIXTURE or self.wishes.num_top_candidates
-        )
-
-    async def _choose_short(self, scores: Scores, seen: SeenTokens) -> Choice | None:
-        """The token as far as an expert's highest logits say it for certain; its probability they do not say."""
-        assert scores.short is not None
-        complement = scores.taken.complement
-        router_row = None if self.turn.rule in (CombineRule.ROUTE, CombineRule.SELECT) else scores.router
-        token_id = None
-        if complement > 0.0:
-            pick = partial(
-                pick_if_certain,
-                scores.short,
-                router_row,
-                self.turn.sampling,
-                len(self.text.tokens),
-                seen,
-                complement=complement,
-            )
-            is_slow = scores.router is not None and self._is_slow(scores.router)
-            token_id = await asyncio.to_thread(pick) if is_slow else pick()
-        metrics.SHORT_REPLIES.labels("whole_row" if token_id is None else "certain").inc()
-        return None if token_id is None else Choice(token_id, UNKNOWN_LOGPROB)
-
     @property
     def _num_written(self) -> int:
         return len(self.text.tokens) - self.answer_position
@@ -313,6 +298,8 @@ class TurnWriter:
         """Whether the answer is complete, judged by its tokens alone, or cancelled."""
         if self.answer_text.stop:
             return FinishReason.STOP
+        if self.constrained is not None and self.constrained.is_complete:
+            return FinishReason.EOS
         if self._num_written:
             if self.text.tokens[-1] in self.ensemble.end_ids and not self.turn.ignore_eos:
                 return FinishReason.EOS

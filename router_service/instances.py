@@ -69,6 +69,7 @@ def step_request(call: StepCall, epoch: int) -> expert_pb2.StepRequest:
         choice.temperature, choice.top_k = draft.sampling.temperature, draft.sampling.top_k
         choice.top_p, choice.min_p = draft.sampling.top_p, draft.sampling.min_p
         choice.seed, choice.min_probability = draft.sampling.seed, draft.min_probability
+        choice.end_ids.extend(sorted(draft.end_ids))
     return request
 
 

@@ -26,9 +26,9 @@ from router_service import metrics
 from router_service.asking import Answer, ask
 from router_service.costs import Costs
 from router_service.degrading import Policy, ask_expert
-from router_service.drafting import Drafter, Plan
+from router_service.drafting import Drafter, Plan, before_end
 from router_service.ensemble import Ensemble
-from router_service.scores import Round, scored
+from router_service.scores import Round, Scores, scored
 from router_service.session_text import NEXT_ROW, Text, Wanted
 from router_service.turn_request import Turn
 
@@ -66,7 +66,7 @@ class RoundAsker:
         alike = replace(
             turn.sampling, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias={}
         )
-        self._draft_of_models = Draft(1, alike)
+        self._draft_of_models = Draft(1, alike, end_ids=self.end_ids)
         self._next_row = Wanted(exact=turn.exact, top_logits=self.top_logits)
 
     @property
@@ -83,6 +83,11 @@ class RoundAsker:
     def guess(self) -> int | None:
         """The expert that will take part in the next token, as far as can be told before the router has routed."""
         return self.turn.fixed_expert if self.turn.fixed_expert is not None else self.last_expert
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end this turn's answer."""
+        return frozenset() if self.turn.ignore_eos else self.ensemble.end_ids
 
     def can_ask_guess(self) -> bool:
         """Whether there is a guess and somebody serves it."""
@@ -103,12 +108,12 @@ class RoundAsker:
             answer = await self._ask_guess(Wanted(drafting=self._drafting(plan), exact=self.turn.exact))
             if answer is not None:
                 assert self.guess is not None
-                known, draft = {self.guess: answer}, answer.drafted_ids
+                known, draft = {self.guess: answer}, before_end(answer.drafted_ids, self.end_ids)
         early = self._begin_early() if plan.early else None
         try:
             router = await self._ask_router(plan, draft) if self.needs_router else None
             if router is not None:
-                draft += router.drafted_ids
+                draft += before_end(router.drafted_ids, self.end_ids)
             round_ = Round(plan, draft)
             decisions = [self._decide(router, row) for row in range(len(draft) + 1)]
             if early is not None:
@@ -124,6 +129,15 @@ class RoundAsker:
     async def ask_router_alone(self) -> Answer:
         """The router's row for the next token."""
         return await self._ask_router(Plan(), ())
+
+    async def ask_whole(self, scores: Scores) -> Scores:
+        """The same scores with the expert's whole row in place of its highest logits. Raises FusionRouteError."""
+        started = time.monotonic()
+        whole = await scores.with_whole_row()
+        seconds = time.monotonic() - started
+        metrics.EXPERT_WAIT_SECONDS.observe(seconds)
+        self.costs.expert_seconds += seconds
+        return whole
 
     # --- the router ------------------------------------------------------------------------------------------------
 

@@ -20,11 +20,13 @@ class Draft:
         num_tokens: at most so many.
         sampling: how each is chosen from the model's own row.
         min_probability: the draft ends before a token whose probability is lower.
+        end_ids: the draft ends before one of these, behind which nothing follows.
     """
 
     num_tokens: int
     sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
     min_probability: float = 0.0
+    end_ids: frozenset[int] = frozenset()
 
     @property
     def least_logprob(self) -> float:

@@ -275,7 +275,7 @@ class Worker:
         if len(job.drafted_ids) >= draft.num_tokens or not self.table.can_go_on(session, time.monotonic()):
             return
         choice = choose(row.float().numpy(), draft.sampling, session.cached_length)
-        if choice.logprob >= draft.least_logprob:
+        if choice.logprob >= draft.least_logprob and choice.token_id not in draft.end_ids:
             job.go_on(choice.token_id)
 
     def _spoiled(self, job: Job, fault: FusionRouteError) -> None:

@@ -198,6 +198,7 @@ class DraftChoice(_message.Message):
     MIN_P_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     MIN_PROBABILITY_FIELD_NUMBER: _builtins.int
+    END_IDS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """As in SamplingParameters."""
     top_k: _builtins.int
@@ -207,6 +208,10 @@ class DraftChoice(_message.Message):
     seed: _builtins.int
     min_probability: _builtins.float
     """Stop before a token whose probability is lower than this."""
+    @_builtins.property
+    def end_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Stop before any of these: nothing follows them."""
+
     def __init__(
         self,
         *,
@@ -216,10 +221,11 @@ class DraftChoice(_message.Message):
         min_p: _builtins.float = ...,
         seed: _builtins.int = ...,
         min_probability: _builtins.float = ...,
+        end_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_p", b"min_p", "min_probability", b"min_probability", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_ids", b"end_ids", "min_p", b"min_p", "min_probability", b"min_probability", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
