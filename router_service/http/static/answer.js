@@ -58,6 +58,7 @@ export class Answer {
 
   /** Says below the answer how it ended, or what goes on. */
   tell(text, kind = "") {
+    if (!text && !this.note.hasChildNodes()) return;
     this.note.className = `turn-note ${kind}`;
     this.note.replaceChildren(...(text ? [kind === "error" ? make("strong", "", "Error: ") : "", text] : []));
     if (kind === "error") this.note.setAttribute("role", "alert");

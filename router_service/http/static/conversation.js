@@ -138,9 +138,8 @@ export class Conversation {
       turn.error = running.signal.aborted ? undefined : inWords(error);
     }
     answer.element.removeAttribute("aria-busy");
-    this.#conclude(answer);
-    if (!this.turns.includes(turn)) return; // cleared meanwhile
     if (this.#running === running) this.#running = null;
+    this.#conclude(answer);
     keep(this.turns);
     this.#follow();
     this.onChange();
@@ -155,7 +154,7 @@ export class Conversation {
     const tokens = extension.tokens ?? [];
     const text = choice.delta?.content ?? choice.text ?? "";
     if (tokens.length) {
-      if (answer.isEmpty) answer.tell("");
+      answer.tell("");
       answer.add(tokens);
     }
     const inTokens = tokens.reduce((total, token) => total + token.text.length, 0);
@@ -183,6 +182,7 @@ export class Conversation {
     button.addEventListener("click", () => {
       if (this.isRunning) return;
       delete answer.turn.ending;
+      delete answer.turn.tokensPerSecond; // the pause is not the models'
       this.#write(answer);
     });
     return button;

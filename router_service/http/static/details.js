@@ -20,7 +20,7 @@ export class Details {
 
   /** Shows a token of an answer. */
   show(answer, token) {
-    if (this.shown === token) return;
+    if (this.shown === token) return; // pointing at the token again
     this.shown = token;
     delete this.panel.dataset.empty;
     const parts = [this.#heading(token)];

@@ -79,16 +79,14 @@ export class Experts {
     const others = [];
     if (slot.standby) others.push(`${slot.standby} on standby`);
     if (slot.draining && slot.ready) others.push(`${slot.draining} draining`);
-    const parts = slot.load
+    const { load } = slot;
+    const parts = load
       ? [
-          slot.model.split("/").pop(),
-          `epoch ${epochTime(slot.epoch)}`,
-          `${slot.load.num_sessions} sessions`,
-          `${slot.load.queue_depth} waiting`,
-          ...others,
+          `${slot.model.split("/").pop()}, epoch ${epochTime(slot.epoch)}`,
+          [`${load.num_sessions} sessions`, `${load.queue_depth} waiting`, ...others].join(", "),
         ]
-      : ["nobody serves it", ...others];
-    say(entry.facts, parts.join(" · "));
+      : [["nobody serves it", ...others].join(", ")];
+    say(entry.facts, parts.join("\n"));
     entry.item.title = slot.address;
   }
 

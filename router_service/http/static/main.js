@@ -107,6 +107,8 @@ field("clear").addEventListener("click", () => {
   field("prompt").focus();
 });
 field("close-token").addEventListener("click", closeToken);
+field("token-before").addEventListener("click", () => walking.beside(-1));
+field("token-after").addEventListener("click", () => walking.beside(1));
 addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
   if (conversation.isRunning) conversation.stop();

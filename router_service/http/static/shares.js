@@ -59,12 +59,15 @@ export class Shares {
 
   /** Shows how fast it was as the turn remembers it, and what the server counted. */
   conclude(turn) {
-    turn.tokensPerSecond ??= this.tokensPerSecond;
+    const { total_seconds: seconds } = turn.statistics ?? {};
+    turn.tokensPerSecond ??= seconds ? this.#numTokens / seconds : this.tokensPerSecond;
     this.kept = turn.tokensPerSecond;
     const drafts = turn.statistics?.drafting ?? [];
     const sum = (name) => drafts.reduce((total, each) => total + Number(each[name] ?? 0), 0);
     const parts = [];
     if (drafts.length) parts.push(`${sum("num_accepted_tokens")} of ${sum("num_drafted_tokens")} drafts accepted`);
+    const firstSeconds = turn.statistics?.first_token_seconds;
+    if (firstSeconds) parts.push(`first token after ${Math.round(firstSeconds * 1000)} ms`);
     if (turn.seed !== undefined) parts.push(`seed ${turn.seed}`);
     if (turn.rule) parts.push(`rule ${turn.rule}`);
     say(this.statistics, parts.join(" · "));

@@ -11,6 +11,15 @@ export function walk(conversation, details) {
     const { answer } = element.closest(".answer");
     details.show(answer, answer.turn.tokens[Number(element.dataset.index)]);
   };
+  const choose = (element) => {
+    for (const old of element.parentElement.querySelectorAll('.token[tabindex="0"]')) old.tabIndex = -1;
+    element.tabIndex = 0;
+    chosen?.classList.remove("is-chosen");
+    chosen = element;
+    chosen.classList.add("is-chosen");
+    show(element);
+    element.scrollIntoView({ block: "nearest" });
+  };
   const tokenOf = (event) => event.target.closest?.(".token");
 
   conversation.addEventListener("pointerover", (event) => {
@@ -23,14 +32,7 @@ export function walk(conversation, details) {
   conversation.addEventListener("click", (event) => tokenOf(event)?.focus());
   conversation.addEventListener("focusin", (event) => {
     const element = tokenOf(event);
-    if (!element) return;
-    for (const old of element.parentElement.querySelectorAll('.token[tabindex="0"]')) old.tabIndex = -1;
-    element.tabIndex = 0;
-    chosen?.classList.remove("is-chosen");
-    chosen = element;
-    chosen.classList.add("is-chosen");
-    show(element);
-    element.scrollIntoView({ block: "nearest" });
+    if (element) choose(element);
   });
   conversation.addEventListener("keydown", (event) => {
     const element = tokenOf(event);
@@ -42,6 +44,11 @@ export function walk(conversation, details) {
   return {
     /** Goes back to the token that was looked at. */
     back: () => chosen?.focus(),
+    /** Looks at the token before (-1) or after (1), without going there. */
+    beside(direction) {
+      const next = chosen && step(chosen, direction < 0 ? "previousElementSibling" : "nextElementSibling");
+      if (next) choose(next);
+    },
     /** Looks at none any more. */
     leave() {
       chosen?.classList.remove("is-chosen");
