@@ -42,6 +42,10 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "The checkpoint lacks the head that the combination rule needs.",
         "Ask GetRouterInfo for the rules it can serve.",
     ),
+    Reason.CONSTRAINT_FAILED: (
+        "No token can go on with what the constraint of the answer demands, or it is too much work to tell which.",
+        "Ask for something that the model's tokens can write, or for something simpler.",
+    ),
     Reason.SESSION_UNKNOWN: (
         "Nothing is cached for the session.",
         "Send its tokens from position 0; routers do so by themselves.",

@@ -250,9 +250,20 @@ class Choice:
     logprob: float
 
 
-def choose(fused: Row, sampling: Sampling, position: int, seen: SeenTokens | None = None) -> Choice:
-    """Chooses the token for `position` of the session from fused scores [V]; ties go to the lowest id."""
-    token = pick(fused, sampling, position, seen)
+def choose(
+    fused: Row,
+    sampling: Sampling,
+    position: int,
+    seen: SeenTokens | None = None,
+    allowed: NDArray[np.bool_] | None = None,
+) -> Choice:
+    """Chooses the token for `position` of the session from fused scores [V]; ties go to the lowest id.
+
+    Args:
+        allowed: for each id [V] whether it may be chosen, at least one; None = all. The probability of the chosen one
+            is that among all of them.
+    """
+    token = pick(fused, sampling, position, seen, allowed)
     return Choice(token, logprob(fused, token))
 
 
@@ -261,9 +272,15 @@ def logprob(row: Row, token: int) -> float:
     return float(row[token]) - logsumexp(row)
 
 
-def pick(fused: Row, sampling: Sampling, position: int, seen: SeenTokens | None = None) -> int:
+def pick(
+    fused: Row,
+    sampling: Sampling,
+    position: int,
+    seen: SeenTokens | None = None,
+    allowed: NDArray[np.bool_] | None = None,
+) -> int:
     """The id that `choose` chooses, without its probability."""
-    scores = adjusted(fused, sampling, seen)
+    scores = adjusted(fused, sampling, seen, allowed)
     return int(np.argmax(scores)) if sampling.temperature == 0.0 else _sample(scores, sampling, position)
 
 
@@ -274,11 +291,19 @@ def top_candidates(row: Row, count: int) -> list[Choice]:
     return [Choice(int(token), float(row[token]) - total) for token in best]
 
 
-def adjusted(fused: Row, sampling: Sampling, seen: SeenTokens | None) -> Row:
-    """Scores [V] after penalties and biases; each grows with its fused score, whatever the others are."""
-    if not sampling.logit_bias and not (seen is not None and sampling.has_penalties):
+def adjusted(
+    fused: Row, sampling: Sampling, seen: SeenTokens | None, allowed: NDArray[np.bool_] | None = None
+) -> Row:
+    """Scores [V] after penalties and biases; each grows with its fused score, whatever the others are.
+
+    Ids that are not `allowed` have minus infinity, which no penalty and no bias changes.
+    """
+    is_plain = not sampling.logit_bias and not (seen is not None and sampling.has_penalties)
+    if allowed is None and is_plain:
         return fused
-    scores = fused.copy()
+    scores: Row = fused.copy() if allowed is None else np.where(allowed, fused, np.float32(-np.inf))
+    if is_plain:
+        return scores
     if seen is not None and sampling.has_penalties:
         values = scores[seen.ids]
         penalty = np.float32(sampling.repetition_penalty)

@@ -19,6 +19,7 @@ import structlog
 from fusionroute.background import end_task
 from fusionroute.engine import Engine
 from fusionroute.router_model import Manifest
+from router_service.constraints import Constraints
 from router_service.ensemble import Ensemble
 from router_service.text import AnswerText
 from router_service.turn_request import Offer
@@ -49,6 +50,7 @@ class Serving:
     tokenizer: PreTrainedTokenizerBase
     stop: AsyncExitStack
     num_users: int = 0
+    _constraints: Constraints | None = None
     _unused: asyncio.Event = field(default_factory=asyncio.Event)
 
     def enter(self) -> None:
@@ -75,6 +77,14 @@ class Serving:
         """Returns when nobody uses it."""
         while self.num_users:
             await self._unused.wait()
+
+    @property
+    def constraints(self) -> Constraints:
+        """What answers can be told to look like, for this vocabulary."""
+        if self._constraints is None:
+            width = self.offer.logits_width
+            self._constraints = Constraints(self.tokenizer, width, self.ensemble.end_ids)
+        return self._constraints
 
     def answer_text(self, stops: Sequence[str], before: Sequence[int]) -> AnswerText:
         """Turns an answer's ids into text.

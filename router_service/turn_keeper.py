@@ -97,6 +97,9 @@ class TurnKeeper:
         """
         with self.served.current.in_use() as serving:
             turn, wishes = read_turn(request, serving.offer), read_wishes(request, serving.offer)
+            if turn.constraint is not None:
+                self.admission.check()  # compiling one costs something
+                await serving.constraints.check(turn.constraint)
             session_id = request.session_id or new_session_id()
             turn_id = request.request_id or uuid4().hex
             return await self._generate(_Request(request, serving, turn, wishes, session_id, turn_id))

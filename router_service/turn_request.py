@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fusionroute.errors import InvalidRequest, Reason, SessionStateError, invalid
 from fusionroute.fusion import CombineRule, OnExpertUnavailable, Sampling
 from fusionroute.v1 import router_pb2
+from router_service.constraints import Constraint, Language
 from router_service.drafting import DraftingMode
 from router_service.request_limits import check_limits
 from router_service.stored_session import TurnParameters
@@ -77,6 +78,8 @@ class Turn:
         slots: the experts' slots in that checkpoint's order, so that the answer's tokens keep their experts' names.
         on_expert_unavailable: what becomes of tokens whose expert is not there.
         exact: scores are the same bits however they are computed.
+        constraint: what the answer must look like; None = anything.
+        one_off: no further turn follows in its session.
     """
 
     rule: CombineRule
@@ -89,6 +92,8 @@ class Turn:
     slots: tuple[str, ...]
     on_expert_unavailable: OnExpertUnavailable = OnExpertUnavailable.WAIT
     exact: bool = False
+    constraint: Constraint | None = None
+    one_off: bool = False
 
     def to_stored(self) -> TurnParameters:
         """As it stands in the store, so that another writer can go on with it."""
@@ -103,6 +108,10 @@ class Turn:
             "slots": list(self.slots),
             "on_expert_unavailable": self.on_expert_unavailable.value,
             "exact": self.exact,
+            "constraint": None
+            if self.constraint is None
+            else {"language": self.constraint.language.value, "text": self.constraint.text},
+            "one_off": self.one_off,
         }
         return TurnParameters(self.sampling.seed, self.rule.value, self.checkpoint, rest)
 
@@ -113,7 +122,10 @@ class Turn:
         own = {name: rest.pop(name) for name in ("max_tokens", "ignore_eos", "fixed_expert")}
         stops, slots = tuple(rest.pop("stops")), tuple(rest.pop("slots"))
         policy = OnExpertUnavailable(rest.pop("on_expert_unavailable", OnExpertUnavailable.WAIT.value))
-        exact = rest.pop("exact", False)
+        exact, one_off = rest.pop("exact", False), rest.pop("one_off", False)
+        constraint = rest.pop("constraint", None)
+        if constraint is not None:
+            constraint = Constraint(Language(constraint["language"]), constraint["text"])
         rest["logit_bias"] = {int(token): bias for token, bias in rest["logit_bias"].items()}
         sampling = Sampling(seed=stored.seed, **rest)
         return cls(
@@ -124,6 +136,8 @@ class Turn:
             checkpoint=stored.checkpoint,
             on_expert_unavailable=policy,
             exact=exact,
+            constraint=constraint,
+            one_off=one_off,
             **own,
         )
 
@@ -197,6 +211,8 @@ def read_turn(request: router_pb2.GenerateRequest, offer: Offer) -> Turn:
         slots=offer.slots,
         on_expert_unavailable=_read_policy(request, offer.default_policy),
         exact=request.exact,
+        constraint=_read_constraint(parameters),
+        one_off=request.one_off,
     )
 
 
@@ -315,6 +331,16 @@ def _read_stops(parameters: router_pb2.SamplingParameters) -> tuple[str, ...]:
         if not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
             raise invalid("stop", stop[:40], f"1 to {MAX_STOP_CHARACTERS} characters")
     return tuple(parameters.stop)
+
+
+def _read_constraint(parameters: router_pb2.SamplingParameters) -> Constraint | None:
+    language = parameters.constraint.WhichOneof("language")
+    if language is None:
+        return None
+    if parameters.ignore_eos:
+        limit = "not together with a constraint, which says where the answer ends"
+        raise invalid("ignore_eos", True, limit)
+    return Constraint(Language(language), getattr(parameters.constraint, language))
 
 
 def _read_policy(request: router_pb2.GenerateRequest, default: OnExpertUnavailable) -> OnExpertUnavailable:

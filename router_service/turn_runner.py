@@ -272,6 +272,10 @@ class TurnRunner:
             for record in draft.unstored:
                 await token_log.room()
                 token_log.append(record)
+            constrained = None
+            if live.turn.constraint is not None:
+                answer_ids = text.tokens[live.answer_position :]
+                constrained = await draft.serving.constraints.begin(live.turn.constraint, answer_ids)
             writer = TurnWriter(
                 ensemble=draft.serving.ensemble,
                 turn=live.turn,
@@ -281,6 +285,7 @@ class TurnRunner:
                 answer_text=answer_text,
                 log=token_log,
                 is_cancelled=lambda: live.cancelled,
+                constrained=constrained,
             )
             await self._publish(writer, draft.reservation)
             ending = writer.ending

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from expert_service.bootstrap import running_expert
 from expert_service.settings import ExpertSettings
@@ -45,15 +45,21 @@ class Family:
         return Reference(models[0].eval(), load_checkpoint(self.router).heads, [m.eval() for m in models[1:]])
 
 
-def make_family(folder: Path, slots: tuple[str, ...] = SLOTS, *, gates: bool = True) -> Family:
-    """Experts of three families and a Llama router whose heads switch experts often."""
+def make_family(
+    folder: Path,
+    slots: tuple[str, ...] = SLOTS,
+    *,
+    gates: bool = True,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Family:
+    """Experts of three families and a Llama router whose heads switch experts often; by default they know words."""
     families = ("llama", "qwen2", "gemma2")
     experts = {
-        slot: save_tiny_model(folder / slot, families[index % 3], seed=10 + index)
+        slot: save_tiny_model(folder / slot, families[index % 3], seed=10 + index, tokenizer=tokenizer)
         for index, slot in enumerate(slots)
     }
     records = tuple(record_of(slot, path) for slot, path in experts.items())
-    return Family(save_router(folder / "router", records, gates=gates), experts)
+    return Family(save_router(folder / "router", records, gates=gates, tokenizer=tokenizer), experts)
 
 
 def record_of(slot: str, path: Path) -> ExpertRecord:
@@ -65,10 +71,16 @@ def record_of(slot: str, path: Path) -> ExpertRecord:
 
 
 def save_router(
-    folder: Path, records: tuple[ExpertRecord, ...], *, seed: int = 1, gates: bool = True, **changes: Any
+    folder: Path,
+    records: tuple[ExpertRecord, ...],
+    *,
+    seed: int = 1,
+    gates: bool = True,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    **changes: Any,
 ) -> Path:
     """Writes a router checkpoint with random weights for these experts; `changes` are of its manifest."""
-    router, tokenizer = tiny_model("llama", seed=seed), word_tokenizer()
+    router, tokenizer = tiny_model("llama", seed=seed), tokenizer or word_tokenizer()
     torch.manual_seed(seed + 4)
     hidden, num_experts = router.config.hidden_size, len(records)
     heads = Heads(torch.randn(num_experts, hidden), torch.zeros(num_experts))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
@@ -74,10 +74,35 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def save_tiny_model(folder: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
-    """Writes a tiny model and its tokenizer where `load_model` finds them."""
+PIECES = (*'{}[]":,.-_ 0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHé\n', '":', "10")
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each of some characters, and two longer ones that only a model would write."""
+    words = {"<pad>": 0, "<eos>": 1} | {each: index for index, each in enumerate(PIECES, 2)}
+    assert len(words) == WIDTH
+    tokenizer = Tokenizer(WordLevel(words, unk_token="_"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tiny_model(
+    folder: Path,
+    family: str = "llama",
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    **changes: Any,
+) -> Path:
+    """Writes a tiny model and its tokenizer, by default of words, where `load_model` finds them."""
     tiny_model(family, seed, **changes).save_pretrained(folder)
-    word_tokenizer(changes.get("vocab_size", WIDTH)).save_pretrained(folder)
+    tokenizer = tokenizer or word_tokenizer(changes.get("vocab_size", WIDTH))
+    tokenizer.save_pretrained(folder)
     return folder
 
 
