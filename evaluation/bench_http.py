@@ -20,6 +20,8 @@ from fusionroute.v1.router_pb2 import GenerateRequest
 GRPC = "gRPC, Generate"
 APIS: Mapping[str, Api] = {"HTTP, /v1/completions": COMPLETIONS, "HTTP, /generate_stream": TGI}
 SESSIONS = (1, 8)
+TRIES = 16
+"""Prompts for each one that is wanted."""
 
 Texts = Callable[[int], str]
 """The prompt of a number."""
@@ -71,19 +73,12 @@ async def measure_http(
         ]
         askings = {GRPC: _over_grpc(stack, num_tokens)}
         askings |= {name: _over_http(connections, api, num_tokens) for name, api in APIS.items()}
+        prompts = await _whole_answers(askings[GRPC], texts, max(sessions), num_tokens)
         for count in sessions:
             for name, ask in askings.items():
                 measured[_name(name, count)] = Measured()
-                ways[_name(name, count)] = _way(
-                    ask, measured[_name(name, count)], texts, count, max(sessions)
-                )
-
-        async def prepare(number: int) -> None:
-            """All ways find the round's prompts as well known."""
-            for place in range(max(sessions)):
-                await askings[GRPC](place, texts(number * max(sessions) + place))
-
-        runs = await take_turns(ways, num_runs=num_runs, pids=stack.all_pids, prepare=prepare, on_run=on_run)
+                ways[_name(name, count)] = _way(ask, measured[_name(name, count)], prompts[:count])
+        runs = await take_turns(ways, num_runs=num_runs, pids=stack.all_pids, on_run=on_run)
     configuration = {
         **machine(threads), **sizes(stack.checkpoint), "experts": len(stack.experts), "new_tokens": num_tokens,
         "runs": num_runs, "warmups": NUM_WARMUPS, "combine": "sum", "greedy": True,
@@ -118,15 +113,29 @@ def _over_http(connections: Sequence[HttpConnection], api: Api, num_tokens: int)
     return ask
 
 
-def _way(ask: Asking, measured: Measured, texts: Texts, count: int, most: int) -> Way:
-    """So many sessions at a time, with other prompts in each round.
+async def _whole_answers(ask: Asking, texts: Texts, wanted: int, num_tokens: int) -> list[str]:
+    """So many prompts whose answers do not end early: TGI's API cannot ask for more. All ways find them known.
 
-    Args:
-        most: sessions at a time of any way.
+    Raises:
+        RuntimeError: there are too few.
     """
+    found: list[str] = []
+    for number in range(TRIES * wanted):
+        if len(found) == wanted:
+            break
+        if len((await ask(0, texts(number))).arrived) == num_tokens:
+            found.append(texts(number))
+    if len(found) < wanted:
+        raise RuntimeError(
+            f"{TRIES * wanted} prompts: {len(found)} answers of {num_tokens} tokens, {wanted} wanted"
+        )
+    return found
+
+
+def _way(ask: Asking, measured: Measured, prompts: Sequence[str]) -> Way:
+    """All prompts at a time."""
 
     async def run(number: int) -> int:
-        prompts = [texts(number * most + place) for place in range(count)]
         answers = await asyncio.gather(*(ask(place, text) for place, text in enumerate(prompts)))
         if number >= NUM_WARMUPS:
             measured.add(answers)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from evaluation.bench_report import Report
 
 
-@suite(shape="h32", tokens=64)
+@suite(shape="h32", tokens=64, runs=15)
 @click.option("--sessions", multiple=True, type=click.IntRange(1, 64), default=(1, 8), show_default=True,
               help="How many at a time; give several.")  # fmt: skip
 def http(asked: Asked, sessions: tuple[int, ...]) -> Report:

@@ -10,6 +10,7 @@ import pytest
 
 from evaluation.bench_decode import measure_decode
 from evaluation.bench_experts import measure_experts
+from evaluation.bench_http import APIS, measure_http
 from evaluation.bench_prefix import measure_prefix
 from evaluation.bench_report import Report
 from evaluation.bench_rules import measure_rules
@@ -116,3 +117,18 @@ async def test_the_wire_is_measured_in_every_way_and_rows_are_the_same(family: F
     assert medians(report)["runs with the same best ids, short and whole, float32"] == 1.0
     rows_of_runs = report.runs["wire"]
     assert all(each.num_tokens == [3] for each in rows_of_runs.values())
+
+
+async def test_http_is_measured_beside_grpc_and_writes_the_same(family: Family) -> None:
+    async with served(family, http_port=0) as running:
+        assert running.router.http_url is not None
+        address = running.router.http_url.removeprefix("http://")
+        stack = ServedStack(running.client, str(family.router), {}, {"router": [os.getpid()]})
+        report = await measure_http(stack, address, lambda number: f"w{2 + number}", **TIME, sessions=(1, 2))
+    same = [finding for finding in report.findings if "same texts" in finding.what]
+    assert [finding.is_met for finding in same] == [True] * 2 * len(APIS)
+    assert {name: each.num_tokens for name, each in report.runs["http"].items() if "2 sessions" in name} == {
+        "gRPC, Generate, 2 sessions": [12],
+        "HTTP, /v1/completions, 2 sessions": [12],
+        "HTTP, /generate_stream, 2 sessions": [12],
+    }
