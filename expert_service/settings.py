@@ -52,7 +52,7 @@ class ExpertSettings(ModelSettings):
 
     @property
     def is_reached_directly(self) -> bool:
-        """Whether nothing stands between routers and this expert, as far as it knows: it is reached where it listens."""
+        """Whether routers reach it where it listens, so that, as far as it knows, nothing stands between."""
         return self.advertise is None
 
     def router_addresses(self) -> tuple[str, ...]:

@@ -80,17 +80,30 @@ class Engine:
             Unavailable, OutOfRoom: it is not taken.
         """
         if self._draining or self._stopping:
-            raise Unavailable(Reason.DRAINING, "the service is about to stop", retry_after_seconds=1.0)
+            raise _stopping()
         if self._num_unfinished >= self.limits.max_queue:
             raise OutOfRoom(
                 Reason.QUEUE_FULL,
                 f"{self._num_unfinished} steps are waiting, the limit is {self.limits.max_queue}",
                 retry_after_seconds=0.1,
             )
-        job = Job(call, time.monotonic(), asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        job = Job(call, time.monotonic(), loop.create_future())
+        is_only = self._num_unfinished == 0
         self._num_accepted += 1
-        self._worker.inbox.put(job)
+        if is_only and self._worker.is_quick(call):
+            # Not at once: what waits to be sent, such as the token before, is sent first.
+            loop.call_soon(self._run_here, job)
+        else:
+            self._worker.inbox.put(job)
         return job.future
+
+    def _run_here(self, job: Job) -> None:
+        """A quick step in the event loop's thread, unless the worker has got something to do meanwhile."""
+        if self._stopping:  # the worker may have ended already
+            job.future.set_exception(_stopping())
+        elif not self._worker.run_here(job):
+            self._worker.inbox.put(job)
 
     async def step_batch(self, calls: Sequence[StepCall]) -> list[StepOutcome | FusionRouteError]:
         """Steps of several sessions; one that fails does not hinder the others."""
@@ -149,6 +162,7 @@ class Engine:
     async def drain(self, timeout_seconds: float) -> None:
         """Refuses new steps with DRAINING and waits for the others, at most so long."""
         self._draining = True
+        await asyncio.sleep(0)  # quick steps that were taken are run by then
         idle = asyncio.get_running_loop().create_future()
         self._worker.inbox.put(lambda: self._worker.tell_when_idle(idle))
         with suppress(TimeoutError):
@@ -162,8 +176,12 @@ class Engine:
     async def _ask(self, question: Callable[[SessionTable], T]) -> T:
         """Asks in the worker thread, between forwards."""
         if self._stopping:
-            raise Unavailable(Reason.DRAINING, "the service is about to stop", retry_after_seconds=1.0)
+            raise _stopping()
         worker, future = self._worker, asyncio.get_running_loop().create_future()
         worker.inbox.put(lambda: worker.answer(future, lambda: question(worker.table)))
         answer: T = await future
         return answer
+
+
+def _stopping() -> Unavailable:
+    return Unavailable(Reason.DRAINING, "the service is about to stop", retry_after_seconds=1.0)

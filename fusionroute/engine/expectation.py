@@ -8,6 +8,7 @@ stay together, as all are answered at the same moment.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 SMOOTHING = 0.2
@@ -15,6 +16,10 @@ FORGETTING = 0.98
 """Weight of what is known of forwards beside the next one."""
 MOST_TOKENS = 64
 """Forwards of more tokens say nothing of those of decoding sessions."""
+FEWEST_FORWARDS = 8.0
+"""Before so many a forward's time says more about the machine waking up than about the model."""
+ALONE_STEPS = 8
+"""A session whose last so many steps nobody came between has the engine to itself."""
 LEAST_SECONDS = 5e-5
 """A thread does not wake more precisely."""
 GONE_SECONDS = 30.0
@@ -58,6 +63,13 @@ class ForwardCost:
         slope = min(max(slope, 0.0), mean_seconds / mean_tokens)
         return mean_seconds - slope * mean_tokens, slope
 
+    def seconds(self, num_tokens: int) -> float:
+        """Of a forward of so many tokens; infinite while few have been heard of."""
+        if self._weight < FEWEST_FORWARDS:
+            return math.inf
+        fixed, per_token = self.line()
+        return fixed + per_token * num_tokens
+
 
 @dataclass(slots=True)
 class _Rhythm:
@@ -86,9 +98,18 @@ class Expectation:
     cost: ForwardCost = field(default_factory=ForwardCost)
     confidence: float = 1.0
     _rhythms: dict[str, _Rhythm] = field(default_factory=dict)
+    _last: str = ""
+    _num_in_a_row: int = 0
+
+    def is_alone(self, session_id: str) -> bool:
+        """Whether a session's steps were the only short ones for a while."""
+        return session_id == self._last and self._num_in_a_row >= ALONE_STEPS
 
     def stepped(self, session_id: str, now: float) -> None:
         """A short step of a session has come."""
+        if session_id != self._last:
+            self._last, self._num_in_a_row = session_id, 0
+        self._num_in_a_row += 1
         rhythm = self._rhythms.setdefault(session_id, _Rhythm())
         if rhythm.answered is None:
             return

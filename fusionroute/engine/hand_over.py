@@ -13,16 +13,23 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 Settled = tuple["Future[Any]", object, BaseException | None]
+SettledByLoop = dict[AbstractEventLoop, list[Settled]]
 
 
 class Inbox(Generic[T]):
-    """What event loops hand to the worker."""
+    """What event loops hand to the worker.
+
+    Attributes:
+        num_put: items that were ever handed over.
+    """
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[T] = SimpleQueue()
+        self.num_put = 0
 
     def put(self, item: T) -> None:
         """Hands over; wakes the worker."""
+        self.num_put += 1
         self._queue.put(item)
 
     def take(self, wait_seconds: float | None) -> list[T]:
@@ -43,28 +50,32 @@ class Inbox(Generic[T]):
 
 
 class Answers:
-    """Futures that the worker has settled and their event loops do not know yet."""
+    """Futures that a turn of work has settled and their event loops do not know yet."""
 
     def __init__(self) -> None:
-        self._by_loop: dict[AbstractEventLoop, list[Settled]] = {}
+        self._by_loop: SettledByLoop = {}
 
     def add(self, future: Future[Any], result: object, error: BaseException | None = None) -> None:
-        """Settles a future with a result or an error; nothing happens before `deliver`."""
+        """Settles a future with a result or an error; nothing happens before it is delivered."""
         self._by_loop.setdefault(future.get_loop(), []).append((future, result, error))
 
-    def deliver(self) -> None:
-        """Wakes each event loop once."""
-        if not self._by_loop:
-            return
-        by_loop, self._by_loop = self._by_loop, {}
-        for loop, settled in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_settle, settled)
-            except RuntimeError:  # closed: nobody waits there any more
-                continue
+    def take(self) -> SettledByLoop:
+        """All of them, to be delivered."""
+        taken, self._by_loop = self._by_loop, {}
+        return taken
 
 
-def _settle(settled: list[Settled]) -> None:
+def deliver(settled: SettledByLoop) -> None:
+    """Wakes each event loop once."""
+    for loop, of_loop in settled.items():
+        try:
+            loop.call_soon_threadsafe(settle, of_loop)
+        except RuntimeError:  # closed: nobody waits there any more
+            continue
+
+
+def settle(settled: list[Settled]) -> None:
+    """To be called in the thread of the futures' event loop."""
     for future, result, error in settled:
         if future.done():
             continue

@@ -88,6 +88,11 @@ class LoadedModel:
         self._heads = heads
         self._copies = HostCopies(model.device)
 
+    @property
+    def runs_in_any_thread(self) -> bool:
+        """Whether forwards may be run by one thread and then by another."""
+        return str(self.model.device) == "cpu"
+
     def kv_cache(self) -> KVCache:
         """Empty caches for the sessions of an engine."""
         return KVCache()

@@ -185,6 +185,11 @@ class LeadingModel(LoadedModel):
         self._link = link
         self._caches: NotedCache | None = None
 
+    @property
+    def runs_in_any_thread(self) -> bool:
+        """False: the others may take longer than what is measured here."""
+        return False
+
     def kv_cache(self) -> KVCache:
         """The caches of the one engine that runs this model."""
         assert self._caches is None, "a split model serves one engine"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fusionroute.engine.session import Session, StepCall
+from fusionroute.errors import InternalFault, Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class EngineLimits:
         shortest_shared_tokens: shorter beginnings are not shared.
         await_others: whether a forward is put off for a moment when sessions that were just answered are about to step
             again and one forward for all is worth it.
+        quick_seconds: a forward that takes less, and has nobody to share it with, is run by the caller's event loop: it
+            is held up by that less than by a second thread beside it. 0 = all are run by the worker's thread.
         mixed_forward_seconds: how long a forward may take, roughly, that prefills share with decoding sessions.
     """
 
@@ -38,6 +41,7 @@ class EngineLimits:
     room_wait_seconds: float = 2.0
     mixed_forward_seconds: float = 0.05
     await_others: bool = True
+    quick_seconds: float = 0.001
     share_prefixes: bool = True
     shortest_shared_tokens: int = 64
 
@@ -157,3 +161,14 @@ class Chunk:
     def num_tokens(self) -> int:
         """Tokens to feed."""
         return self.stop - self.start
+
+
+def not_finite(job: Job) -> InternalFault:
+    """Why a step fails whose rows are not finite."""
+    session = job.session
+    assert session is not None
+    return InternalFault(
+        Reason.NON_FINITE_LOGITS,
+        f"the model gave logits that are not finite for session {session.session_id!r} at position"
+        f" {session.cached_length}; nothing was cached of this step",
+    )

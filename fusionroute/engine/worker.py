@@ -12,28 +12,30 @@ from asyncio import Future
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from threading import Lock
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fusionroute.engine.expectation import Expectation
-from fusionroute.engine.hand_over import Answers, Inbox
+from fusionroute.engine.hand_over import Answers, Inbox, SettledByLoop, deliver, settle
 from fusionroute.engine.kept_outcomes import KeptOutcomes
 from fusionroute.engine.kv_cache import KVCache
 from fusionroute.engine.model import ForwardOutput, LoadedModel
 from fusionroute.engine.packing import are_finite, joined, run_packed
 from fusionroute.engine.schedule import SHORT_TOKENS, Schedule
-from fusionroute.engine.session import Session
+from fusionroute.engine.session import StepCall
 from fusionroute.engine.sessions import NoRoomYet, SessionTable, room_taken
 from fusionroute.engine.sharing import DONORS_SHARE, Sharing
-from fusionroute.engine.steps import Chunk, EngineLimits, Job, StepOutcome
+from fusionroute.engine.steps import Chunk, EngineLimits, Job, StepOutcome, not_finite
 from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
 from fusionroute.fusion import choose
 
 T = TypeVar("T")
 
 ROOM_POLL_SECONDS = 0.01
+QUICK_TOKENS = 4
 
 
 class Worker:
@@ -74,27 +76,73 @@ class Worker:
         self._waiting: deque[Job] = deque()  # for room
         self._running: list[Job] = []  # admitted, not all fed
         self._idle_awaited: list[Future[None]] = []
+        self._turn = Lock()  # held by who works: this thread, or for quick steps the caller's
+        self._num_received = 0
+        self._quick_seconds = limits.quick_seconds if model.runs_in_any_thread else 0.0
         self._schedule = Schedule(limits)
 
     def work(self) -> None:
         """Serves until it is told to stop; what is left then is refused."""
         with torch.inference_mode():
             while not self.is_stopping:
-                self._collect()
-                self._admit_waiting()
-                if self.limits.await_others:
-                    self._await_others()
-                chunks = self._compose()
-                if chunks:
-                    self._execute(chunks)
-                if not (self._running or self._waiting):
-                    self._tell_idle()
-                self._answers.deliver()
+                items = self._collect()
+                with self._turn:
+                    self._receive(items)
+                    self._admit_waiting()
+                    if self.limits.await_others:
+                        self._await_others()
+                    chunks = self._compose()
+                    if chunks:
+                        self._execute(chunks)
+                    if not (self._running or self._waiting):
+                        self._tell_idle()
+                    settled = self._answers.take()
+                # Not within the turn: whoever is woken may want it at once.
+                deliver(settled)
         for job in [*self._running, *self._waiting]:
             self._fail(job, Unavailable(Reason.DRAINING, "the service has stopped", retry_after_seconds=1.0))
         self._collect_the_rest()
         self._tell_idle()
-        self._answers.deliver()
+        deliver(self._answers.take())
+
+    def is_quick(self, call: StepCall) -> bool:
+        """Whether a step takes less than waking a thread for it is worth, and has no others to share a forward with.
+
+        For any thread; to be asked again while its turn is held, as `run_here` does.
+        """
+        num_tokens = len(call.token_ids)
+        return (
+            num_tokens <= QUICK_TOKENS
+            and call.from_position > 0
+            and call.draft is None
+            and self._quick_seconds > 0.0
+            and self._expectation.cost.seconds(num_tokens) < self._quick_seconds
+            and self._expectation.is_alone(call.session_id)
+        )
+
+    def run_here(self, job: Job) -> bool:
+        """Runs a quick step in the calling thread, if the worker has nothing to do; its future is settled then.
+
+        Returns:
+            Whether it was taken.
+        """
+        if not self._turn.acquire(blocking=False):
+            return False
+        settled: SettledByLoop = {}
+        try:
+            if self._running or self._waiting or self._num_received != self.inbox.num_put:
+                return False
+            with torch.inference_mode():
+                self._waiting.append(job)
+                self._admit_waiting()
+                while chunks := self._compose():
+                    self._execute(chunks)
+            settled = self._answers.take()
+            return True
+        finally:
+            self._turn.release()
+            settle(settled.pop(job.future.get_loop(), []))
+            deliver(settled)
 
     def stop(self) -> None:
         """Called in the worker thread: this turn of `work` is the last."""
@@ -111,14 +159,15 @@ class Worker:
         except Exception as error:
             self._answers.add(future, None, error)
 
-    def _collect(self) -> None:
-        """Takes what has arrived, waiting if there is nothing to do."""
+    def _collect(self) -> list[Job | Callable[[], None]]:
+        """What has arrived; waits for it if there is nothing to do."""
         wait_seconds: float | None = 0.0
         if not self._running:
             wait_seconds = ROOM_POLL_SECONDS if self._waiting else None
-        self._receive(self.inbox.take(wait_seconds))
+        return self.inbox.take(wait_seconds)
 
     def _receive(self, items: list[Job | Callable[[], None]]) -> None:
+        self._num_received += len(items)
         for item in items:
             if isinstance(item, Job):
                 self._waiting.append(item)
@@ -242,7 +291,7 @@ class Worker:
             job, rows = chunk.job, slice(row, row + len(chunk.wanted))
             row = rows.stop
             if not all(finite[rows]):
-                self._spoiled(job, _not_finite(job))
+                self._spoiled(job, not_finite(job))
                 continue
             job.started = started if job.started is None else job.started
             job.forward_seconds += seconds
@@ -346,13 +395,3 @@ def _forgetting(kept: KeptOutcomes, expectation: Expectation) -> Callable[[str],
         expectation.forget(session_id)
 
     return forget
-
-
-def _not_finite(job: Job) -> InternalFault:
-    session: Session | None = job.session
-    assert session is not None
-    return InternalFault(
-        Reason.NON_FINITE_LOGITS,
-        f"the model gave logits that are not finite for session {session.session_id!r} at position"
-        f" {session.cached_length}; nothing was cached of this step",
-    )
