@@ -90,6 +90,11 @@ wheel-test: $(READY) ## Build the wheel, use it from outside the checkout
 constraints: ## Resolve the dependencies anew and write constraints.txt
 	scripts/make_constraints.sh "$(PYTHON)" $(PIP_FLAGS)
 
+.PHONY: browser-test
+browser-test: $(READY) ## The playground in headless Chromium (apt-get install chromium chromium-driver)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev,browser]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser $(BROWSER_FLAGS) tests/browser
+
 .PHONY: chaos
 chaos: $(READY) ## The kill matrix: every part hurt in every way while it writes (ten minutes)
 	$(BIN)/python -m tests.chaos $(CHAOS_FLAGS)

@@ -8,7 +8,7 @@ shift || true
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 scripts/make_venv.sh "$folder/venv" "$python"
-"$folder/venv/bin/python" -m pip install --quiet "$@" 'torch==2.13.0' --editable '.[dev,oracle]'
+"$folder/venv/bin/python" -m pip install --quiet "$@" 'torch==2.13.0' --editable '.[dev,oracle,browser]'
 {
   echo "# What CI tests, on Linux x86-64. Written by: make constraints"
   "$folder/venv/bin/python" -m pip freeze --all --exclude-editable | grep -v "^pip==" | sed -E 's/\+[A-Za-z0-9.]+$//' | LC_ALL=C sort -f

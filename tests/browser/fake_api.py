@@ -46,6 +46,7 @@ class FakeApi:
         refusal: status and message of every answer.
         key: which must be shown.
         asked: bodies of the answers that were asked for.
+        forgotten: sessions that the page has done with.
         resumed_from: `Last-Event-ID` of attempts that had one.
         num_left: answers that nobody read to the end.
     """
@@ -60,6 +61,7 @@ class FakeApi:
     epoch: int = 1_763_824_000_000
     ready: bool = True
     asked: list[dict[str, Any]] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
     resumed_from: list[str] = field(default_factory=list)
     num_left: int = 0
 
@@ -69,6 +71,7 @@ class FakeApi:
             *page_routes(),
             Route("/v1/models", self._models),
             Route("/fusionroute/state", self._state),
+            Route("/fusionroute/sessions/{session_id}", self._forget, methods=["DELETE"]),
             Route("/v1/chat/completions", self._answer, methods=["POST"]),
             Route("/v1/completions", self._answer, methods=["POST"]),
         ]
@@ -143,6 +146,10 @@ class FakeApi:
             "promotion": {"revision": 0, "error": ""},
         }
         return self._refuses(request) or JSONResponse(state)
+
+    async def _forget(self, request: Request) -> Response:
+        self.forgotten.append(request.path_params["session_id"])
+        return JSONResponse({"existed": True})
 
     async def _answer(self, request: Request) -> Response:
         if refused := self._refuses(request):
