@@ -36,7 +36,7 @@ class Experts:
 
 async def test_experts_killed_and_restarted_in_mid_generation_change_nothing(tmp_path: Path) -> None:
     family = make_family(tmp_path / "family")
-    cases = make_cases(family.reference(), 200)
+    cases = make_cases(family.reference(), 80)
     async with AsyncExitStack() as stack:
         router = await stack.enter_async_context(
             daemon("router_service", tmp_path, "--checkpoint", str(family.router))
@@ -54,7 +54,7 @@ async def test_experts_killed_and_restarted_in_mid_generation_change_nothing(tmp
             return got
 
         async def kill_some(done: int) -> None:
-            slot = {40: "math", 110: "strings"}.get(done)
+            slot = {20: "math", 45: "strings"}.get(done)
             if slot is not None:
                 await experts.kill(slot)
                 await experts.start(slot)

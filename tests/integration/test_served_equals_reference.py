@@ -11,6 +11,10 @@ from tests.equivalence import Case, assert_all_equal, assert_written_across_rest
 from tests.served_stack import Answer, Family, Stack, make_family, served
 
 
+NUM_DISTURBED = 100
+"""Of the cases, where each is disturbed many times on its way."""
+
+
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     folder: Path = tmp_path_factory.mktemp("family")
@@ -44,8 +48,8 @@ async def test_two_hundred_prompts_equal_the_plain_loop(
 
 async def test_forced_evictions_change_nothing(family: Family, cases: list[Case]) -> None:
     async with served(family, kv_tokens=256, kv_overcommit=100.0, experts={"kv_tokens": 192}) as stack:
-        verdict = await compare(cases, stack.answer, 16)
-        assert_all_equal(verdict, len(cases))
+        verdict = await compare(cases[:NUM_DISTURBED], stack.answer, 16)
+        assert_all_equal(verdict, NUM_DISTURBED)
         assert stack.router.engine.load().num_evictions > 50
         assert all(engine.load().num_evictions > 50 for engine in stack.engines.values())
 
@@ -60,13 +64,13 @@ async def test_experts_restarted_in_mid_generation_change_nothing(family: Family
             return got
 
         async def restart(done: int) -> None:
-            slot = {40: "math", 90: "strings", 140: "format"}.get(done)
+            slot = {20: "math", 40: "strings", 60: "format"}.get(done)
             if slot is not None:
                 await stack.stop_expert(slot)
                 await stack.start_expert(slot)
 
-        verdict = await compare(cases, answer, 16, restart)
-        assert_all_equal(verdict, len(cases))
+        verdict = await compare(cases[:NUM_DISTURBED], answer, 16, restart)
+        assert_all_equal(verdict, NUM_DISTURBED)
         assert_written_across_restarts(answers, family.experts)
         assert all(engine.load().num_forwards > 0 for engine in stack.engines.values())
 
