@@ -13,6 +13,13 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ0123456789 :;,.?!=+-*/[]()_"
 VOCABULARY_SIZE = 2 + len(ALPHABET)
 MAX_CONTEXT_TOKENS = 512
 UNKNOWN_CHARACTER = "?"
+CHAT_TEMPLATE = (
+    "{% set ns = namespace(first=0) %}"
+    "{% for message in messages %}{% if message.role == 'user' %}{% set ns.first = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages[ns.first:] %}{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""The last thing a user said, as it stands, and what was answered: the models have only ever seen one task at a time."""
 
 _ID_BY_CHARACTER = {character: index for index, character in enumerate(ALPHABET, start=2)}
 
@@ -42,4 +49,5 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=EOS_TOKEN,
         clean_up_tokenization_spaces=False,
         model_max_length=MAX_CONTEXT_TOKENS,
+        chat_template=CHAT_TEMPLATE,
     )

@@ -22,6 +22,7 @@ from router_service.http.openai_routes import openai_routes
 from router_service.http.playground import PAGE_PATHS, playground_routes
 from router_service.http.service import RouterApi
 from router_service.http.tgi import tgi_routes
+from router_service.http.tokenizer_routes import tokenizer_routes
 from router_service.http.upkeep import upkeep_routes
 
 OPEN_PATHS = ("/health", *PAGE_PATHS)
@@ -67,7 +68,13 @@ def application(api: RouterApi, admittance: Admittance | None = None) -> ASGIApp
 
 def all_routes(api: RouterApi) -> list[BaseRoute]:
     """Of every API."""
-    return [*upkeep_routes(api), *openai_routes(api), *tgi_routes(api), *playground_routes(api)]
+    return [
+        *upkeep_routes(api),
+        *tokenizer_routes(api),
+        *openai_routes(api),
+        *tgi_routes(api),
+        *playground_routes(api),
+    ]
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""Answers in the shapes of OpenAI's API: choices as they grow, in chunks and as a whole."""
+"""Choices of OpenAI's API as they grow: a chunk for each event, and the whole at the end."""
 
 from __future__ import annotations
 
@@ -7,216 +7,143 @@ from typing import Any, Protocol
 
 from fusionroute.v1 import router_pb2
 from router_service.http.token_details import Details
-from router_service.http.token_text import TokenText
+from router_service.http.token_scores import TokenScores
+from router_service.live_turn import LiveTurn
 
-LEAST_LOGPROB = -9999.0
-"""What stands for the log of a probability of zero, which JSON cannot say."""
-
-_FINISH_REASONS: dict[int, str] = {
+FINISH_REASONS: dict[int, str] = {
     router_pb2.FINISH_REASON_EOS: "stop",
     router_pb2.FINISH_REASON_STOP: "stop",
     router_pb2.FINISH_REASON_LENGTH: "length",
     router_pb2.FINISH_REASON_CONTEXT: "length",
     router_pb2.FINISH_REASON_CANCELLED: "cancelled",
 }
-
-
-def finish_reason_of(finished: router_pb2.Finished) -> str:
-    """`finish_reason`; "cancelled", which OpenAI does not have, when someone has ended the turn from outside."""
-    return _FINISH_REASONS[finished.reason]
+"""`finish_reason`; "cancelled", which OpenAI does not have, when someone has ended the turn from outside."""
 
 
 class Choice(Protocol):
     """One of the answers to a request."""
 
-    def begin(self, started: router_pb2.Started) -> list[dict[str, Any]]:
-        """Chunks before the first token."""
+    def begin(self, live: LiveTurn, from_token: int) -> list[dict[str, Any]]:
+        """The turn that writes it has begun; chunks before its token number `from_token`, the first that comes."""
 
     def add(self, token: router_pb2.Token) -> dict[str, Any] | None:
         """The chunk for a token; None where there is nothing to tell yet."""
 
-    def end(self, finished: router_pb2.Finished) -> dict[str, Any]:
-        """The last chunk."""
+    def end(self, finished: router_pb2.Finished) -> list[dict[str, Any]]:
+        """The last chunks."""
 
     def whole(self) -> dict[str, Any]:
         """The choice after its end."""
 
 
-@dataclass(slots=True)
-class Scored:
-    """Log-probabilities of tokens.
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """The prompt, which comes first in an answer.
 
     Attributes:
-        num_top: so many best tokens with each; None = none are told.
-        text: of tokens.
+        text: as it was given.
+        tokens: with their log-probabilities, if these are told.
     """
 
-    num_top: int | None
-    text: TokenText
-
-    def logprob(self, value: float) -> float:
-        """As JSON can say it."""
-        return max(value, LEAST_LOGPROB)
-
-    def best(self, token: router_pb2.Token | router_pb2.PromptToken) -> list[tuple[int, float]]:
-        """Ids with their log-probabilities, the best first; the token itself has the same number here as alone."""
-        own = self.logprob(token.logprob)
-        return [
-            (each.id, own if each.id == token.id else self.logprob(each.logprob))
-            for each in token.top.fused[: self.num_top or 0]
-        ]
-
-
-@dataclass(slots=True)
-class ChatChoice:
-    """A message."""
-
-    index: int
-    scored: Scored
-    details: Details | None
-    _pieces: list[str] = field(default_factory=list)
-    _entries: list[dict[str, Any]] = field(default_factory=list)
-    _finish_reason: str | None = None
-
-    def begin(self, started: router_pb2.Started) -> list[dict[str, Any]]:
-        """The role."""
-        return [self._chunk({"role": "assistant", "content": ""})]
-
-    def add(self, token: router_pb2.Token) -> dict[str, Any] | None:
-        """The piece of text that a token adds."""
-        self._pieces.append(token.text)
-        entries = None
-        if self.scored.num_top is not None:
-            entries = [self._entry(token)]
-            self._entries += entries
-        details = self.details.add(token) if self.details is not None else None
-        if not token.text and entries is None and details is None:
-            return None
-        return self._chunk({"content": token.text}, entries, None, details)
-
-    def end(self, finished: router_pb2.Finished) -> dict[str, Any]:
-        """What was held back, and why it ended."""
-        self._pieces.append(finished.text)
-        self._finish_reason = finish_reason_of(finished)
-        details = self.details.end(finished) if self.details is not None else None
-        delta = {"content": finished.text} if finished.text else {}
-        return self._chunk(delta, None, self._finish_reason, details)
-
-    def whole(self) -> dict[str, Any]:
-        """The message."""
-        choice: dict[str, Any] = {
-            "index": self.index,
-            "message": {"role": "assistant", "content": "".join(self._pieces), "refusal": None},
-            "logprobs": None,
-            "finish_reason": self._finish_reason,
-        }
-        if self.scored.num_top is not None:
-            choice["logprobs"] = {"content": self._entries, "refusal": None}
-        if self.details is not None:
-            choice["fusionroute"] = self.details.whole()
-        return choice
-
-    def _chunk(
-        self,
-        delta: dict[str, Any],
-        entries: list[dict[str, Any]] | None = None,
-        finish_reason: str | None = None,
-        details: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        logprobs = None if entries is None else {"content": entries, "refusal": None}
-        chunk = {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        if details is not None:
-            chunk["fusionroute"] = details
-        return chunk
-
-    def _entry(self, token: router_pb2.Token) -> dict[str, Any]:
-        entry = self._named(token.id, self.scored.logprob(token.logprob))
-        entry["top_logprobs"] = [self._named(each, logprob) for each, logprob in self.scored.best(token)]
-        return entry
-
-    def _named(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self.scored.text
-        return {"token": text.text_of(token_id), "logprob": logprob, "bytes": list(text.bytes_of(token_id))}
+    text: str
+    tokens: tuple[router_pb2.PromptToken, ...] = ()
 
 
 @dataclass(slots=True)
 class TextChoice:
-    """A continuation of a text."""
+    """A continuation of a text.
+
+    Attributes:
+        scores: log-probabilities of its tokens; None = none are told.
+        details: what our extension tells; None = nothing.
+        echo: None = without the prompt.
+    """
 
     index: int
-    scored: Scored
-    details: Details | None
+    scores: TokenScores | None = None
+    details: Details | None = None
+    echo: Echo | None = None
     _pieces: list[str] = field(default_factory=list)
     _num_characters: int = 0
-    _scores: dict[str, list[Any]] = field(
+    _told: dict[str, list[Any]] = field(
         default_factory=lambda: {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     )
     _finish_reason: str | None = None
 
-    def begin(self, started: router_pb2.Started) -> list[dict[str, Any]]:
-        """Nothing comes before the text."""
-        return []
+    def begin(self, live: LiveTurn, from_token: int) -> list[dict[str, Any]]:
+        """The prompt, where it is wanted."""
+        if self.details is not None:
+            self.details.begin(live)
+        if from_token:
+            self._num_characters = sum(len(each.text) for each in live.tokens[:from_token])
+            return []
+        return self._echoed()
 
     def add(self, token: router_pb2.Token) -> dict[str, Any] | None:
         """The piece of text that a token adds."""
-        scores = self._score(token) if self.scored.num_top is not None else None
+        told = self._score(token) if self.scores is not None else None
         self._grow(token.text)
         details = self.details.add(token) if self.details is not None else None
-        if not token.text and scores is None and details is None:
+        if not token.text and told is None and details is None:
             return None
-        return self._chunk(token.text, scores, None, details)
+        return self._chunk(token.text, told, None, details)
 
-    def end(self, finished: router_pb2.Finished) -> dict[str, Any]:
+    def end(self, finished: router_pb2.Finished) -> list[dict[str, Any]]:
         """What was held back, and why it ended."""
         self._grow(finished.text)
-        self._finish_reason = finish_reason_of(finished)
+        self._finish_reason = FINISH_REASONS[finished.reason]
         details = self.details.end(finished) if self.details is not None else None
-        return self._chunk(finished.text, None, self._finish_reason, details)
+        return [self._chunk(finished.text, None, self._finish_reason, details)]
+
+    def alone(self) -> list[dict[str, Any]]:
+        """The prompt and nothing behind it."""
+        self._finish_reason = "length"
+        return [*self._echoed(), self._chunk("", None, self._finish_reason, None)]
 
     def whole(self) -> dict[str, Any]:
         """The text."""
-        choice: dict[str, Any] = {
-            "index": self.index,
-            "text": "".join(self._pieces),
-            "logprobs": None if self.scored.num_top is None else self._scores,
-            "finish_reason": self._finish_reason,
-        }
-        if self.details is not None:
-            choice["fusionroute"] = self.details.whole()
-        return choice
+        details = self.details.whole() if self.details is not None else None
+        told = None if self.scores is None else self._told
+        return self._chunk("".join(self._pieces), told, self._finish_reason, details)
+
+    def _echoed(self) -> list[dict[str, Any]]:
+        if self.echo is None:
+            return []
+        told: dict[str, list[Any]] | None = None
+        if self.scores is not None:
+            before, self._num_characters = self._num_characters, 0
+            for token in self.echo.tokens:
+                self._score(token)
+                self._num_characters += len(token.text)
+            if self.echo.tokens:  # which nothing comes before: without the space that it has elsewhere
+                self._told["tokens"][0] = self.echo.tokens[0].text or self._told["tokens"][0]
+            self._num_characters = before
+            told = {name: list(values) for name, values in self._told.items()}
+        self._grow(self.echo.text)
+        return [self._chunk(self.echo.text, told, None, None)]
 
     def _grow(self, text: str) -> None:
         self._pieces.append(text)
         self._num_characters += len(text)
 
     def _score(self, token: router_pb2.Token | router_pb2.PromptToken) -> dict[str, list[Any]]:
-        logprob = self.scored.logprob(token.logprob) if token.HasField("logprob") else None
-        best: dict[str, float] = {}
-        if logprob is not None:
-            for each, value in self.scored.best(token):
-                best.setdefault(self.scored.text.text_of(each), value)
-            best.setdefault(self.scored.text.text_of(token.id), logprob)
-        new: dict[str, list[Any]] = {
-            "tokens": [self.scored.text.text_of(token.id)],
-            "token_logprobs": [logprob],
-            "top_logprobs": [best if logprob is not None else None],
-            "text_offset": [self._num_characters],
-        }
+        assert self.scores is not None
+        new = {name: [value] for name, value in self.scores.of_text(token, self._num_characters).items()}
         for name, values in new.items():
-            self._scores[name] += values
+            self._told[name] += values
         return new
 
     def _chunk(
         self,
         text: str,
-        scores: dict[str, list[Any]] | None,
+        told: dict[str, list[Any]] | None,
         finish_reason: str | None,
         details: dict[str, Any] | None,
     ) -> dict[str, Any]:
         chunk: dict[str, Any] = {
             "index": self.index,
             "text": text,
-            "logprobs": scores,
+            "logprobs": told,
             "finish_reason": finish_reason,
         }
         if details is not None:

@@ -1,14 +1,12 @@
-"""Prompts of OpenAI's API as prompts of turns: texts, token ids, batches of both, conversations."""
+"""Prompts of OpenAI's API as prompts of turns: texts, token ids, batches of both; texts of messages."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fusionroute.errors import invalid
 from fusionroute.v1 import router_pb2
 from router_service.http.openai_requests import ChatMessage, Prompt
-from router_service.http.service import RouterApi
 
 MAX_PROMPTS = 128
 
@@ -47,17 +45,6 @@ def encodable(field: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise invalid(field, text[error.start : error.end], "text that UTF-8 can say") from None
     return text
-
-
-async def set_conversation(
-    request: router_pb2.GenerateRequest, messages: list[ChatMessage], api: RouterApi
-) -> None:
-    """Makes a request answer the last message of a conversation. Raises InvalidRequest."""
-    await asyncio.sleep(0)
-    for number, message in enumerate(messages):
-        role = "system" if message.role == "developer" else message.role
-        text = encodable(f"messages[{number}].content", text_of(message, f"messages[{number}].content"))
-        request.messages.messages.add(role=role, content=text)
 
 
 def text_of(message: ChatMessage, field: str) -> str:

@@ -133,12 +133,44 @@ class TextPart(Body):
     text: str | None = None
 
 
+class CalledFunction(Body):
+    """What was called: `arguments` is JSON in a string."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    """A call that the assistant made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class JsonSchema(Body):
+    """A schema with a name."""
+
+    name: str = Field(max_length=64)
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """Text, any JSON object, or what a JSON schema describes."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class ChatBody(Sampled):
@@ -146,11 +178,20 @@ class ChatBody(Sampled):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
     max_completion_tokens: int | None = Field(
-        default=None, ge=1, le=2**31 - 1, description="New tokens at most."
+        default=None, ge=1, le=2**31 - 1, description="New tokens at most; before max_tokens."
     )
     logprobs: bool | None = Field(default=None, description="Whether tokens come with their log-probability.")
     top_logprobs: int | None = Field(
-        default=None, ge=0, le=MAX_TOP, description="With logprobs: so many best tokens."
+        default=None, ge=0, le=MAX_TOP, description="With logprobs: so many best tokens with each."
+    )
+    response_format: ResponseFormat | None = Field(
+        default=None, description="What the answer must look like."
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="The last message, the assistant's, is not complete: go on with it."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="Further variables of the chat template."
     )
 
 

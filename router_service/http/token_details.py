@@ -9,9 +9,9 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from fusionroute.v1 import router_pb2
+from router_service.http.token_scores import LEAST_LOGPROB
 from router_service.live_turn import LiveTurn
 
-LEAST_LOGPROB = -9999.0
 ROUTER_WEIGHT = "router"
 
 
@@ -20,14 +20,17 @@ class Details:
     """Of one turn.
 
     Attributes:
-        live: the turn.
         num_candidates: so many best tokens by each.
     """
 
-    live: LiveTurn
     num_candidates: int
+    _live: LiveTurn | None = None
     _tokens: list[dict[str, Any]] = field(default_factory=list)
     _summary: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self, live: LiveTurn) -> None:
+        """The turn has begun."""
+        self._live = live
 
     def add(self, token: router_pb2.Token) -> dict[str, Any]:
         """For the chunk of a token."""
@@ -37,13 +40,14 @@ class Details:
 
     def end(self, finished: router_pb2.Finished) -> dict[str, Any]:
         """For the last chunk."""
-        turn = self.live.turn
+        assert self._live is not None
+        turn = self._live.turn
         statistics = MessageToDict(
             finished.statistics, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )
         self._summary = {
             "statistics": statistics,
-            "session_id": self.live.session_id,
+            "session_id": self._live.session_id,
             "seed": turn.sampling.seed,
             "combine": turn.rule.value,
             "checkpoint": turn.checkpoint,
@@ -55,7 +59,8 @@ class Details:
         return {"tokens": self._tokens, **self._summary}
 
     def _token(self, token: router_pb2.Token) -> dict[str, Any]:
-        names = (*self.live.turn.slots, ROUTER_WEIGHT)
+        assert self._live is not None
+        names = (*self._live.turn.slots, ROUTER_WEIGHT)
         told: dict[str, Any] = {
             "index": token.index,
             "id": token.id,

@@ -53,6 +53,19 @@ class TokenText:
         return tuple(text.encode("utf-8", errors="replace"))
 
 
+class TokenTexts:
+    """The texts of the tokens of whichever tokenizer serves now."""
+
+    def __init__(self) -> None:
+        self._latest: TokenText | None = None
+
+    def of(self, tokenizer: PreTrainedTokenizerBase) -> TokenText:
+        """Made once for each tokenizer."""
+        if self._latest is None or self._latest.tokenizer is not tokenizer:
+            self._latest = TokenText(tokenizer)
+        return self._latest
+
+
 def _bytes_of_piece(piece: str) -> bytes | None:
     """The bytes that a piece of a vocabulary stands for where it is made of bytes; None where it is not."""
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
