@@ -24,6 +24,7 @@ NUM_SESSIONS = (1, 8)
 HOW_TO_INSTALL = (
     "it is not installed; --install-peers does it, or name the Python of its environment by --genlm-python"
 )
+LEFT_OUT = "it was left out of this run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class Plan:
         num_sessions: how many at a time, each number at most that of the prompts.
         threads: of torch in this process and in genlm-control's; give the services as many.
         log: for what genlm-control's process has to say.
-        genlm_python: None = it is not installed.
+        genlm_python: None = it is not measured.
+        without_genlm: why, where it is not.
     """
 
     prompts: Prompts
@@ -44,6 +46,7 @@ class Plan:
     threads: int
     log: Path
     genlm_python: Path | None = None
+    without_genlm: str = HOW_TO_INSTALL
     num_sessions: Sequence[int] = NUM_SESSIONS
 
 
@@ -83,7 +86,7 @@ async def measure(stack: ServedStack, plan: Plan, on_run: OnRun = lambda done, t
 
 async def _open_genlm(peers: AsyncExitStack, stack: ServedStack, plan: Plan) -> GenlmProduct:
     if plan.genlm_python is None:
-        raise PeerFailed(HOW_TO_INSTALL)
+        raise PeerFailed(plan.without_genlm)
     models = (stack.checkpoint, next(iter(stack.experts.values())))
     opened = GenlmProduct.open(plan.genlm_python, models, plan.prompts, threads=plan.threads, log=plan.log)
     return await peers.enter_async_context(opened)

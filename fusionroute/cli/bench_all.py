@@ -17,7 +17,7 @@ import click
 from fusionroute.cli.group import Failure
 
 END_SECONDS = 60.0
-GENLM = "--genlm-python"
+GENLM, WITHOUT_GENLM = "--genlm-python", "--without-genlm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +45,19 @@ def _published(name: str, words: str, minutes: float) -> Published:
 
 
 PLAN = (
-    _published("decode-demo", "decode", 1.0),
-    _published("decode-h512", "decode --shape h512 --dtype bfloat16 --tokens 32 --runs 5 --threads 2", 3.0),
+    _published("decode-demo", "decode", 0.8),
+    _published("decode-h512", "decode --shape h512 --dtype bfloat16 --tokens 32 --runs 5 --threads 2", 2.5),
     _published("throughput-h512", "throughput --shape h512 --sessions 1 --sessions 16 --sessions 64 --threads 1", 6.0),
-    _published("experts", "experts", 1.5),
-    _published("rules", "rules", 1.0),
-    _published("context", "context", 1.0),
+    _published("experts", "experts", 1.0),
+    _published("rules", "rules", 0.6),
+    _published("context", "context", 0.8),
     _published("memory", "memory", 2.0),
-    _published("prefix", "prefix --shape h256", 1.0),
+    _published("prefix", "prefix --shape h256", 0.4),
     _published("speculation", "speculation", 4.0),
-    _published("wire", "wire", 1.0),
-    _published("http", "http", 1.0),
+    _published("wire", "wire", 0.5),
+    _published("http", "http", 0.6),
     _published("peers-demo", "peers", 4.0),
+    _published("peers-h256", "peers --shape h256 --tokens 64 --without-genlm", 1.5),
 )  # fmt: skip
 
 Start = Callable[[Sequence[str]], int]
@@ -123,7 +124,8 @@ def measure_all(
         click.echo(f"\n[{number} of {len(wanted)}] {each.command}", err=True)
         began = time.monotonic()
         partial = output / f".{each.name}.partial"
-        further = peers_words if each.words[0] == "peers" else ()
+        needs_genlm = each.words[0] == "peers" and WITHOUT_GENLM not in each.words
+        further = peers_words if needs_genlm else ()
         try:
             code = start((*each.words, *further, "--output", str(partial)))
             if code == 0 and partial.exists():

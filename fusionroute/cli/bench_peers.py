@@ -31,11 +31,19 @@ SHORTER_TOKENS = 5
     help="Make an environment with genlm-control from PyPI first, in the cache folder, unless it is there.",
 )  # fmt: skip
 @click.option(
+    "--without-genlm", is_flag=True,
+    help="Leave genlm-control out: for large vocabularies, where it takes minutes a run.",
+)  # fmt: skip
+@click.option(
     "--sessions", "num_sessions", type=click.IntRange(1, 64), multiple=True, default=(1, 8), show_default=True,
     help="Sessions at a time; may be given several times.",
 )  # fmt: skip
 def peers(
-    asked: Asked, genlm_python: Path | None, install_peers: bool, num_sessions: tuple[int, ...]
+    asked: Asked,
+    genlm_python: Path | None,
+    install_peers: bool,
+    without_genlm: bool,
+    num_sessions: tuple[int, ...],
 ) -> Report:
     """Tokens per second: HF generate and assisted generation, proxy tuning, genlm-control, the served stack.
 
@@ -46,12 +54,12 @@ def peers(
     \b
     Example:
       fusionroute bench peers --install-peers --output peers.json --plot peers.png
-      fusionroute bench peers --shape h512 --dtype bfloat16 --tokens 32
+      fusionroute bench peers --shape h512 --dtype bfloat16 --tokens 32 --without-genlm
     """
-    from evaluation.peers.measure import Plan
+    from evaluation.peers.measure import HOW_TO_INSTALL, LEFT_OUT, Plan
     from evaluation.peers.measure import measure as measure_peers
 
-    python = genlm_python or _found_python(install=install_peers)
+    python = None if without_genlm else genlm_python or _found_python(install=install_peers)
     with (
         models(asked.lab, asked.shape, asked.dtypes[0]) as made,
         tempfile.TemporaryDirectory(prefix="fusionroute-peers-") as folder,
@@ -64,6 +72,7 @@ def peers(
             threads=threads,
             log=Path(folder) / "genlm-control.log",
             genlm_python=python,
+            without_genlm=LEFT_OUT if without_genlm else HOW_TO_INSTALL,
             num_sessions=sorted(set(num_sessions)),
         )
         return measure([made], threads, lambda stacks: measure_peers(stacks[0], plan, Progress()))

@@ -43,7 +43,8 @@ def test_each_suite_writes_its_file_and_one_that_fails_is_named_and_leaves_none(
     assert [words[: len(each.words)] for words, each in zip(bench.asked, PLAN, strict=True)] == [
         list(each.words) for each in PLAN
     ]
-    assert [words[0] for words in bench.asked if "--genlm-python" in words] == ["peers"]
+    with_genlm = [words for words in bench.asked if "--genlm-python" in words]
+    assert [(words[0], "--without-genlm" in words) for words in with_genlm] == [("peers", False)]
 
 
 def test_a_suite_that_is_interrupted_leaves_no_part_of_a_file(tmp_path: Path) -> None:
