@@ -100,6 +100,10 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.STORE_UNAVAILABLE: ("Redis does not answer.", "Start it; the session is safe once it is back."),
     Reason.DRAINING: ("The service is about to stop.", "Try again; another instance answers."),
     Reason.LEFT_ALONE: ("Nobody followed the turn, so its router stopped writing it.", "Resume the session."),
+    Reason.REMOTE_UNAVAILABLE: (
+        "A server of somebody else, asked as a baseline, does not answer or fails.",
+        "The message names URL and status; look there.",
+    ),
     Reason.MODEL_NOT_FOUND: ("There is no such model or checkpoint.", "The message names the path or id."),
     Reason.MODEL_UNSUPPORTED: (
         "The model's architecture cannot be served exactly.",

@@ -85,6 +85,7 @@ class Reason(Enum):
     STORE_UNAVAILABLE = StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"
     DRAINING = StatusCode.UNAVAILABLE, "DRAINING"
     LEFT_ALONE = StatusCode.UNAVAILABLE, "LEFT_ALONE"
+    REMOTE_UNAVAILABLE = StatusCode.UNAVAILABLE, "REMOTE_UNAVAILABLE"
 
     # a model or checkpoint cannot be served
     MODEL_NOT_FOUND = StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"

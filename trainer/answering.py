@@ -1,4 +1,4 @@
-"""Answers of a serving router, asked for again until they are there."""
+"""Answers of a serving router, or of somebody else's model, asked for again until they are there."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Protocol
 from fusionroute.client import RouterClient
 from fusionroute.errors import FusionRouteError, OutOfRoom, Reason, Unavailable
 from fusionroute.grpc_runtime import backoff_seconds
+from fusionroute.remote_models import RemoteEnding, RemoteModel, RemoteSampling
 from fusionroute.v1.router_pb2 import CombineRule, FinishReason, GenerateRequest
 from trainer.data import GoldPrompt
 
@@ -116,6 +117,30 @@ class ServedAnswerer:
                         pieces.append(event.finished.text)
                         reason = event.finished.reason
         return Answer("".join(pieces), _ENDINGS.get(reason, Ending.REFUSED), checkpoint)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteAnswerer:
+    """Answers of a single model behind somebody else's server, which has the patience itself."""
+
+    model: RemoteModel
+    max_new_tokens: int
+
+    async def answer(self, prompt: GoldPrompt, temperature: float, seed: int) -> Answer:
+        """The answer; text prompts are continued where the server speaks TGI's API, else put as a user's message.
+
+        Raises:
+            FusionRouteError: as the server means it, naming its URL.
+        """
+        sampling = RemoteSampling(self.max_new_tokens, temperature=temperature, seed=seed)
+        try:
+            answer = await self.model.generate(prompt.prompt, sampling)
+        except FusionRouteError as error:
+            if error.reason is Reason.CONTEXT_FULL:
+                return Answer("", Ending.REFUSED, "")
+            raise
+        ending = Ending.CUT if answer.ending is RemoteEnding.CUT else Ending.ENDED
+        return Answer(answer.text, ending, self.model.identity)
 
 
 _ENDINGS = {

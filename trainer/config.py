@@ -22,6 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fusionroute.errors import InvalidRequest, Reason
+from trainer.remote_table import Remote
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -302,6 +303,7 @@ class PairsJob(JobConfig):
         default_factory=dict, description="To print the bias of the pairs: the experts, as in cdpo."
     )
     beta: Rate = Field(default=0.1, description="With which the bias is printed.")
+    remote: Remote = None
 
 
 class _RouterJob(JobConfig):
@@ -355,7 +357,7 @@ JOBS: dict[JobKind, type[JobConfig]] = {
     job.kind: job for job in (LabelJob, SftJob, PairsJob, CdpoJob, ExtendJob)
 }
 
-_PATH_FIELDS = frozenset({"files", "folder", "chat_template", "output"})
+_PATH_FIELDS = frozenset({"files", "folder", "chat_template", "output", "api_key_file"})
 _MODEL_FIELDS = frozenset({"model", "router", "checkpoint"})
 
 

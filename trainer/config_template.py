@@ -67,21 +67,24 @@ def _table(path: str, field: FieldInfo, example: Any) -> Iterator[str]:
             inner.append((name, each))
         else:
             given = example.get(name) if isinstance(example, dict) and not is_optional else None
-            yield from _scalar(name, each, given, is_given=given is not None)
+            yield from _scalar(name, each, given, is_given=given is not None, is_open=is_optional)
     for name, each in inner:
         yield ""
         yield from _table(f"{path}.{name}", each, None)
 
 
-def _scalar(name: str, field: FieldInfo, example: Any, *, is_given: bool = False) -> Iterator[str]:
+def _scalar(
+    name: str, field: FieldInfo, example: Any, *, is_given: bool = False, is_open: bool = False
+) -> Iterator[str]:
+    """One field; what is required in a table that may be left out stays open."""
     choices = _choices(field.annotation)
     meaning = field.description or ""
     if choices:
         meaning = f"{meaning} One of {', '.join(choices)}.".strip()
     yield from _comment(meaning)
-    if field.is_required() or is_given:
+    if is_given or (field.is_required() and not is_open):
         yield f"{name} = {_toml(example)}"
-    elif field.default is None:
+    elif field.is_required() or field.default is None:
         yield f"# {name} ="
     else:
         yield f"# {name} = {_toml(field.get_default(call_default_factory=True))}"

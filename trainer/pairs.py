@@ -1,5 +1,7 @@
 """On-policy preference pairs: wrong answers of the serving router itself as rejected ones, gold answers as chosen.
 
+Or, off-policy, wrong answers of a single model behind somebody else's server (`remote`).
+
 every prompt ── greedy ──> wrong: a pair
                    └─────> right ── a few samples ──> one wrong: a pair
 """
@@ -21,13 +23,15 @@ import structlog
 from fusionroute.background import end_task
 from fusionroute.client import RouterClient
 from fusionroute.errors import InvalidRequest, ModelRejected, Reason, TrainingFailed, invalid
+from fusionroute.remote_models import RemoteApi, RemoteModel
 from fusionroute.router_model import COMPLETE_FILE
 from fusionroute.vocabulary import load_tokenizer, tokenizer_fingerprint
-from trainer.answering import Answer, Answerer, Ending, ServedAnswerer
+from trainer.answering import Answer, Answerer, Ending, RemoteAnswerer, ServedAnswerer
 from trainer.config import PairsJob
 from trainer.data import GoldPrompt, load_prompts
 from trainer.pace import Pace
 from trainer.pair_journal import Journal, Outcome, Verdict
+from trainer.remote_table import RemoteTable
 from trainer.run_context import RunContext, RunProgress, RunResult
 from trainer.verifiers import VERIFIERS
 
@@ -43,7 +47,9 @@ log = structlog.get_logger(__name__)
 
 
 def collect_pairs(config: PairsJob, context: RunContext) -> RunResult:
-    """Asks the router every prompt and writes the pairs to `config.output`; what was asked before is not asked again.
+    """Asks the router, or the remote model, every prompt and writes the pairs to `config.output`.
+
+    What was asked before is not asked again.
 
     Returns:
         The file, and as metrics how many prompts came to what; with experts also the pairs' bias.
@@ -73,16 +79,42 @@ def collect_pairs(config: PairsJob, context: RunContext) -> RunResult:
 
 
 async def _ask(config: PairsJob, context: RunContext) -> tuple[list[GoldPrompt], dict[int, Outcome], Path]:
-    """The prompts, what became of each, and the folder of the checkpoint that answered."""
+    """The prompts, what became of each, and the folder of the checkpoint that they are for."""
+    if config.remote is not None:
+        return await _ask_remote(config, config.remote, context)
     async with RouterClient.open(config.router) as router:
         info = await router.info()
         folder = checkpoint_folder(config, info)
         prompts = await asyncio.to_thread(_prompts, config, folder, info, context)
-        header = {"format": "1", "asked": _digest(config, prompts), "checkpoint": info.checkpoint}
         answerer = ServedAnswerer(router, config.combine, config.max_new_tokens)
-        with Journal.open(context.folder, header) as journal:
-            await ask_all(prompts, answerer, config, info.checkpoint, journal, context)
-            return prompts, journal.outcomes, folder
+        return prompts, await _ask_and_note(prompts, answerer, config, info.checkpoint, context), folder
+
+
+async def _ask_remote(
+    config: PairsJob, remote: RemoteTable, context: RunContext
+) -> tuple[list[GoldPrompt], dict[int, Outcome], Path]:
+    """As `_ask`, of somebody else's server; the checkpoint's tokenizer only says which prompts are too long."""
+    folder = _readable_checkpoint(
+        config.checkpoint, "a folder, readable here, of the checkpoint that the pairs are for"
+    )
+    prompts = await asyncio.to_thread(load_prompts, config.data, load_tokenizer(str(folder)), context)
+    api = None if remote.api == "auto" else RemoteApi(remote.api)
+    async with RemoteModel.open(
+        remote.url, api=api, model=remote.model, api_key_file=remote.api_key_file
+    ) as model:
+        log.info("pairs_from_remote", url=model.url, api=model.api.value, model=model.name)
+        answerer = RemoteAnswerer(model, config.max_new_tokens)
+        return prompts, await _ask_and_note(prompts, answerer, config, model.identity, context), folder
+
+
+async def _ask_and_note(
+    prompts: Sequence[GoldPrompt], answerer: Answerer, config: PairsJob, writer: str, context: RunContext
+) -> dict[int, Outcome]:
+    """What became of each prompt, by the journal where it says so already; `writer` names whose answers they are."""
+    header = {"format": "1", "asked": _digest(config, prompts), "checkpoint": writer}
+    with Journal.open(context.folder, header) as journal:
+        await ask_all(prompts, answerer, config, writer, journal, context)
+        return journal.outcomes
 
 
 async def ask_all(
@@ -227,10 +259,14 @@ def checkpoint_folder(config: PairsJob, info: GetRouterInfoResponse) -> Path:
     Raises:
         InvalidRequest: the folder that is configured, or that the router names, is no checkpoint here.
     """
-    name = config.checkpoint or info.model.name
+    limit = "a folder, readable here, of the checkpoint that the router serves"
+    return _readable_checkpoint(config.checkpoint or info.model.name, limit)
+
+
+def _readable_checkpoint(name: str, limit: str) -> Path:
     folder = Path(name).expanduser()
-    if not (folder / COMPLETE_FILE).is_file():
-        raise invalid("checkpoint", name, "a folder, readable here, of the checkpoint that the router serves")
+    if not name or not (folder / COMPLETE_FILE).is_file():
+        raise invalid("checkpoint", name, limit)
     return folder
 
 

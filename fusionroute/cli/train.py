@@ -67,6 +67,11 @@ def _options(kind: str) -> list[Callable[[Any], Any]]:
         metavar="DIR",
         help="Move the finished checkpoint there (with --local); must not exist yet.",
     )
+    from_url = click.option(
+        "--from-url",
+        metavar="URL",
+        help="Ask the model of this server (TGI, or OpenAI's API) instead of the router; as remote.url (with --local).",
+    )
     return [
         click.argument("config", type=CONFIG),
         click.option(
@@ -81,6 +86,7 @@ def _options(kind: str) -> list[Callable[[Any], Any]]:
             help="Of a local run; what an earlier one left there is continued.  [default: runs/NAME-KIND]",
         ),
         *([output] if kind in KINDS_OF_CHECKPOINTS else []),
+        *([from_url] if kind == "pairs" else []),
         click.option("--detach", is_flag=True, help="Submit the job and return; see `fusionroute jobs`."),
         click.option(
             "--key", metavar="TEXT", help="Idempotency key: the same one again finds the job it made.  [default: drawn]"
@@ -137,6 +143,7 @@ def _train(
     name: str,
     as_json: bool,
     output: Path | None = None,
+    from_url: str | None = None,
 ) -> None:
     if local and (detach or key or trainer):
         raise click.UsageError("--local runs here: leave --detach, --key, --trainer out")
@@ -144,7 +151,11 @@ def _train(
         raise click.UsageError(
             "--run-folder and --output are for --local; a service publishes its checkpoints itself"
         )
+    if from_url:
+        changes = (*changes, f"remote.url={json.dumps(from_url)}")
     config = read_config(kind, path, changes)
+    if not local and getattr(config, "remote", None) is not None:
+        raise click.UsageError("--from-url and remote are for --local: a service shows its keys to nobody's servers")
     if local:
         from fusionroute.cli.train_local import run_here
 

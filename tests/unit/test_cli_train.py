@@ -98,7 +98,7 @@ def test_what_the_template_comments_out_are_the_defaults(kind: str):
     assert sum(line.startswith("# ") for line in lines) > sum(line.startswith("# ") for line in fields) + 10
     spoken_out = "\n".join(line for line in fields if line.split(" =")[0] not in ("dataset", "subset"))
     without_lora = re.sub(r"\n# \[training\.lora\].*?\n\n", "\n\n", spoken_out, flags=re.DOTALL)
-    without_optional = re.sub(r"\n# \[(experts|old_data)\].*?(\n\n|$)", "\n\n", without_lora, flags=re.DOTALL)
+    without_optional = re.sub(r"\n# \[(experts|old_data|remote)\].*?(\n\n|$)", "\n\n", without_lora, flags=re.DOTALL)
     assert job.from_values(tomllib.loads(without_optional)) == job.from_values(
         tomllib.loads(template(JobKind(kind)))
     )
@@ -169,6 +169,19 @@ def test_options_of_the_two_ways_to_run_do_not_mix(config_file: Path, options: t
     result = run("sft", config_file, *options)
     assert result.exit_code == 2
     assert "--local" in result.stderr
+
+
+def test_another_server_is_asked_for_pairs_by_local_runs_alone(tmp_path: Path):
+    path = tmp_path / "pairs.toml"
+    path.write_text('output = "pairs.jsonl"\n[data]\nfiles = ["prompts.jsonl"]\n[remote]\napi_key_file = "key"\n')
+    result = run("pairs", path, "--from-url", "http://127.0.0.1:1")
+    assert result.exit_code == 2
+    assert "--local" in result.stderr
+    config = read_config("pairs", path, ('remote.url="http://127.0.0.1:1"',))
+    assert isinstance(config, PairsJob)
+    assert config.remote is not None
+    assert config.remote.api_key_file == tmp_path / "key"
+    assert "--from-url" not in run("sft", "--help").output
 
 
 def test_only_kinds_that_make_checkpoints_have_an_output():

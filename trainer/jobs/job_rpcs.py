@@ -59,6 +59,9 @@ class JobRpcs:
             found, limit = f"{len(request.config)} characters", f"at most {MOST_CONFIG_CHARACTERS} characters"
             raise invalid("config", found, limit)
         config = JOBS[kind].from_json(request.config)
+        if (remote := getattr(config, "remote", None)) is not None:
+            # It would show keys and files of this service to whatever server a caller names.
+            raise invalid("remote.url", remote.url, "for local runs only")
         config = await asyncio.to_thread(config.with_published, self._published)
         submission = await self._jobs.submit(kind, config.to_json(), request.idempotency_key)
         return trainer_pb2.SubmitJobResponse(job=job_message(submission.job), created=submission.created)
