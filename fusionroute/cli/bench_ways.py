@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 ROUTER_SHARE = 4
 """How many times the router's layers the deeper experts have."""
 QUARTER_GAIN = 1.3
+TURNS = 12
+"""One after the other, where answers end by themselves: they are short."""
 
 
 @suite(shape="h128", tokens=64)
@@ -80,13 +82,11 @@ def _outcomes(asked: Asked, served: Models, threads: int, workloads: Sequence[Wo
 def _trained_workloads(asked: Asked, served: Models) -> list[Workload]:
     from evaluation.bench_speculation import Workload
 
-    answers: dict[str, Any] = {"num_tokens": asked.num_tokens, "ignore_eos": False}
+    answers: dict[str, Any] = {"num_tokens": asked.num_tokens, "ignore_eos": False, "turns_per_session": TURNS}
     return [
-        Workload("trained family, greedy", served.prompts, turns_per_session=6, **answers),
-        Workload(
-            "trained family, temperature 0.7", served.prompts, temperature=0.7, turns_per_session=6, **answers
-        ),
-        Workload("trained family, 16 sessions", served.prompts, num_sessions=16, **answers),
+        Workload("trained family, greedy", served.prompts, **answers),
+        Workload("trained family, temperature 0.7", served.prompts, temperature=0.7, **answers),
+        Workload("trained family, 16 sessions", served.prompts, num_sessions=16, **answers | {"turns_per_session": 3}),
         Workload("trained family past its end, repetitive", served.prompts, num_tokens=asked.num_tokens),
     ]
 
@@ -102,6 +102,7 @@ def _random_workloads(asked: Asked, served: Models) -> list[Workload]:
         Workload("random weights, greedy: router and expert disagree", short, tokens),
         Workload("random weights, greedy over 8 words: lookup is misled", short, tokens, num_words=8),
         Workload("random weights, temperature 2: the noise decides", short, tokens, temperature=2.0),
+        Workload("random weights, greedy, 16 sessions", short, tokens, num_sessions=16),
     ]
 
 
@@ -118,7 +119,7 @@ def _deepened(
     served = Models(str(deep.router), experts, trained.prompts, is_tiny=True)
     workload = Workload(
         "trained family, router a quarter of an expert", trained.prompts, num_tokens=asked.num_tokens,
-        turns_per_session=6, ignore_eos=False, least_auto=QUARTER_GAIN,
+        turns_per_session=TURNS, ignore_eos=False, least_auto=QUARTER_GAIN,
     )  # fmt: skip
     return served, threads, [workload]
 

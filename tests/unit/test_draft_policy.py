@@ -66,7 +66,8 @@ class World:
         self.by = dict.fromkeys([None, *Drafter], 0)
         self.num_early = 0
         rng = random.Random(self.seed)
-        began, num_written, running = self.now, 0, []
+        running: list[tuple[float, int]] = []
+        began, num_written = self.now, 0
         turns = [self._new_turn(mode) for _ in range(self.num_turns)]
         self.experience.num_turns = self.num_turns
         plain = PLAIN_SECONDS * (1.0 - self.own + self.own * self.num_turns) / self.num_turns

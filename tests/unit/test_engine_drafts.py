@@ -124,6 +124,17 @@ async def test_a_draft_ends_before_a_token_that_is_not_probable_enough() -> None
     assert outcome.rows.shape == (1 + expected, WIDTH)
 
 
+async def test_a_draft_ends_before_a_token_behind_which_nothing_follows() -> None:
+    engine, reference = make_engine()
+    wanted = continued(reference, Sampling(), 12)
+    end = wanted[5]
+    async with engine:
+        draft = Draft(12, end_ids=frozenset({end, WIDTH - 1}))
+        outcome = await engine.step(StepCall("s", 0, PROMPT, 1, draft=draft))
+    assert list(outcome.drafted_ids) == wanted[: wanted.index(end)]
+    assert len(outcome.rows) == 1 + wanted.index(end)
+
+
 async def test_a_draft_ends_at_the_longest_context_and_where_running_sessions_hold_the_memory() -> None:
     engine, _ = make_engine()
     async with engine:
