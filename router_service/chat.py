@@ -39,7 +39,7 @@ async def render(
             tool_call_id, name.
         tools: the same, `{"type": "function", "function": {...}}` each.
         max_context_tokens: longest session of the checkpoint.
-        options: further variables for the template.
+        options: further variables for the template; also `add_generation_prompt` and `continue_final_message`.
 
     Raises:
         InvalidRequest: naming the field, and what the template does not take.
@@ -178,7 +178,7 @@ def _applied(
     """What the template makes of messages; None where it takes none of that kind and it was only a try."""
     try:
         text = tokenizer.apply_chat_template(
-            messages, tools=tools or None, add_generation_prompt=True, tokenize=False, **options
+            messages, tools=tools or None, tokenize=False, **{"add_generation_prompt": True, **options}
         )
     except Exception as error:
         if is_try:

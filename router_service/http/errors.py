@@ -41,6 +41,8 @@ PARAMETERS = {
     "num_top_candidates": "fusionroute.num_candidates",
     "session_id": "fusionroute.session_id",
     "drafting": "fusionroute.drafting",
+    "constraint.json_schema": "response_format",
+    "constraint.grammar": "tools",
     "on_expert_unavailable": "fusionroute.on_expert_unavailable",
 }
 """Fields of the gRPC contract that are called otherwise here."""

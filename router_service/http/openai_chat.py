@@ -9,11 +9,13 @@ from router_service.http.openai_answering import Answer, Shape
 from router_service.http.openai_answers import Choice
 from router_service.http.openai_completions import details_of
 from router_service.http.openai_requests import ChatBody, one_of
+from router_service.http.openai_tools import tool_use
 from router_service.http.openai_turns import numbered, turn_request
 from router_service.http.response_format import set_format
 from router_service.http.service import RouterApi
 from router_service.http.token_scores import TokenScores
 from router_service.http.token_text import TokenText
+from router_service.http.tool_text import ToolText
 
 SHAPE = Shape("chatcmpl", "chat.completion", "chat.completion.chunk")
 
@@ -32,13 +34,25 @@ async def chat(body: ChatBody, api: RouterApi, text: TokenText) -> Answer:
     num_top = body.top_logprobs or 0
     request = turn_request(body, api, max_tokens, max(1, num_top) if body.logprobs else 0)
     set_format(request, body.response_format)
+    tools = tool_use(body, api.tokenizer)
+    if tools.constraint is not None:
+        request.sampling.constraint.CopyFrom(tools.constraint)
     conversation = Conversation(
         body.messages,
+        tools.tools,
         continues=bool(body.continue_final_message),
         variables=body.chat_template_kwargs or {},
     )
     request.token_ids.ids.extend(await conversation_ids(conversation, api))
     requests = numbered([request], body.n or 1, body.seed)
     scores = TokenScores(num_top, text) if body.logprobs else None
-    choices: list[Choice] = [ChatChoice(index, scores, details_of(body)) for index in range(len(requests))]
+    choices: list[Choice] = [
+        ChatChoice(
+            index,
+            scores,
+            details_of(body),
+            None if tools.parser is None else ToolText(tools.parser, tools.is_parallel),
+        )
+        for index in range(len(requests))
+    ]
     return Answer(api, body, SHAPE, requests, choices)

@@ -1,4 +1,4 @@
-"""Prompts of OpenAI's API as prompts of turns: texts, token ids, batches of both; texts of messages."""
+"""Prompts of OpenAI's API as prompts of turns: texts, token ids, batches of both."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from fusionroute.errors import invalid
 from fusionroute.v1 import router_pb2
-from router_service.http.openai_requests import ChatMessage, Prompt
+from router_service.http.openai_requests import Prompt
 
 MAX_PROMPTS = 128
 
@@ -33,32 +33,6 @@ def _checked(ids: Any) -> list[int]:
 def set_prompt(request: router_pb2.GenerateRequest, prompt: str | list[int]) -> None:
     """Makes a request continue a text or token ids."""
     if isinstance(prompt, str):
-        request.text = encodable("prompt", prompt)
+        request.text = prompt
     else:
         request.token_ids.ids.extend(prompt)
-
-
-def encodable(field: str, text: str) -> str:
-    """The text, if UTF-8 can say it. Raises InvalidRequest: it has half of a surrogate pair in it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise invalid(field, text[error.start : error.end], "text that UTF-8 can say") from None
-    return text
-
-
-def text_of(message: ChatMessage, field: str) -> str:
-    """A message's text, its parts joined. Raises InvalidRequest: a part is no text, or there is none."""
-    content = message.content
-    if content is None:
-        raise invalid(field, None, "a text")
-    if isinstance(content, str):
-        return content
-    texts = []
-    for number, part in enumerate(content):
-        if part.type != "text":
-            raise invalid(f"{field}[{number}].type", part.type, "text: other content cannot be read here")
-        if part.text is None:
-            raise invalid(f"{field}[{number}].text", None, "a text")
-        texts.append(part.text)
-    return "\n".join(texts)

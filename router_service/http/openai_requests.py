@@ -173,6 +173,19 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
 
+class NamedFunction(Body):
+    """Its name."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The one tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatBody(Sampled):
     """POST /v1/chat/completions."""
 
@@ -187,6 +200,11 @@ class ChatBody(Sampled):
     response_format: ResponseFormat | None = Field(
         default=None, description="What the answer must look like."
     )
+    tools: list[dict[str, Any]] | None = Field(default=None, max_length=128, description="What it may call.")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        default=None, description="Whether it calls: none, auto, required, or the one to call."
+    )
+    parallel_tool_calls: bool | None = Field(default=None, description="Several calls at once; absent = yes.")
     continue_final_message: bool | None = Field(
         default=None, description="The last message, the assistant's, is not complete: go on with it."
     )
@@ -221,7 +239,7 @@ def _refusal(detail: ErrorDetails) -> InvalidRequest:
     return invalid(field, detail["input"], detail["msg"].removeprefix("Input "))
 
 
-_KINDS_OF_UNIONS = ("str", "int", "list[", "bool", "constrained-", "TextPart", "literal[")
+_KINDS_OF_UNIONS = ("NamedTool", "str", "int", "list[", "bool", "constrained-", "TextPart", "literal[")
 
 
 def field_of(detail: ErrorDetails) -> str:

@@ -12,7 +12,6 @@ from starlette.routing import BaseRoute, Route
 
 from fusionroute.errors import InvalidRequest, Reason, invalid
 from router_service.http.chat_prompt import Conversation, conversation_ids
-from router_service.http.openai_prompts import encodable
 from router_service.http.openai_requests import Body, ChatMessage, TokenId, read_body
 from router_service.http.service import RouterApi
 from router_service.request_limits import CHARACTERS_PER_TOKEN
@@ -104,8 +103,7 @@ async def _ids(body: TokenizeBody, api: RouterApi) -> list[int]:
     most = CHARACTERS_PER_TOKEN * api.offer.max_context_tokens
     if len(body.prompt) > most:
         raise invalid("prompt", f"{len(body.prompt)} characters", f"at most {most}")
-    text = encodable("prompt", body.prompt)
-    return await asyncio.to_thread(_encoded, api, text, body.add_special_tokens is not False)
+    return await asyncio.to_thread(_encoded, api, body.prompt, body.add_special_tokens is not False)
 
 
 def _encoded(api: RouterApi, text: str, adds_special_tokens: bool) -> list[int]:
