@@ -191,9 +191,11 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
         )
         await stack.enter_async_context(served.open())
         admission = turn_admission(settings, served, directory)
-        limits = TurnLimits(settings.alone_seconds, settings.store_patience_seconds)
+        limits = TurnLimits(
+            settings.alone_seconds, settings.store_patience_seconds, settings.one_off_ttl_seconds
+        )
         closer = await stack.enter_async_context(SessionCloser(served, directory).running())
-        keeper = TurnKeeper(served, store, admission, limits)
+        keeper = TurnKeeper(served, store, admission, closer, limits)
         stack.push_async_callback(keeper.drain, 0.0)
         scorer = PromptScorer(served, admission, closer, lambda: keeper.is_draining)
         if settings.checkpoints_dir is not None:

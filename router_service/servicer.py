@@ -101,7 +101,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self, request: router_pb2.DeleteSessionRequest, context: Context
     ) -> router_pb2.DeleteSessionResponse:
         existed = await self._keeper.delete(request.session_id)
-        await self._scorer.closer.forget(request.session_id)
+        await self._keeper.closer.forget(request.session_id)
         return router_pb2.DeleteSessionResponse(existed=existed)
 
     async def ScorePrompt(  # noqa: N802

@@ -49,8 +49,10 @@ class SessionCloser:
         )
 
     def give_back(self, serving: Serving, text: Text) -> None:
-        """Begins to close a session that nobody will go on with, wherever its rows were asked for. Beginnings that it
-        has in common with others stay, until the room is needed."""
+        """Begins to close a session that nobody will go on with, in all models that may hold some of it.
+
+        Beginnings that it has in common with others stay, until the room is needed.
+        """
         serving.enter()
         task = asyncio.create_task(self._give_back(serving, text), name=f"close {text.session_id}")
         self._tasks.add(task)
@@ -62,10 +64,12 @@ class SessionCloser:
         task.add_done_callback(ended)
 
     async def _give_back(self, serving: Serving, text: Text) -> None:
-        asked = [each for each in self.directory.instances.values() if each.name in text.asked]
-        closing = [each.close_session(text.session_id, text.fence, may_share=True) for each in asked]
-        with suppress(FusionRouteError):  # stale: another router goes on with it
-            await serving.engine.close_session(text.session_id, text.fence)
+        asked, anywhere = text.asked, text.may_be_anywhere
+        instances = [each for each in self.directory.instances.values() if anywhere or each.name in asked]
+        closing = [each.close_session(text.session_id, text.fence, may_share=True) for each in instances]
+        for each in self.served.all() if anywhere else [serving]:
+            with suppress(FusionRouteError), each.in_use():  # stale: another router goes on with it
+                await each.engine.close_session(text.session_id, text.fence)
         await asyncio.gather(*closing)
 
     @staticmethod

@@ -72,21 +72,24 @@ class SessionStore:
         self._client = client
         self._runner = ScriptRunner(client, deadline_seconds=deadline_seconds)
         self.lease_seconds = lease_seconds
-        self._times = (_milliseconds(lease_seconds), _milliseconds(ttl_seconds))
+        self._ttl_seconds = ttl_seconds
 
-    async def acquire(self, session_id: str, owner: str, *, create: bool = True) -> Lease:
+    async def acquire(
+        self, session_id: str, owner: str, *, create: bool = True, ttl_seconds: float | None = None
+    ) -> Lease:
         """Makes `owner` the only writer of a session. The same owner again keeps its fence.
 
         Args:
             owner: unique for each writer, not for each process.
             create: whether an unknown session comes into being.
+            ttl_seconds: this session is forgotten so long after its last write; None = as all are.
 
         Raises:
             SessionStateError: SESSION_BUSY, another writer is alive (with the time to wait); SESSION_UNKNOWN.
         """
         if not owner:
             raise invalid("owner", owner, "it must not be empty")
-        arguments: list[str | bytes | int] = [owner, *self._times, int(create)]
+        arguments: list[str | bytes | int] = [owner, *self._times(ttl_seconds), int(create)]
         answer = await self._runner.run(
             load_script("router_service", "acquire"), session_keys(session_id), arguments
         )
@@ -95,7 +98,7 @@ class SessionStore:
             message = f"session {session_id} is being written by another; its lease ends in {wait:.3f} s"
             raise SessionStateError(Reason.SESSION_BUSY, message, retry_after_seconds=wait)
         self._reject(session_id, answer)
-        return Lease(session_id, owner, fence=int(answer[1]), length=int(answer[2]))
+        return Lease(session_id, owner, int(answer[1]), int(answer[2]), ttl_seconds)
 
     async def renew(self, lease: Lease) -> WriteOutcome:
         """Prolongs a lease and the session's life. Appending does so too.
@@ -247,11 +250,16 @@ class SessionStore:
         answer = await self._runner.run(
             load_script("router_service", "session", script),
             session_keys(lease.session_id),
-            [lease.fence, *self._times, lease.owner, *arguments],
+            [lease.fence, *self._times(lease.ttl_seconds), lease.owner, *arguments],
             deadline_seconds=deadline_seconds,
         )
         self._reject(lease.session_id, answer, lease)
         return answer
+
+    def _times(self, ttl_seconds: float | None) -> tuple[int, int]:
+        """Of a lease and of a session, in milliseconds."""
+        ttl = self._ttl_seconds if ttl_seconds is None else ttl_seconds
+        return _milliseconds(self.lease_seconds), _milliseconds(ttl)
 
     def _reject(self, session_id: str, answer: Sequence[Any], lease: Lease | None = None) -> None:
         if answer[0] == b"unknown":

@@ -52,7 +52,8 @@ class Text:
         tokens: all tokens, prompts included.
         num_replays: times that a model had lost the session and was sent all of it again.
         num_retries: times that a model had to be asked again for any other reason.
-        asked: names of the caches that may hold some of it.
+        asked: names of the caches that this writer has asked.
+        may_be_anywhere: earlier writers have asked others, nobody knows which.
     """
 
     session_id: str
@@ -61,6 +62,7 @@ class Text:
     num_replays: int = 0
     num_retries: int = 0
     asked: set[str] = field(default_factory=set)
+    may_be_anywhere: bool = False
     _digests: array[int] = field(default_factory=lambda: array("Q", [EMPTY]))
     _cached: dict[str, int] = field(default_factory=dict)
     _ahead: dict[str, tuple[int, ...]] = field(default_factory=dict)  # what a cache holds beyond `_cached`
@@ -78,7 +80,7 @@ class Text:
             answer_position: where the latest turn's answer begins.
             slots: the turn's, by which its records name experts.
         """
-        text = cls(session_id, fence, records["token_id"].tolist())
+        text = cls(session_id, fence, records["token_id"].tolist(), may_be_anywhere=True)
         for record in to_token_records(records[answer_position:]):
             if record.source is TokenSource.EXPERT and record.expert < len(slots):
                 text._raise_floor(slots[record.expert], record.epoch)

@@ -124,6 +124,11 @@ class RouterSettings(ModelSettings):
     session_ttl_seconds: Seconds = Field(
         86_400.0, description="A session is forgotten so long after its last write."
     )
+    one_off_ttl_seconds: Seconds = Field(
+        600.0,
+        description="The same for a session of which a request has said that no further turn follows: for so long its"
+        " answer can be resumed.",
+    )
     store_patience_seconds: Seconds = Field(
         60.0, description="How long Redis may be away before running turns break off; they can be resumed."
     )

@@ -53,6 +53,8 @@ class Lease:
     fence: int
     length: int
     """Tokens that the session held when the lease was granted."""
+    ttl_seconds: float | None = None
+    """How long after its last write the session is forgotten; None = as sessions are."""
 
 
 @dataclass(frozen=True, slots=True)

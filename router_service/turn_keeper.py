@@ -25,6 +25,7 @@ from router_service import metrics
 from router_service.live_turn import LiveTurn
 from router_service.records import pack_prompt
 from router_service.serving import CONTEXT_TOKENS, ServedCheckpoints, Serving
+from router_service.session_closing import SessionCloser
 from router_service.session_store import SessionStore, new_session_id
 from router_service.session_text import Text
 from router_service.stored_session import FinishReason, OpenTurn, SessionState, StoredSession
@@ -68,6 +69,7 @@ class TurnKeeper:
     served: ServedCheckpoints
     store: SessionStore
     admission: TurnAdmission
+    closer: SessionCloser
     limits: TurnLimits = field(default_factory=TurnLimits)
     _live: dict[str, LiveTurn] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -177,6 +179,7 @@ class TurnKeeper:
             stored = await self._find(request.session_id) if request.message.session_id else None
             if stored is not None and stored.turn is not None and request.has_begun(stored.turn.request_id):
                 return await self.resume(request.session_id)
+            _refuse_after_one_off(stored)
             try:
                 begun = await self._begin(request, stored)
             except SessionStateError as error:
@@ -197,7 +200,9 @@ class TurnKeeper:
         )
         _check_context(serving.offer, num_before, len(prompt))
         with self._reserved(serving.offer, num_before + len(prompt), turn) as reservation:
-            lease = await self.store.acquire(request.session_id, owner=uuid4().hex)
+            lease = await self.store.acquire(
+                request.session_id, owner=uuid4().hex, ttl_seconds=self.limits.ttl_seconds(turn)
+            )
             open_turn = OpenTurn(request.turn_id, num_before + len(prompt), turn.to_stored())
             records = pack_prompt(prompt)
             async with released_on_error(self.store, lease):
@@ -250,8 +255,11 @@ class TurnKeeper:
 
     async def _finish_abandoned(self, session_id: str) -> None:
         """Ends a turn that nobody writes as cancelled. Whoever takes it up meanwhile finds the wish in the store."""
+        turn = Turn.from_stored(latest_turn(await self.store.get(session_id)).parameters)
         try:
-            lease = await self.store.acquire(session_id, owner=uuid4().hex, create=False)
+            lease = await self.store.acquire(
+                session_id, owner=uuid4().hex, create=False, ttl_seconds=self.limits.ttl_seconds(turn)
+            )
         except SessionStateError as error:
             if error.reason is Reason.SESSION_BUSY:
                 return
@@ -262,7 +270,15 @@ class TurnKeeper:
     # --- running -------------------------------------------------------------------------------------------------
 
     def _runner(self, live: LiveTurn) -> TurnRunner:
-        return TurnRunner(live, self.store, self.served, self.admission, self.limits, lambda: self._draining)
+        return TurnRunner(
+            live,
+            self.store,
+            self.served,
+            self.admission,
+            self.closer,
+            self.limits,
+            is_draining=lambda: self._draining,
+        )
 
     def _start(self, runner: TurnRunner) -> None:
         live = runner.live
@@ -304,6 +320,12 @@ def _may_be_other_next_time(
         return error.reason in (Reason.POSITION_AHEAD, Reason.SESSION_UNKNOWN, Reason.STALE_FENCE)
     # Somebody may be beginning this very turn; one that already runs for another request will not be done soon.
     return bool(request.message.request_id) and (stored is None or stored.state is not SessionState.RUNNING)
+
+
+def _refuse_after_one_off(stored: StoredSession | None) -> None:
+    if stored is not None and stored.turn is not None and Turn.from_stored(stored.turn.parameters).one_off:
+        limit = "its turn was one_off, so that none may follow; begin another session"
+        raise invalid("session_id", stored.session_id, limit)
 
 
 def _text_before(session_id: str, fence: int, stored: StoredSession | None) -> Text:

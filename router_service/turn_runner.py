@@ -21,6 +21,7 @@ from router_service.generation import Ending, TurnWriter
 from router_service.live_turn import LiveTurn
 from router_service.records import TokenRecord, pack, unpack
 from router_service.serving import ServedCheckpoints, Serving
+from router_service.session_closing import SessionCloser
 from router_service.session_store import SessionStore
 from router_service.session_text import Text
 from router_service.stored_session import Lease, OpenTurn, SessionState, StoredSession
@@ -28,6 +29,7 @@ from router_service.token_log import TokenLog
 from router_service.turn_admission import Reservation, TurnAdmission
 from router_service.turn_follower import TurnFollower, draining
 from router_service.turn_reader import answer_text_of, latest_turn
+from router_service.turn_request import Turn
 from router_service.turn_story import TurnStory
 
 log = structlog.get_logger(__name__)
@@ -44,10 +46,16 @@ class TurnLimits:
     Attributes:
         alone_seconds: a turn that nobody has followed for so long is put aside; `Resume` continues it.
         store_patience_seconds: how long Redis may be away.
+        one_off_ttl_seconds: for so long a session is kept in which no further turn follows.
     """
 
     alone_seconds: float = 30.0
     store_patience_seconds: float = 60.0
+    one_off_ttl_seconds: float = 600.0
+
+    def ttl_seconds(self, turn: Turn) -> float | None:
+        """How long a turn's session is kept; None = as sessions are."""
+        return self.one_off_ttl_seconds if turn.one_off else None
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +91,7 @@ class TurnRunner:
     """Runs one turn.
 
     Attributes:
+        closer: gives back what the models hold of a turn that nobody will go on with.
         draft: held while the turn is written here.
         is_draining: whether this router is about to stop.
     """
@@ -91,6 +100,7 @@ class TurnRunner:
     store: SessionStore
     served: ServedCheckpoints
     admission: TurnAdmission
+    closer: SessionCloser
     limits: TurnLimits
     is_draining: Callable[[], bool]
     draft: Draft | None = None
@@ -145,7 +155,12 @@ class TurnRunner:
         longest = min(live.answer_position + live.turn.max_tokens, serving.offer.max_context_tokens)
         with serving.in_use(), self.admission.reserve(longest) as reservation:
             try:
-                lease = await self.store.acquire(live.session_id, owner=uuid4().hex, create=False)
+                lease = await self.store.acquire(
+                    live.session_id,
+                    owner=uuid4().hex,
+                    create=False,
+                    ttl_seconds=self.limits.ttl_seconds(live.turn),
+                )
             except SessionStateError as error:
                 if error.reason is not Reason.SESSION_BUSY:
                     raise
@@ -253,6 +268,8 @@ class TurnRunner:
         if self.draft is not None:
             draft, self.draft = self.draft, None
             self.live.is_written_here = False
+            if self.live.turn.one_off:
+                self.closer.give_back(draft.serving, draft.text)
             draft.release()
 
     async def _write(self, draft: Draft) -> Ending:
