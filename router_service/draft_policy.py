@@ -38,6 +38,7 @@ class TurnDrafting:
         early: whether an expert may be asked early; None = where it pays.
         least_probability: models stop drafting before a token that they give less.
         end_ids: nothing may follow these: a draft ends before them.
+        is_apart: its drafts are not worth what those of other turns are: drafters do not know what may not be written.
     """
 
     mode: DraftingMode
@@ -47,6 +48,7 @@ class TurnDrafting:
     early: bool | None = None
     least_probability: float = DRAFT_PROBABILITY
     end_ids: frozenset[int] = frozenset()
+    is_apart: bool = False
     num_seen: int = 0
     _acceptance: dict[Drafter, Average] = field(default_factory=dict)
     _load: Load = field(init=False)
@@ -57,7 +59,7 @@ class TurnDrafting:
         self._load = self.experience.load
         # What earlier turns saw is where this one begins, and is outweighed soon.
         for drafter in self.drafters:
-            before = self.experience.acceptance[drafter]
+            before = Average() if self.is_apart else self.experience.acceptance[drafter]
             self._acceptance[drafter] = Average(before.value, min(before.weight, 2.0))
 
     def plan(self, num_left: int, *, can_be_early: bool) -> Plan:
@@ -117,7 +119,7 @@ class TurnDrafting:
 
     def is_well_known(self, drafter: Drafter) -> bool:
         """Whether earlier turns have seen what such drafts are worth."""
-        return self.experience.acceptance[drafter].weight >= WELL_KNOWN
+        return not self.is_apart and self.experience.acceptance[drafter].weight >= WELL_KNOWN
 
     def acceptance(self, drafter: Drafter) -> float:
         """The probability that the next drafted token is the right one."""
@@ -126,7 +128,8 @@ class TurnDrafting:
     def note_token(self, drafter: Drafter, *, was_right: bool) -> None:
         """Hears whether the next token that a drafter proposed, or would have proposed, was the right one."""
         self._acceptance[drafter].note(float(was_right))
-        self.experience.acceptance[drafter].note(float(was_right), 0.02)
+        if not self.is_apart:
+            self.experience.acceptance[drafter].note(float(was_right), 0.02)
 
     def _is_drafting_allowed(self) -> bool:
         """Whether the next round may have a draft, if one promises to pay."""

@@ -52,6 +52,7 @@ class World:
     num_turns: int = 1
     turn_tokens: int = 128
     early_share: float = 1.0
+    is_apart: bool = False
     seed: int = 1
     experience: Experience = field(default_factory=Experience)
     now: float = 1000.0
@@ -86,7 +87,9 @@ class World:
         lookup = Lookup([index % 5 for index in range(40)])
         lookup.note_last()
         early = False if self.early_share == 1.0 else None
-        return Writing(TurnDrafting(mode, tuple(Drafter), self.experience, lookup, early=early))
+        return Writing(
+            TurnDrafting(mode, tuple(Drafter), self.experience, lookup, early=early, is_apart=self.is_apart)
+        )
 
     def _begin_round(
         self, turns: list[Writing], number: int, running: list[tuple[float, int]], rng: random.Random
@@ -200,6 +203,17 @@ def test_drafts_are_measured_against_what_a_plain_token_takes_now() -> None:
     world.speed(2000)
     assert world.by[None] > 30
     assert world.experience.load.token_seconds.value != before
+
+
+def test_turns_that_may_not_write_everything_judge_drafts_for_themselves_only() -> None:
+    """Where masks reject what drafters propose, few drafts are made, and others are not discouraged."""
+    experience = Experience()
+    World(right(Drafter.ROUTER, 0.8), experience=experience).speed(300)
+    masked = World(NEVER_RIGHT, experience=experience, is_apart=True, turn_tokens=32)
+    known = experience.acceptance[Drafter.ROUTER].value
+    assert masked.speed(400) > 0.99
+    assert experience.acceptance[Drafter.ROUTER].value == known
+    assert World(right(Drafter.ROUTER, 0.8), experience=experience, is_apart=True).speed(400) > 1.3
 
 
 # --- several turns -----------------------------------------------------------------------------------------------
