@@ -113,6 +113,7 @@ class TurnWriter:
             self.ensemble.early,
             least_probability=0.0 if self.turn.sampling.temperature else DRAFT_PROBABILITY,
             end_ids=self._asker.end_ids,
+            is_apart=self.turn.constraint is not None,
         )
 
     async def write(self) -> AsyncGenerator[WrittenToken, None]:
