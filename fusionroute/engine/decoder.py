@@ -7,6 +7,7 @@ Works on the weights of transformers' module, which stays usable. What it comput
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ from fusionroute.engine.fused_weights import can_fuse, fuse
 from fusionroute.engine.logits_head import LogitsHead
 from fusionroute.engine.rotary import RotaryTable
 from fusionroute.engine.row_norm import RowNorm
-from fusionroute.engine.row_products import RowProducts
+from fusionroute.engine.row_products import BUDGET_SECONDS, RowProducts
+from fusionroute.engine.row_step import RowStep, can_step, compiled_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,6 +105,7 @@ class Decoder:
         size = self._layers[0].size
         self._rotary = RotaryTable(inner.rotary_emb, self._embeddings, size, config.max_position_embeddings)
         self._products = RowProducts()
+        self._step: RowStep | None = None
         self._head = LogitsHead(
             model.lm_head.weight.detach()[:width],
             getattr(config, "final_logit_softcapping", None),
@@ -113,12 +116,18 @@ class Decoder:
         self._joined: Linear = self._products.linear
 
     can_be_exact = True
+    may_step = True
+    """Whether all that a layer computes is its own process's."""
 
     def choose_layouts(self) -> None:
         """Measures which products are fast on this machine; takes up to two seconds or so."""
         if self._products.prepare(self._embeddings):
             self._products.choose([weight for layer in self._layers for weight in layer.weights])
         self._head.choose_layouts()
+        is_plain = self._products.is_there and self.may_step and can_step(self)
+        if is_plain and (kernel := compiled_step(self._embeddings.dtype)) is not None:
+            self._step = RowStep(self, kernel)
+            self._step.choose(self, time.monotonic() + BUDGET_SECONDS)
 
     @property
     def has_row_kernels(self) -> bool:
@@ -128,6 +137,7 @@ class Decoder:
     def drop_row_kernels(self) -> None:
         """Leaves all products to torch."""
         self._products.drop()
+        self._step = None
         self._head.choose_layouts()
 
     def run(
@@ -139,10 +149,26 @@ class Decoder:
         kept = None
         if len(wanted) != len(token_ids):
             kept = torch.tensor(wanted, dtype=torch.long, device=self._embeddings.device)
-        cos, sin = self._rotary.at(positions)
-        run = Pass(batch, cos, sin, self._rotary.rotate, self._products.linear, self._joined, self._activate)
-        hidden = self._hidden(run, token_ids, kept)
+        if self._step is not None and 0 < len(token_ids) <= self._step.most_rows:
+            hidden = self._step.hidden(batch, token_ids, positions)
+            if hidden is not None:
+                hidden = hidden if kept is None else hidden.index_select(0, kept)
+                return self._head(hidden), hidden
+        hidden = self.hidden_by_torch(batch, token_ids, positions, kept)
         return self._head(hidden), hidden
+
+    def hidden_by_torch(
+        self,
+        batch: RaggedBatch,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states [kept, H] of the columns `kept`; None = all; one operation after another."""
+        cos, sin = self._rotary.at(positions)
+        rotate, product = self._rotary.rotate, self._products.linear
+        run = Pass(batch, cos, sin, rotate, product, self._joined, self._activate)
+        return self._hidden(run, token_ids, kept)
 
     def _run_exact(
         self, batch: RaggedBatch, token_ids: Sequence[int], positions: Sequence[int], wanted: Sequence[int]

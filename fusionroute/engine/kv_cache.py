@@ -54,18 +54,33 @@ class SessionCache:
         num_shared: positions below this are in `shared`, the others in its own buffers.
     """
 
-    __slots__ = ("_layers", "capacity_tokens", "num_shared", "shared")
+    __slots__ = ("_addresses", "_layers", "capacity_tokens", "num_shared", "shared")
 
     def __init__(self, capacity_tokens: int) -> None:
         self.capacity_tokens = capacity_tokens
         self.shared: tuple[SharedView, ...] = ()
         self.num_shared = 0
         self._layers: dict[int, Pair] = {}
+        self._addresses: list[int] | None = None
+
+    def addresses(self, num_layers: int) -> list[int] | None:
+        """For code that computes without tensors: tokens for which its own buffers have memory, then where the keys
+        and the values of each layer are; None if some layer has none yet."""
+        if self._addresses is None:
+            pairs = [pair for layer in range(num_layers) if (pair := self._layers.get(layer)) is not None]
+            if len(pairs) < num_layers:
+                return None
+            self._addresses = [
+                pairs[0][0].shape[1],
+                *(buffer.data_ptr() for pair in pairs for buffer in pair),
+            ]
+        return self._addresses
 
     def resize(self, capacity_tokens: int, cached_length: int) -> None:
         """Makes room for more or fewer tokens of its own, keeping those below `cached_length`."""
         self.capacity_tokens = capacity_tokens
         kept = max(0, cached_length - self.num_shared)
+        self._addresses = None
         for layer, pair in self._layers.items():
             self._layers[layer] = self._moved(pair, 0, kept)
 
@@ -107,6 +122,7 @@ class SessionCache:
         """Gives its own tokens below `stop` away as a part, upon which it builds from then on."""
         part = SharedTokens(self.num_shared)
         given, self.capacity_tokens = stop - self.num_shared, capacity_tokens
+        self._addresses = None
         for layer, (keys, values) in self._layers.items():
             part.layers[layer] = keys[:, :given].clone(), values[:, :given].clone()
             self._layers[layer] = self._moved((keys, values), given, cached_length - stop)

@@ -54,6 +54,7 @@ class SplitDecoder(Decoder):
     """
 
     can_be_exact = False  # in which order the parts of a sum are added depends on its size
+    may_step = False
 
     def __init__(self, model: PreTrainedModel, width: int) -> None:
         vocabulary = model.get_input_embeddings().weight.shape[0]

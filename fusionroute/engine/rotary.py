@@ -19,6 +19,9 @@ class RotaryTable:
         like: any tensor of the model's number format and device.
         num_positions: positions the model knows.
 
+    Attributes:
+        num_known: those.
+
     Raises:
         ValueError: the module does not rotate whole heads of `size`.
     """
@@ -28,6 +31,7 @@ class RotaryTable:
         self._like = like.new_empty((1, 1, 1))
         self._block = min(BLOCK_POSITIONS, num_positions)
         self._half = size // 2
+        self.num_known = num_positions
         self._num_positions = 0
         self._table = like.new_empty((0, 2, 1, size))
         self._room = self._table
@@ -37,11 +41,15 @@ class RotaryTable:
 
     def at(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [n, 1, size] of positions."""
-        wanted = max(positions) + 1
-        if wanted > self._num_positions:
-            self._grow(wanted)
-        rows = self._table.index_select(0, torch.tensor(positions, device=self._table.device))
+        table = self.table(max(positions) + 1)
+        rows = table.index_select(0, torch.tensor(positions, device=table.device))
         return rows[:, 0], rows[:, 1]
+
+    def table(self, num_positions: int) -> Tensor:
+        """Cosines and signed sines [at least num_positions, 2, 1, size]."""
+        if num_positions > self._num_positions:
+            self._grow(num_positions)
+        return self._table
 
     def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Heads [n, h, size] turned to their positions."""

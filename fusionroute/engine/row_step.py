@@ -1,0 +1,185 @@
+"""All layers for one to a few rows as one compiled call, where that is faster than torch's operations one by one.
+
+For plain Llama, Qwen2 and Qwen3 on a CPU with one thread's worth of work: a small model's forward is mostly the calls
+of its operations, a hundred for two layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import structlog
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from fusionroute.engine.attention import RaggedBatch, Segment
+from fusionroute.engine.kv_cache import SessionCache
+from fusionroute.engine.row_products import is_numba_there, measuring_clock
+
+if TYPE_CHECKING:
+    from fusionroute.engine.decoder import Decoder
+
+MOST_ROWS = 32
+PAST_TOKENS = 64
+"""Tokens cached before, where rows are measured."""
+_TIMES = 5
+_WORTH = 0.95
+
+Kernel = Callable[[Any, Any, Any, int, int, int], None]
+
+log = structlog.get_logger(__name__)
+
+
+@cache
+def compiled_step(dtype: torch.dtype) -> Kernel | None:
+    """The kernel for a number format, compiled or taken from its cache; None where there can be none."""
+    if not is_numba_there():
+        return None
+    try:
+        from fusionroute.engine.kernel_cache import kernels_kept
+
+        with kernels_kept():
+            from fusionroute.engine import row_step_kernels
+        kernel = {
+            torch.bfloat16: row_step_kernels.step_bfloat16,
+            torch.float16: row_step_kernels.step_float16,
+            torch.float32: row_step_kernels.step_float32,
+        }.get(dtype)
+        if kernel is None:
+            return None
+        kernel.compile(row_step_kernels.STEP_SIGNATURE)
+        compiled: Kernel = kernel
+    except Exception as error:  # a broken installation must not keep a model from serving
+        log.warning("row_kernels_missing", why=f"{type(error).__name__}: {error}")
+        return None
+    return compiled
+
+
+class RowStep:
+    """The layers of one decoder.
+
+    Args:
+        decoder: which `can_step`.
+        kernel: for its number format.
+
+    Attributes:
+        most_rows: up to how many rows it is faster.
+    """
+
+    def __init__(self, decoder: Decoder, kernel: Kernel) -> None:
+        from fusionroute.engine.row_step_kernels import LAYER_FIELDS, MODEL_FIELDS
+
+        self.most_rows = 0
+        self._kernel = kernel
+        self._rotary = decoder._rotary
+        self._like = decoder._embeddings
+        self._num_layers = len(decoder._layers)
+        final = decoder._final_norm
+        first = decoder._layers[0]
+        num_queries, num_keys = first._queries_and_keys
+        inner = first._gate_up.shape[0] // 2
+        self._kept: list[Tensor] = [decoder._embeddings, final.scale]  # what the addresses point to
+        model = [self._num_layers, self._like.shape[1], inner, num_queries, num_keys, first.size]
+        model += [self._address(decoder._embeddings), self._address(final.scale)]
+        assert len(model) == MODEL_FIELDS
+        head_norm = first._query_norm
+        floats = [final.floor_squared, 0.0 if head_norm is None else head_norm.floor_squared]
+        for layer in decoder._layers:
+            maps = [layer._qkv, layer._qkv_bias, layer._o, layer._o_bias]
+            maps += [layer._gate_up, layer._gate_up_bias, layer._down, layer._down_bias]
+            norms = [layer._before_attention, layer._before_mlp, layer._query_norm, layer._key_norm]
+            scales = [None if norm is None else norm.scale for norm in norms]
+            fields = [*map(self._address, [*maps, *scales]), layer._window or 0]
+            model += fields + [0] * (LAYER_FIELDS - len(fields))
+            floats.append(layer._scale)
+        self._model = np.array(model, np.int64)
+        self._floats = np.array(floats, np.float32)
+
+    def hidden(self, batch: RaggedBatch, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor | None:
+        """Final hidden states [n, H]; None if it cannot compute this batch."""
+        if batch.exact or batch.is_shared:
+            return None
+        rows: list[int] = []
+        for segment in batch.segments:
+            addresses = segment.cache.addresses(self._num_layers)
+            if addresses is None:
+                return None
+            for column in range(segment.start, segment.stop):
+                place = segment.past + column - segment.start
+                rows += [token_ids[column], positions[column], place, *addresses]
+        angles = self._rotary.table(max(positions) + 1)
+        out = self._like.new_empty((len(token_ids), self._like.shape[1]))
+        self._kernel(
+            self._model,
+            self._floats,
+            np.array(rows, np.int64),
+            angles.data_ptr(),
+            out.data_ptr(),
+            len(token_ids),
+        )
+        return out
+
+    def choose(self, decoder: Decoder, deadline: float) -> None:
+        """Measures up to how many rows it is faster than the decoder's layers, until a deadline (monotonic)."""
+        count = 1
+        while count <= MOST_ROWS and self._is_faster(decoder, count, deadline):
+            self.most_rows = count
+            count *= 2
+
+    def _is_faster(self, decoder: Decoder, count: int, deadline: float) -> bool:
+        past = min(PAST_TOKENS, self._rotary.num_known - 1)
+        caches = [SessionCache(past + 1) for _ in range(count)]
+        ids, positions = [0] * count, [past] * count
+        for cache_ in caches:
+            decoder.run(RaggedBatch([Segment(cache_, 0, 0, past + 1)]), [0] * (past + 1), range(past + 1), [])
+        clock = measuring_clock()
+        seconds = [float("inf"), float("inf")]
+        for attempt in range(1 + _TIMES):
+            for is_ours in (True, False):
+                if time.monotonic() > deadline:
+                    return False
+                batch = RaggedBatch(
+                    [Segment(cache_, past, column, column + 1) for column, cache_ in enumerate(caches)]
+                )
+                started = clock()
+                if is_ours:
+                    if self.hidden(batch, ids, positions) is None:
+                        return False
+                else:
+                    decoder.hidden_by_torch(batch, ids, positions)
+                if attempt:
+                    seconds[is_ours] = min(seconds[is_ours], clock() - started)
+        return seconds[True] < _WORTH * seconds[False]
+
+    def _address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        assert tensor.is_contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def can_step(decoder: Decoder) -> bool:
+    """Whether the kernel computes what this decoder does: nothing scaled, capped or normed beside the usual."""
+    if (
+        decoder._scale is not None
+        or decoder._activate is not silu
+        or decoder._embeddings.device.type != "cpu"
+    ):
+        return False
+    return (
+        all(
+            layer._softcap is None
+            and layer._after_attention is None
+            and layer._after_mlp is None
+            and (layer._query_norm is None) == (layer._key_norm is None)
+            and layer.size % 2 == 0
+            for layer in decoder._layers
+        )
+        and decoder._embeddings.is_contiguous()
+    )
