@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pytest
 
@@ -16,27 +17,43 @@ from fusionroute.http_server import serving_http
 from tests.browser.fake_api import FakeApi
 from tests.browser.page import Page
 
-START_SECONDS = 30
+START_SECONDS = 60
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Elsewhere(Generic[T]):
+    """What runs on the loop of another thread, while this one drives the browser."""
+
+    value: T
+    loop: asyncio.AbstractEventLoop
+
+    def run(self, work: Coroutine[Any, Any, R]) -> R:
+        """Has something done over there."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(START_SECONDS)
 
 
 @contextmanager
-def in_a_thread(app: Any) -> Iterator[str]:
-    """An application served on a loop of its own; gives its URL."""
+def in_a_thread(context: AbstractAsyncContextManager[T]) -> Iterator[Elsewhere[T]]:
+    """Enters a context on a loop of its own, and leaves it there."""
     ready, stop = threading.Event(), threading.Event()
-    addresses: list[str] = []
+    made: list[Elsewhere[T]] = []
 
-    async def serve() -> None:
-        async with serving_http(app, "127.0.0.1", 0, port_field="http_port") as address:
-            addresses.append(address)
+    async def hold() -> None:
+        async with context as value:
+            made.append(Elsewhere(value, asyncio.get_running_loop()))
             ready.set()
             while not stop.is_set():
                 await asyncio.sleep(0.05)
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(hold()), daemon=True)
     thread.start()
-    assert ready.wait(START_SECONDS)
+    assert ready.wait(START_SECONDS), "it has not started"
     try:
-        yield f"http://{addresses[0]}/"
+        yield made[0]
     finally:
         stop.set()
         thread.join(START_SECONDS)
@@ -80,8 +97,8 @@ def fake() -> FakeApi:
 @pytest.fixture
 def page(driver: Any, fake: FakeApi) -> Iterator[Page]:
     """The page over the fake, at desktop width, with nothing kept from another test."""
-    with in_a_thread(fake.app()) as url:
-        page = Page(driver, url)
+    with in_a_thread(serving_http(fake.app(), "127.0.0.1", 0, port_field="http_port")) as served:
+        page = Page(driver, f"http://{served.value}/")
         page.size(1440, 900)
         yield page
         page.close()

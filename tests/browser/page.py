@@ -24,7 +24,8 @@ class Page:
 
     def open(self) -> Page:
         """Loads the page and waits until it knows what is served."""
-        self.driver.get_log("performance")
+        for kind in ("performance", "browser"):  # of earlier pages
+            self.driver.get_log(kind)
         self.driver.get(self.url)
         self.wait(lambda: self.js("return !document.getElementById('send').disabled"), "connected")
         return self

@@ -39,7 +39,7 @@ def test_tokens_come_one_by_one_and_each_bears_the_signs_of_its_expert(page: Pag
         "t.textContent, t.getAttribute('aria-label'), getComputedStyle(t).textDecorationStyle,"
         "getComputedStyle(t).backgroundColor])"
     )
-    looks = {}
+    looks: dict[str | None, set[tuple[str, str]]] = {}
     for index, (text, label, line, colour) in enumerate(tokens):
         told = fake.token(index)
         assert text == told["text"]

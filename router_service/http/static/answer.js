@@ -74,7 +74,8 @@ export class Answer {
 
   #span(token) {
     const look = this.looks.of(token.expert);
-    const span = make("span", `token ${look.style}`, token.text);
+    const span = make("span", `token ${look.style}`);
+    span.append(...pieces(token.text));
     if (token.expert !== this.lastExpert) {
       span.classList.add("begins");
       span.dataset.letter = look.letter;
@@ -83,7 +84,6 @@ export class Answer {
     if (differs(token)) span.classList.add("differs");
     if (token.degraded) span.classList.add("degraded");
     if (token.text === "") span.classList.add("without-text");
-    if (token.text.includes("\n")) span.classList.add("with-newline");
     span.dataset.index = token.index;
     span.tabIndex = token.index === 0 ? 0 : -1;
     span.setAttribute("role", "button");
@@ -103,4 +103,9 @@ export class Answer {
     piece.append(mark);
     this.lastExpert = undefined;
   }
+}
+
+/** Text whose newlines can be seen: a sign stands before each, which is not part of the text. */
+function pieces(text) {
+  return text.split(/(\n)/).map((piece) => (piece === "\n" ? make("span", "newline", piece) : piece));
 }
