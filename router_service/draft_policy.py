@@ -164,13 +164,20 @@ class TurnDrafting:
         for drafter in self.drafters:
             if (drafter is Drafter.EXPERT and not has_expert) or not self._is_judged(drafter):
                 continue
-            for count in LENGTHS:
+            for count in self._lengths(drafter):
                 speed = self._load.speed_up(drafter, count, self.acceptance(drafter))
                 if count <= most and speed > best_speed:
                     plan = self._with(drafter, count, self.least_probability)
                     if plan is not None and self.experience.can_afford(self._load, drafter, count):
                         best, best_speed = plan, speed
         return best
+
+    def _lengths(self, drafter: Drafter) -> tuple[int, ...]:
+        """How long a draft may be; of a crowd all are of one length, as only what is made together shares forwards."""
+        if not self._load.is_crowd or not self.is_well_known(drafter):
+            return LENGTHS
+        usual = self.experience.acceptance[drafter].value
+        return (max(LENGTHS, key=lambda count: self._load.speed_up(drafter, count, usual)),)
 
     def _is_judged(self, drafter: Drafter) -> bool:
         return self.num_seen >= FEWEST_SEEN or self.is_well_known(drafter)

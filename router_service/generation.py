@@ -189,7 +189,7 @@ class TurnWriter:
     async def _learn(self, round_: Round, num_tokens: int) -> None:
         """What the round says about the next ones."""
         drafting, drafter, num_drafted = self._drafting, round_.plan.drafter, len(round_.draft)
-        is_first, is_degraded = self._num_written == num_tokens, round_.scores[0].is_degraded
+        is_first, is_degraded = not drafting.num_seen, round_.scores[0].is_degraded
         if not is_first and not is_degraded:  # which took what others do not
             spent = Spent(self._asked_seconds, round_.router_seconds, round_.expert_seconds)
             drafting.note_round(round_.plan, num_drafted, num_tokens, spent)
