@@ -8,6 +8,7 @@ import signal
 import sys
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -49,6 +50,12 @@ class Output:
 @click.option("--logit-bias", multiple=True, metavar="ID=VALUE", help="Added to a token's score.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text.")
 @click.option(
+    "--json-schema",
+    metavar="JSON",
+    help="Answer with JSON that this schema describes; @FILE reads it from a file, {} = any JSON.",
+)
+@click.option("--regex", metavar="PATTERN", help="Answer with text that this expression matches as a whole.")
+@click.option(
     "--seed", type=click.IntRange(0, 2**64 - 1), help="Key of the noise; the same one, the same answer."
 )
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token.")
@@ -83,6 +90,7 @@ def generate(prompt: str, as_json: bool, trace: bool, address: str | None, name:
     Example:
       fusionroute generate 'box: 4+4; rev jbef=' --trace
       fusionroute generate 'Tell me' --temperature 0.8 --seed 7 --json
+      fusionroute generate 'A date:' --regex '[0-9]{4}-[0-9]{2}-[0-9]{2}'
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     request = build_request(text, trace=trace, **options)
@@ -103,12 +111,15 @@ def build_request(
     drafting: str | None = None,
     session: str | None = None,
     chat: bool = False,
+    json_schema: str | None = None,
+    regex: str | None = None,
     **sampling: Any,
 ) -> GenerateRequest:
     """The request that the options describe; options left out stay unset, so the router's defaults hold.
 
     Raises:
-        click.BadParameter: a logit bias that is not ID=VALUE.
+        click.BadParameter: a logit bias that is not ID=VALUE, a schema file that cannot be read.
+        click.UsageError: a schema and an expression together.
     """
     from fusionroute.v1.router_pb2 import (
         ChatMessage,
@@ -133,6 +144,12 @@ def build_request(
     if trace:
         request.return_routing_weights = True
         request.num_top_candidates = TRACE_CANDIDATES
+    if json_schema is not None and regex is not None:
+        raise click.UsageError("--json-schema and --regex are not given together")
+    if json_schema is not None:
+        request.sampling.constraint.json_schema = _text_or_file(json_schema)
+    if regex is not None:
+        request.sampling.constraint.regex = regex
     request.sampling.stop.extend(sampling.pop("stop", ()))
     for token_id, value in parse_logit_bias(sampling.pop("logit_bias", ())).items():
         request.sampling.logit_bias[token_id] = value
@@ -140,6 +157,16 @@ def build_request(
         if value is not None:
             setattr(request.sampling, field, value)
     return request
+
+
+def _text_or_file(text: str) -> str:
+    """A text, or after @ the file that holds it."""
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"{text[1:]}: {error}", param_hint="--json-schema") from None
 
 
 def parse_logit_bias(texts: tuple[str, ...]) -> dict[int, float]:

@@ -137,6 +137,19 @@ def test_chat_sends_the_prompt_as_the_users_message() -> None:
     assert [(message.role, message.content) for message in request.messages.messages] == [("user", "hello")]
 
 
+def test_a_schema_or_an_expression_says_what_the_answer_looks_like(tmp_path: Path) -> None:
+    assert build_request("x").sampling.constraint.WhichOneof("language") is None
+    assert build_request("x", regex="a+").sampling.constraint.regex == "a+"
+    assert build_request("x", json_schema="{}").sampling.constraint.json_schema == "{}"
+    path = tmp_path / "schema.json"
+    path.write_text('{"type": "integer"}')
+    assert build_request("x", json_schema=f"@{path}").sampling.constraint.json_schema == '{"type": "integer"}'
+    with pytest.raises(click.BadParameter, match="No such file"):
+        build_request("x", json_schema="@/nowhere/schema.json")
+    with pytest.raises(click.UsageError, match="not given together"):
+        build_request("x", json_schema="{}", regex="a")
+
+
 @pytest.mark.parametrize("bias", ["7", "x=1", "7=y", "-1=2"])
 def test_a_logit_bias_of_another_form_is_wrong_usage(bias: str, address: str) -> None:
     result = run("generate", "x", "--logit-bias", bias, "--address", address)
