@@ -173,7 +173,9 @@ class StepStream:
         try:
             request = expert_pb2.StepStreamRequest.FromString(message)
             checks.check_streamed(request)
+            self._is_flushing = True  # in a moment, with all that this message ends at once
             self._take(request)
+            self._flush()
         except DecodeError:
             self._end_by(invalid("line", f"{len(message)} bytes", "a message as the contract defines it"))
         except Exception as error:
@@ -205,6 +207,9 @@ class StepStream:
             self._fail(streamed.id, call, error)
             return
         self._running[streamed.id] = running
+        if running.begun.future.done():
+            self._settle(streamed.id, running.begun.future)
+            return
         if streamed.timeout_seconds:
             loop = asyncio.get_running_loop()
             running.timer = loop.call_later(streamed.timeout_seconds, running.give_up, _TOO_LATE)

@@ -80,7 +80,10 @@ class BegunStep:
     ) -> None:
         self._request, self._held, self._slot, self._arrived = request, held, slot, arrived
         self.future = future
-        future.add_done_callback(held.released)
+        if future.done():
+            held.release()
+        else:
+            future.add_done_callback(held.released)
 
     def response(self) -> expert_pb2.StepResponse:
         """The whole answer to a step that has ended. Raises as `answer`."""

@@ -296,8 +296,13 @@ class LocalModel:
     async def step(self, call: StepCall, deadline: float, top_logits: int = 0) -> Answer:
         """One step of the engine, with whole rows: they are here."""
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
-                outcome = await self.engine.step(call)
+            future = self.engine.submit(call)
+            if not future.done():
+                async with asyncio.timeout_at(
+                    asyncio.get_running_loop().time() + deadline - time.monotonic()
+                ):
+                    await future
+            outcome = future.result()
         except TimeoutError:
             raise Unavailable(Reason.DEADLINE_PASSED, "the router's forward did not end in time") from None
         scores = outcome.head_scores

@@ -26,6 +26,7 @@ from fusionroute import tracing
 from fusionroute.background import end_task
 from fusionroute.errors import FusionRouteError, Reason, Unavailable
 from fusionroute.local_line import LineListener, MessageLine
+from fusionroute.lone_caller import LoneCaller
 from fusionroute.rpc_context import current_request
 from fusionroute.rpc_errors import TRANSPORT, error_from_peer
 from fusionroute.shared_memory import Place, RowMemory
@@ -102,6 +103,7 @@ class StepStream:
         self._waiting: dict[int, Waiting] = {}
         self._steps: deque[expert_pb2.StreamedStep] = deque()
         self._cancelled: list[int] = []
+        self._lone = LoneCaller()
         self._wake = asyncio.Event()
         self._first_by_line = 0
         self._cancelled_before: list[int] = []  # of steps that went before there was a line
@@ -159,7 +161,11 @@ class StepStream:
         waiting.timer = loop.call_later(seconds, self._expire, waiting)
         self._waiting[waiting.step_id] = waiting
         self._steps.append(streamed)
-        self._go_on()
+        self._lone.came(request.session_id)
+        if self._line is not None and len(self._waiting) == 1 and self._lone.is_(request.session_id):
+            self._flush()  # there is nobody to share a message with
+        else:
+            self._go_on()
         return waiting
 
     def forget(self, waiting: Waiting) -> None:

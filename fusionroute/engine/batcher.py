@@ -42,6 +42,7 @@ class Engine:
         self._num_accepted = 0
         self._draining = False
         self._stopping = False
+        self._has_turned = True  # the event loop, since a step was run in it
         self._thread = threading.Thread(target=self._worker.work, name="engine", daemon=True)
 
     @property
@@ -91,15 +92,21 @@ class Engine:
         job = Job(call, time.monotonic(), loop.create_future())
         is_only = self._num_unfinished == 0
         self._num_accepted += 1
-        if is_only and self._worker.is_quick(call):
-            # Not at once: what waits to be sent, such as the token before, is sent first.
-            loop.call_soon(self._run_here, job)
-        else:
+        if not (is_only and self._worker.is_quick(call)):
             self._worker.inbox.put(job)
+        elif self._has_turned:
+            self._has_turned = False
+            loop.call_soon(self._turned)
+            self._run_here(job)
+        else:  # whoever asks again and again without waiting must not keep the event loop from all others
+            loop.call_soon(self._run_here, job)
         return job.future
 
+    def _turned(self) -> None:
+        self._has_turned = True
+
     def _run_here(self, job: Job) -> None:
-        """A quick step in the event loop's thread, unless the worker has got something to do meanwhile."""
+        """A quick step in the event loop's thread, unless the worker has got something to do."""
         if self._stopping:  # the worker may have ended already
             job.future.set_exception(_stopping())
         elif not self._worker.run_here(job):
@@ -162,7 +169,7 @@ class Engine:
     async def drain(self, timeout_seconds: float) -> None:
         """Refuses new steps with DRAINING and waits for the others, at most so long."""
         self._draining = True
-        await asyncio.sleep(0)  # quick steps that were taken are run by then
+        await asyncio.sleep(0)  # steps that were to be run in this turn of the event loop are by then
         idle = asyncio.get_running_loop().create_future()
         self._worker.inbox.put(lambda: self._worker.tell_when_idle(idle))
         with suppress(TimeoutError):

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from fusionroute.lone_caller import LoneCaller
+
 SMOOTHING = 0.2
 FORGETTING = 0.98
 """Weight of what is known of forwards beside the next one."""
@@ -18,8 +20,6 @@ MOST_TOKENS = 64
 """Forwards of more tokens say nothing of those of decoding sessions."""
 FEWEST_FORWARDS = 8.0
 """Before so many a forward's time says more about the machine waking up than about the model."""
-ALONE_STEPS = 8
-"""A session whose last so many steps nobody came between has the engine to itself."""
 LEAST_SECONDS = 5e-5
 """A thread does not wake more precisely."""
 GONE_SECONDS = 30.0
@@ -93,23 +93,17 @@ class Expectation:
     Attributes:
         cost: of forwards.
         confidence: how often steps come when they are expected, 0 to 1.
+        lone: whose short steps were the only ones for a while.
     """
 
     cost: ForwardCost = field(default_factory=ForwardCost)
     confidence: float = 1.0
     _rhythms: dict[str, _Rhythm] = field(default_factory=dict)
-    _last: str = ""
-    _num_in_a_row: int = 0
-
-    def is_alone(self, session_id: str) -> bool:
-        """Whether a session's steps were the only short ones for a while."""
-        return session_id == self._last and self._num_in_a_row >= ALONE_STEPS
+    lone: LoneCaller = field(default_factory=LoneCaller)
 
     def stepped(self, session_id: str, now: float) -> None:
         """A short step of a session has come."""
-        if session_id != self._last:
-            self._last, self._num_in_a_row = session_id, 0
-        self._num_in_a_row += 1
+        self.lone.came(session_id)
         rhythm = self._rhythms.setdefault(session_id, _Rhythm())
         if rhythm.answered is None:
             return

@@ -117,7 +117,7 @@ class Worker:
             and call.draft is None
             and self._quick_seconds > 0.0
             and self._expectation.cost.seconds(num_tokens) < self._quick_seconds
-            and self._expectation.is_alone(call.session_id)
+            and self._expectation.lone.is_(call.session_id)
         )
 
     def run_here(self, job: Job) -> bool:

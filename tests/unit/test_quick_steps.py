@@ -11,9 +11,10 @@ import torch
 
 from fusionroute.engine import Engine, EngineLimits, StepCall, prepare_model
 from fusionroute.engine.attention import RaggedBatch
-from fusionroute.engine.expectation import ALONE_STEPS, FEWEST_FORWARDS
+from fusionroute.engine.expectation import FEWEST_FORWARDS
 from fusionroute.engine.model import ForwardOutput, LoadedModel
 from fusionroute.errors import FusionRouteError, Reason
+from fusionroute.lone_caller import ALONE_STEPS
 from tests.tiny_models import tiny_model, word_tokenizer
 
 ALWAYS_SECONDS = 60.0
@@ -97,17 +98,24 @@ async def test_sessions_that_decode_side_by_side_share_the_workers_forwards() ->
         assert sum(count == 2 for _, count in late) > len(late) / 2
 
 
-async def test_a_quick_step_that_was_cancelled_is_not_run_and_the_next_one_is() -> None:
-    engine, model = watched_engine()
+async def test_a_session_that_never_waits_lets_others_in() -> None:
+    engine, _ = watched_engine()
     async with engine:
         await decoded(engine, "s", 40)
-        before = len(model.forwards)
-        engine.submit(StepCall("s", 43, [3], 1)).cancel()
+        turns = 0
+
+        async def turning() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        other = asyncio.create_task(turning())
         await asyncio.sleep(0)
-        assert len(model.forwards) == before
-        assert (await engine.step(StepCall("s", 43, [4], 1))).position == 44
-        assert model.forwards[-1][0] == here()
-        assert engine.load().queue_depth == 0
+        for position in range(43, 63):
+            await engine.step(StepCall("s", position, [3], 1))
+        other.cancel()
+        assert turns > 8
 
 
 async def test_a_quick_step_keeps_the_truth_table_and_fails_like_any_other() -> None:
@@ -141,13 +149,14 @@ async def test_draining_waits_for_a_quick_step_and_stopping_leaves_none_unanswer
     engine, _ = watched_engine()
     async with engine:
         await decoded(engine, "s", 40)
-        last = engine.submit(StepCall("s", 43, [3], 1))
+        last = [engine.submit(StepCall("s", 43, [3], 1)), engine.submit(StepCall("s", 44, [3], 1))]
         await engine.drain(5.0)
-        assert last.done() and last.result().position == 44
+        assert [(await each).position for each in last] == [44, 45]
     engine, _ = watched_engine()
     async with engine:
         await decoded(engine, "s", 40)
-        late = engine.submit(StepCall("s", 43, [3], 1))
+        late = [engine.submit(StepCall("s", 43, [3], 1)), engine.submit(StepCall("s", 44, [3], 1))]
+    assert (await late[0]).position == 44
     with pytest.raises(FusionRouteError) as stopped:
-        await late
+        await late[1]
     assert stopped.value.reason is Reason.DRAINING
