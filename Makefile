@@ -104,6 +104,10 @@ bench: $(READY) ## Measure everything that docs/performance.md shows, and fill i
 	$(BIN)/fusionroute bench all --output benchmarks/results $(BENCH_FLAGS)
 	$(BIN)/python docs/performance.py
 
+.PHONY: judge-tgi
+judge-tgi: $(READY) ## Extra: huggingface_hub's and TGI's own clients judge our TGI API (pip)
+	$(BIN)/python -m pytest -m judges -n 0 -rA tests/judges/test_tgi_judges.py
+
 export COMPOSE ?= docker compose
 
 .PHONY: compose-up

@@ -10,6 +10,8 @@ from router_service.http.openai_requests import MAX_CHOICES, Extension, Sampled,
 from router_service.http.service import RouterApi
 
 ROUTER_MODEL = "router"
+NAMES_OF_ANY = frozenset({"tgi", "dummy"})
+"""What clients of TGI send who know a URL and no model: text-generation and huggingface_hub."""
 SMALLEST_TOP_P = 1e-6
 """What a `top_p` of 0 means: the best token alone."""
 DEFAULT_TEMPERATURE = 1.0
@@ -28,6 +30,8 @@ def model_names(api: RouterApi) -> list[str]:
 
 def set_model(request: router_pb2.GenerateRequest, name: str, api: RouterApi) -> None:
     """Makes a request ask for the model of a name. Raises InvalidRequest: there is none."""
+    if name in NAMES_OF_ANY:
+        return
     if name not in model_names(api):
         raise model_unknown(name, api)
     part = name.removeprefix(api.served_name).removeprefix("/")
