@@ -31,10 +31,13 @@ class Page:
         return self
 
     def close(self) -> None:
-        """Leaves the page and what it has kept."""
-        self.js("sessionStorage.clear()")
-        self.driver.get("about:blank")
-        self.emulate()
+        """Leaves the page's tab, and with it what the page has kept, for a new one."""
+        old = self.driver.current_window_handle
+        self.driver.switch_to.new_window("tab")
+        new = self.driver.current_window_handle
+        self.driver.switch_to.window(old)
+        self.driver.close()
+        self.driver.switch_to.window(new)
 
     def size(self, width: int, height: int) -> None:
         """Sets the size of the window's inside, pixels of CSS."""
