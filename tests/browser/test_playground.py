@@ -193,6 +193,10 @@ def test_the_panel_of_experts_tells_what_has_changed(page: Page, fake: FakeApi):
     page.wait(lambda: "math: ready" in page.text("#changes"), "told that math is back")
     fake.epoch += 5000
     page.wait(lambda: "math: swapped" in page.text("#changes"), "told of the swap")
+    page.click("#experts summary")  # folded away, as on a phone
+    fake.ready = False
+    spoken = "return document.querySelector('#news[role=status]').textContent"
+    page.wait(lambda: page.js(spoken) == "math: not there", "said to those who hear")
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,8 @@
 import { epochTime, make, percent, visible } from "./looks.js";
 import { whyItDiffers } from "./token_text.js";
 
-const COLUMNS = [
-  ["expert", "Expert"],
-  ["complement", "Complement"],
-  ["fused", "Sum"],
-];
+const COLUMNS = ["expert", "complement", "fused"];
+const SUMS = new Set(["sum", "gated_sum"]);
 
 export class Details {
   /** @param {import("./looks.js").Looks} looks */
@@ -27,7 +24,7 @@ export class Details {
     const why = whyItDiffers(token, answer.turn.rule);
     if (why) parts.push(make("p", "why", `• ${why}`));
     if (token.degraded) parts.push(make("p", "why", "The expert that the router had picked was not there."));
-    parts.push(this.#weights(token), this.#candidates(token));
+    parts.push(this.#weights(token), this.#candidates(token, answer.turn.rule));
     this.body.replaceChildren(...parts.filter(Boolean));
   }
 
@@ -78,14 +75,15 @@ export class Details {
     return box;
   }
 
-  #candidates(token) {
-    const lists = COLUMNS.map(([name]) => token.top?.[name] ?? []);
+  #candidates(token, rule) {
+    const lists = COLUMNS.map((name) => token.top?.[name] ?? []);
     if (!lists.some((list) => list.length)) {
       return make("p", "note", "Candidates are not kept for tokens that were read back after a cut.");
     }
     const table = make("table");
     const head = table.createTHead().insertRow();
-    head.append(cellOf("th", "Token"), ...COLUMNS.map(([, title]) => cellOf("th", title)));
+    const titles = ["Token", "Expert", "Complement", SUMS.has(rule) ? "Sum" : "Fused"];
+    head.append(...titles.map((title) => cellOf("th", title)));
     const body = table.createTBody();
     for (const { id, text } of rowsOf(token, lists)) {
       const row = body.insertRow();
@@ -95,7 +93,7 @@ export class Details {
         row.className = "is-chosen";
         name.append(make("span", "mark", " ✓ written"));
       }
-      row.append(name, ...lists.map((list, index) => this.#cell(token, id, list, COLUMNS[index][0])));
+      row.append(name, ...lists.map((list, index) => this.#cell(token, id, list, COLUMNS[index])));
     }
     const box = make("div");
     const scroll = make("div", "scroll");

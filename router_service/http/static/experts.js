@@ -25,6 +25,7 @@ export class Experts {
     this.list = document.getElementById("slots");
     this.routerLoad = document.getElementById("router-load");
     this.changes = document.getElementById("changes");
+    this.news = document.getElementById("news");
     document.addEventListener("visibilitychange", () => this.lookNow());
   }
 
@@ -110,6 +111,7 @@ export class Experts {
     const item = make("li");
     item.append(make("time", "", new Date().toLocaleTimeString("en-GB")), ` ${text}`);
     this.changes.prepend(item);
+    say(this.news, text); // the list may be folded away, and then nobody would hear of it
     while (this.changes.childElementCount > MOST_CHANGES) this.changes.lastElementChild.remove();
   }
 }

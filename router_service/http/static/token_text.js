@@ -18,7 +18,7 @@ export function differs(token) {
 /** Why the token is another one; "" where it is not. */
 export function whyItDiffers(token, rule) {
   if (!differs(token)) return "";
-  const own = visible(expertsChoice(token).text);
+  const own = `“${visible(expertsChoice(token).text)}”`;
   const best = token.top.fused?.[0];
   if (!BLENDING_RULES.has(rule)) return `The expert's first choice was ${own}; this one was sampled.`;
   if (best && best.id !== expertsChoice(token).id) {
