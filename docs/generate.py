@@ -1,4 +1,4 @@
-"""Writes what docs/ has from code: errors.md, settings.md, commands.md, training_jobs.md, modules in architecture.md.
+"""Writes what docs/ has from code: errors.md, settings.md, commands.md, training_jobs.md, openapi.json; modules.
 
 python docs/generate.py            writes them
 python docs/generate.py --check    exit code 1 if one of them is stale
@@ -330,12 +330,20 @@ def architecture_page() -> str:
     return f"{head}{begin}{first_line}\n{module_table()}\n{end}{tail}"
 
 
+def openapi_document() -> str:
+    """Every HTTP API of the router, as docs/http.md tells it in words."""
+    from router_service.http.openapi import text
+
+    return text()
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "errors.md": lambda: marked(errors_page()),
     "settings.md": lambda: marked(settings_page()),
     "commands.md": lambda: marked(commands_page()),
     "training_jobs.md": lambda: marked(jobs_page()),
     "architecture.md": architecture_page,
+    "openapi.json": openapi_document,
 }
 
 

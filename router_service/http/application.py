@@ -14,12 +14,14 @@ from starlette.types import ASGIApp
 
 from fusionroute.api_keys import ApiKeys
 from fusionroute.errors import FusionRouteError
+from fusionroute.rpc_context import current_request
 from router_service.http.access import KeysAsked
 from router_service.http.body_limit import BodyLimit
 from router_service.http.errors import openai_body, openai_error
-from router_service.http.observing import Observed
+from router_service.http.observing import GONE_STATUS, Observed
 from router_service.http.openai_routes import openai_routes
 from router_service.http.playground import PAGE_PATHS, playground_routes
+from router_service.http.presence import ClientGone
 from router_service.http.service import RouterApi
 from router_service.http.tgi import tgi_routes
 from router_service.http.tokenizer_routes import tokenizer_routes
@@ -49,7 +51,13 @@ def application(api: RouterApi, admittance: Admittance | None = None) -> ASGIApp
     admittance = admittance or Admittance()
     routes = all_routes(api)
     routed = Starlette(
-        routes=routes, exception_handlers={FusionRouteError: _refused, HTTPException: _not_there}
+        routes=routes,
+        exception_handlers={
+            FusionRouteError: _refused,
+            HTTPException: _not_there,
+            ClientGone: _gone,
+            Exception: _failed,
+        },
     )
     routed.router.redirect_slashes = False  # to the host that the caller named
     app: ASGIApp = BodyLimit(routed, admittance.max_body_bytes)
@@ -59,7 +67,7 @@ def application(api: RouterApi, admittance: Admittance | None = None) -> ASGIApp
         app = CORSMiddleware(
             app,
             allow_origins=admittance.origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
@@ -87,6 +95,19 @@ async def _not_there(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     shown = f"{request.method} {request.url.path}"[:200]
     what = {404: f"there is no {shown}", 405: f"{shown}: this method is not known here"}
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(error.status_code)
     body = openai_body(error.status_code, what.get(error.status_code, error.detail), code)
     return JSONResponse(body, error.status_code, dict(error.headers or {}))
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """For the counts only: nobody reads it."""
+    return Response(status_code=GONE_STATUS)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """What nobody has caught; `Observed` logs it."""
+    return JSONResponse(
+        openai_body(500, f"the router failed; its log says more under {current_request()}", "internal_error"),
+        500,
+    )

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router_service.http.errors import openai_body
-
-
-class _TooLarge(Exception):
-    """The body has more bytes than allowed."""
+TOO_LARGE = 413
+PATIENCE = 4
+"""Of a body that is too large, so many times the limit are read and thrown away."""
 
 
 class BodyLimit:
     """Answers 413 where a body is larger than allowed, announced or not.
 
     Args:
-        app: what reads bodies.
+        app: what reads bodies, and turns HTTPException into answers.
         max_bytes: of a body.
     """
 
@@ -29,30 +27,23 @@ class BodyLimit:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         announced = Headers(scope=scope).get("content-length", "")
-        if announced.isdecimal() and int(announced) > self._max_bytes:
-            return await self._refuse(scope, receive, send)
-        num_bytes, has_begun = 0, False
+        is_announced = announced.isdecimal() and int(announced) > self._max_bytes
+        num_bytes = 0
 
         async def counted() -> Message:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise _TooLarge
-            return message
+            if not is_announced and num_bytes <= self._max_bytes:
+                return message
+            # Clients that still send when the connection closes see a reset instead of the answer.
+            while message.get("more_body") and num_bytes < PATIENCE * self._max_bytes:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+            raise self._refusal()
 
-        async def watched(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
+        await self._app(scope, counted, send)
 
-        try:
-            await self._app(scope, counted, watched)
-        except _TooLarge:
-            if not has_begun:
-                await self._refuse(scope, receive, send)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        message = f"the body is larger than {self._max_bytes} bytes"
-        body = openai_body(413, message, "request_too_large")
-        await JSONResponse(body, 413, {"connection": "close"})(scope, receive, send)
+    def _refusal(self) -> HTTPException:
+        what = f"the body is larger than {self._max_bytes} bytes"
+        return HTTPException(TOO_LARGE, what, {"connection": "close"})

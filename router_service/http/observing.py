@@ -1,4 +1,4 @@
-"""What every request gets: an id in its log lines and its answer, a measurement, a span; and an answer if we fail."""
+"""What every request gets: an id in its log lines and its answer, a measurement, a span."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,8 +14,6 @@ from fusionroute import tracing
 from fusionroute.rpc_context import REQUEST_ID_KEY, bind_request, new_request_id
 from fusionroute.telemetry import is_debugging
 from router_service import metrics
-from router_service.http.errors import openai_body
-from router_service.http.presence import ClientGone
 
 OTHER_ROUTE = "other"
 """The label of requests for what is not there: paths are the caller's, and labels must be few."""
@@ -37,7 +34,9 @@ class Observed:
 
     def __init__(self, app: ASGIApp, routes: list[BaseRoute]) -> None:
         self._app = app
-        self._paths = {str(path) for route in routes if (path := getattr(route, "path", ""))}
+        self._paths = {
+            str(path).partition("/{")[0] for route in routes if (path := getattr(route, "path", ""))
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes everything on."""
@@ -60,15 +59,8 @@ class Observed:
 
         try:
             await self._app(scope, receive, named)
-        except ClientGone:
-            status = GONE_STATUS
-        except Exception:
+        except Exception:  # which has been answered, if it could be
             log.exception("http_request_failed", route=route)
-            if not status:
-                body = openai_body(
-                    500, f"the router failed; its log says more under {request_id}", "internal_error"
-                )
-                await JSONResponse(body, 500)(scope, receive, named)
         finally:
             seconds = time.monotonic() - started
             code = str(status or GONE_STATUS)
@@ -78,7 +70,7 @@ class Observed:
                 log.debug("http", route=route, status=code, seconds=round(seconds, 5))
 
     def _route_of(self, path: str) -> str:
-        """The path of the route that a path belongs to: itself, or that of what is mounted above it."""
+        """The path of the route that a path belongs to, without what varies in it."""
         while path:
             if path in self._paths:
                 return path

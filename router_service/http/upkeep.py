@@ -8,11 +8,12 @@ from starlette.routing import BaseRoute, Route
 
 from fusionroute import __version__
 from fusionroute.metrics import CONTENT_TYPE
+from router_service.http.openapi import OPENAPI_PATH, text
 from router_service.http.service import RouterApi
 
 
 def upkeep_routes(api: RouterApi) -> list[BaseRoute]:
-    """/health, /ready, /version and /metrics."""
+    """/health, /ready, /version, /metrics and /openapi.json."""
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -27,7 +28,15 @@ def upkeep_routes(api: RouterApi) -> list[BaseRoute]:
     async def metrics(request: Request) -> Response:
         return Response(api.exposition.text(), headers={"content-type": CONTENT_TYPE})
 
+    described: list[bytes] = []
+
+    async def openapi(request: Request) -> Response:
+        if not described:
+            described.append(text().encode())
+        return Response(described[0], media_type="application/json")
+
     return [
+        Route(OPENAPI_PATH, openapi),
         Route("/health", health),
         Route("/ready", ready),
         Route("/version", version),

@@ -280,6 +280,8 @@ async def test_a_client_that_leaves_ends_its_answers(stack: Stack, api: Api, str
         task.cancel()
         while stack.router.keeper.num_running:
             await asyncio.sleep(0.01)
+    exposed = (await api.http.get("/metrics")).text
+    assert 'http_seconds_count{route="/v1/completions",status="499"}' in exposed
     await stack.start_expert("math")
 
 
