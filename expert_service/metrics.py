@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter
 
-from fusionroute.metrics import LATENCY_BUCKETS
+from fusionroute.metrics import LATENCY_BUCKETS, NotingHistogram
 
 PREFIX = "fusionroute_expert"
 REGISTRY = CollectorRegistry()
@@ -17,19 +17,19 @@ STEPS = Counter(
     registry=REGISTRY,
 )
 STEPS_OK = STEPS.labels(outcome="ok")
-STEP_QUEUE_SECONDS = Histogram(
+STEP_QUEUE_SECONDS = NotingHistogram(
     f"{PREFIX}_step_queue_seconds",
     "From a step's arrival to its first forward.",
     buckets=LATENCY_BUCKETS,
     registry=REGISTRY,
 )
-STEP_FORWARD_SECONDS = Histogram(
+STEP_FORWARD_SECONDS = NotingHistogram(
     f"{PREFIX}_step_forward_seconds",
     "What a step spent within forwards.",
     buckets=LATENCY_BUCKETS,
     registry=REGISTRY,
 )
-STEP_BATCH_SESSIONS = Histogram(
+STEP_BATCH_SESSIONS = NotingHistogram(
     f"{PREFIX}_step_batch_sessions",
     "Most sessions that shared a forward with a step, itself included.",
     buckets=BATCH_BUCKETS,

@@ -6,8 +6,10 @@ do not see each other's. `Exposition` adds what only a running daemon knows: gau
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import (
     CONTENT_TYPE_PLAIN_0_0_4,
@@ -20,6 +22,7 @@ from prometheus_client import (
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 if TYPE_CHECKING:
     from fusionroute.engine.steps import EngineLoad
@@ -30,13 +33,42 @@ LATENCY_BUCKETS = (
 )  # fmt: skip
 """Upper limits in seconds: from a small model's forward to the longest wait for an expert."""
 
+MOST_NOTED = 512
+"""Observations that may wait to be counted."""
+
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 """Of `Exposition.text`."""
+
+
+class NotingHistogram(Histogram):
+    """A histogram for what happens with every token: observations are noted, and counted when somebody looks."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._noted: deque[float] = deque()
+        super().__init__(*arguments, **options)
+
+    def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
+        """Notes an observation; exemplars are not kept."""
+        noted = self._noted
+        noted.append(amount)
+        if len(noted) >= MOST_NOTED:
+            self._count_noted()
+
+    def _child_samples(self) -> Iterable[Sample]:
+        self._count_noted()
+        return super()._child_samples()
+
+    def _count_noted(self) -> None:
+        noted = self._noted
+        with suppress(IndexError):  # another thread may count too
+            while noted:
+                super().observe(noted.popleft())
+
 
 SHARED = CollectorRegistry()
 """What every daemon counts."""
 
-RPC_SECONDS = Histogram(
+RPC_SECONDS = NotingHistogram(
     "fusionroute_rpc_seconds",
     "How long calls took that this process served, streams to their end.",
     ["rpc", "code"],

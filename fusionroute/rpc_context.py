@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from contextvars import Context, ContextVar, copy_context
+from functools import lru_cache
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -18,7 +19,7 @@ import grpc
 import structlog
 
 from fusionroute import tracing
-from fusionroute.metrics import RPC_SECONDS
+from fusionroute.metrics import RPC_SECONDS, NotingHistogram
 from fusionroute.telemetry import is_debugging
 
 REQUEST_ID_KEY = "x-request-id"
@@ -91,6 +92,11 @@ class ContextInterceptor(grpc.aio.ServerInterceptor):
                 response_serializer=handler.response_serializer,
             )
         return handler
+
+
+@lru_cache(maxsize=1024)
+def _seconds_of(rpc: str, code: str) -> NotingHistogram:
+    return RPC_SECONDS.labels(rpc, code)
 
 
 def _short_name(method: str) -> str:
@@ -168,7 +174,7 @@ class StreamedCall:
     def end(self, code: str) -> None:
         """It was answered with a status code, by name."""
         seconds = time.monotonic() - self._started
-        RPC_SECONDS.labels(self._rpc, code).observe(seconds)
+        _seconds_of(self._rpc, code).observe(seconds)
         if is_debugging():
             self.run(lambda: log.debug("rpc", rpc=self._rpc, code=code, seconds=round(seconds, 5)))
 
@@ -188,7 +194,7 @@ class _Call:
 
     def end(self, code: str) -> None:
         seconds = time.monotonic() - self._started
-        RPC_SECONDS.labels(self._rpc, code).observe(seconds)
+        _seconds_of(self._rpc, code).observe(seconds)
         tracing.end_call(self._span, code)
         if is_debugging():
             log.debug("rpc", rpc=self._rpc, code=code, seconds=round(seconds, 5))

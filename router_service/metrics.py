@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from fusionroute.metrics import LATENCY_BUCKETS
+from fusionroute.metrics import LATENCY_BUCKETS, NotingHistogram
 
 PREFIX = "fusionroute_router"
 REGISTRY = CollectorRegistry()
@@ -15,7 +15,7 @@ ROUTER_ITSELF = ""
 
 # --- tokens ------------------------------------------------------------------------------------------------------
 
-TOKEN_SECONDS = Histogram(
+TOKEN_SECONDS = NotingHistogram(
     f"{PREFIX}_token_seconds",
     "What a token's time goes into: router_forward (the router's own row, its queue included), expert_wait (network,"
     " queue and retries of the expert), expert_forward, fuse, store_wait.",
@@ -55,7 +55,10 @@ DRAFTED_TOKENS = Counter(
     registry=REGISTRY,
 )
 DRAFT_ROUNDS = Counter(
-    f"{PREFIX}_draft_rounds", "Times that proposed tokens were checked, by drafter.", ["drafter"], registry=REGISTRY
+    f"{PREFIX}_draft_rounds",
+    "Times that proposed tokens were checked, by drafter.",
+    ["drafter"],
+    registry=REGISTRY,
 )
 EARLY_ASKS = Counter(
     f"{PREFIX}_early_asks",

@@ -152,7 +152,7 @@ class StepStream:
             step=request,
             timeout_seconds=seconds,
             request_id=current_request(),
-            traceparent=tracing.traceparent(),
+            traceparent=tracing.traceparent() if tracing.is_on() else "",
         )
         if rows_bytes and self._memory is not None and (place := self._memory.place(rows_bytes)) is not None:
             waiting.place = place
