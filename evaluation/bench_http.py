@@ -49,7 +49,6 @@ class Measured:
 
 async def measure_http(
     stack: ServedStack,
-    http_address: str,
     texts: Texts,
     *,
     num_tokens: int,
@@ -61,12 +60,13 @@ async def measure_http(
     """Measures the same router over gRPC and over HTTP, on the same prompts in turns.
 
     Args:
-        http_address: HOST:PORT where the router speaks HTTP.
+        stack: whose router speaks HTTP.
         num_tokens: new tokens of each session at most.
         sessions: how many at a time, each on a connection of its own.
     """
     measured: dict[str, Measured] = {}
     ways: dict[str, Way] = {}
+    http_address = stack.http_urls["router"].removeprefix("http://")
     async with AsyncExitStack() as closing:
         connections = [
             await closing.enter_async_context(HttpConnection.open(http_address)) for _ in range(max(sessions))

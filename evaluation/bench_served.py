@@ -63,6 +63,7 @@ class ServedStack:
         experts: folders by slot.
         pids: by process name, with what each has started.
         addresses: by process name.
+        http_urls: by process name, of those that speak HTTP.
     """
 
     router: RouterClient
@@ -70,6 +71,7 @@ class ServedStack:
     experts: Mapping[str, str]
     pids: Mapping[str, Sequence[int]] = field(default_factory=dict)
     addresses: Mapping[str, str] = field(default_factory=dict)
+    http_urls: Mapping[str, str] = field(default_factory=dict)
     _finished: list[str] = field(default_factory=list)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -31,21 +31,15 @@ def http(asked: Asked, sessions: tuple[int, ...]) -> Report:
 
     if asked.shape is None:
         raise click.UsageError("--shape none is not allowed: answers of the trained family are too short")
-    width, address = SHAPES[asked.shape].vocabulary, f"127.0.0.1:{_free_port()}"
+    width = SHAPES[asked.shape].vocabulary
     with random_models(asked.shape, asked.dtypes[0]) as made:
-        served = made.with_variables(FUSIONROUTE_ROUTER_HTTP_PORT=address.rpartition(":")[2])
+        served = replace(made, http_port=0)
         threads = threads_of(asked.threads, 1 + len(served.experts))
         return measure(
             [served], threads,
             lambda stacks: measure_http(
-                stacks[0], address, lambda number: f"w{2 + (7 * number + 3) % (width - 2)}",
+                stacks[0], lambda number: f"w{2 + (7 * number + 3) % (width - 2)}",
                 num_tokens=asked.num_tokens, num_runs=asked.num_runs, threads=threads,
                 sessions=sorted(set(sessions)), on_run=Progress(),
             ),
         )  # fmt: skip
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -33,6 +33,7 @@ class Models:
         prompts: the prompt of a number.
         is_tiny: whether their forwards take hardly more than the way between processes.
         variables: settings of the daemons, by environment variable.
+        http_port: of the router; None = it speaks no HTTP, 0 = any free one.
     """
 
     router: str
@@ -40,6 +41,7 @@ class Models:
     prompts: Prompts
     is_tiny: bool = False
     variables: Mapping[str, str] = field(default_factory=dict)
+    http_port: int | None = None
 
     def with_variables(self, **variables: str) -> Models:
         """The same models behind daemons with further settings."""
@@ -108,7 +110,13 @@ def measure(
         states: list[StackState] = []
         for each in served:
             plan = StackPlan(
-                each.router, each.experts, port=0, threads=threads, isolated=True, variables=each.variables
+                each.router,
+                each.experts,
+                port=0,
+                threads=threads,
+                isolated=True,
+                variables=each.variables,
+                http_port=each.http_port,
             )
             states.append(stacks.enter_context(temporary_stack(plan))[0])
         return asyncio.run(_measure(list(zip(states, served, strict=True)), work))
@@ -126,7 +134,9 @@ async def _measure(
         for state, made in running:
             pids = {record.name: [each.pid for each in session_members(record)] for record in state.processes}
             router = await clients.enter_async_context(RouterClient.open(state.router_address))
-            stacks.append(ServedStack(router, made.router, made.experts, pids, state.addresses))
+            stacks.append(
+                ServedStack(router, made.router, made.experts, pids, state.addresses, state.http_urls)
+            )
         return await work(stacks)
 
 

@@ -122,9 +122,11 @@ async def test_the_wire_is_measured_in_every_way_and_rows_are_the_same(family: F
 async def test_http_is_measured_beside_grpc_and_writes_the_same(family: Family) -> None:
     async with served(family, http_port=0) as running:
         assert running.router.http_url is not None
-        address = running.router.http_url.removeprefix("http://")
-        stack = ServedStack(running.client, str(family.router), {}, {"router": [os.getpid()]})
-        report = await measure_http(stack, address, lambda number: f"w{2 + number}", **TIME, sessions=(1, 2))
+        stack = ServedStack(
+            running.client, str(family.router), {}, {"router": [os.getpid()]},
+            http_urls={"router": running.router.http_url},
+        )  # fmt: skip
+        report = await measure_http(stack, lambda number: f"w{2 + number}", **TIME, sessions=(1, 2))
     same = [finding for finding in report.findings if "same texts" in finding.what]
     assert [finding.is_met for finding in same] == [True] * 2 * len(APIS)
     assert {name: each.num_tokens for name, each in report.runs["http"].items() if "2 sessions" in name} == {
