@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from fusionroute.errors import AccessDenied, FusionRouteError, InvalidRequest, OutOfRoom, Reason, Unavailable
 from fusionroute.remote_models import (
@@ -24,31 +23,20 @@ from fusionroute.remote_models import (
     RemoteModel,
     RemoteSampling,
 )
-from tests.served_stack import Family, Stack, make_family, served
+from tests.served_stack import Family, Stack
 from trainer.config import DataTable, PairsJob
 from trainer.pairs import collect_pairs
 from trainer.remote_table import RemoteTable
 from trainer.run_context import RunContext, RunResult
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 PROMPT = "w5 w9 w20"
 QUICK = RemoteLimits(attempt_seconds=5.0, patience_seconds=3.0)
 
 
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return make_family(tmp_path_factory.mktemp("family"))
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stack(family: Family) -> AsyncIterator[Stack]:
-    async with served(family, http_port=0) as stack:
-        yield stack
-
-
-def url_of(stack: Stack) -> str:
-    assert stack.router.http_url is not None
-    return stack.router.http_url
+@pytest.fixture
+def family(stack: Stack) -> Family:
+    return stack.family
 
 
 @dataclass
@@ -123,8 +111,8 @@ async def ask(url: str, prompt: Any = PROMPT, max_tokens: int = 4, **options: An
         return (await model.generate(prompt, RemoteSampling(max_tokens))).text
 
 
-async def test_our_own_router_is_recognised_and_answers_as_itself(stack: Stack) -> None:
-    async with RemoteModel.open(url_of(stack)) as model:
+async def test_our_own_router_is_recognised_and_answers_as_itself(stack: Stack, http_url: str) -> None:
+    async with RemoteModel.open(http_url) as model:
         assert (model.api, model.name) == (RemoteApi.TGI, "fusionroute")
         assert model.revision == (await stack.client.info()).checkpoint
         greedy = await model.generate(PROMPT, RemoteSampling(6))
@@ -239,16 +227,16 @@ async def collect(config: PairsJob, folder: Path) -> RunResult:
 
 
 async def test_rejected_answers_are_those_of_the_remote_model_and_are_asked_for_once(
-    stack: Stack, family: Family, tmp_path: Path
+    stack: Stack, family: Family, http_url: str, tmp_path: Path
 ) -> None:
-    config = job(tmp_path, family, url_of(stack))
+    config = job(tmp_path, family, http_url)
     result = await collect(config, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert result.metrics["pairs"] == len(rows) == 6
     for row in rows:
         assert row["rejected"] == (await stack.client.complete(row["prompt"], max_tokens=6)).text
     journal = (tmp_path / "run" / "answers.jsonl").read_text().splitlines()
-    assert json.loads(journal[0])["checkpoint"].startswith(f"tgi {url_of(stack)} fusionroute")
+    assert json.loads(journal[0])["checkpoint"].startswith(f"tgi {http_url} fusionroute")
     num_forwards = stack.router.engine.load().num_forwards
     assert (await collect(config, tmp_path)).metrics == result.metrics
     assert stack.router.engine.load().num_forwards == num_forwards

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -13,24 +12,16 @@ import pytest
 import pytest_asyncio
 
 from fusionroute.v1.router_pb2 import GenerateRequest, SamplingParameters
-from tests.served_stack import Stack, make_family, served
+from tests.served_stack import Stack
 from tests.tiny_models import MAX_CONTEXT
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 PROMPT = "w5 w9 w20"
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
-    folder: Path = tmp_path_factory.mktemp("family")
-    async with served(make_family(folder), http_port=0) as stack:
-        yield stack
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def tgi(stack: Stack) -> AsyncIterator[httpx2.AsyncClient]:
-    assert stack.router.http_url is not None
-    async with httpx2.AsyncClient(base_url=stack.router.http_url, timeout=30) as client:
+@pytest_asyncio.fixture(loop_scope="package")
+async def tgi(http_url: str) -> AsyncIterator[httpx2.AsyncClient]:
+    async with httpx2.AsyncClient(base_url=http_url, timeout=30) as client:
         yield client
 
 
@@ -232,6 +223,14 @@ async def test_a_client_that_leaves_ends_its_answer(stack: Stack, tgi: httpx2.As
             while stack.router.keeper.num_running:
                 await asyncio.sleep(0.005)
     assert before == 0
+
+
+async def test_a_grammar_is_a_constraint_of_the_turn(tgi: httpx2.AsyncClient) -> None:
+    for grammar in ({"type": "regex", "value": " ?w3[0-9]"}, {"type": "regex", "value": " ?(w2|w7)"}):
+        answer = await whole(tgi, max_new_tokens=8, grammar=grammar, details=True)
+        assert answer["generated_text"].strip() in {f"w3{n}" for n in range(10)} | {"w2", "w7"}
+        events = await streamed(tgi, max_new_tokens=8, grammar=grammar, details=True)
+        assert_same_tokens([event["token"] for event in events], answer["details"]["tokens"])
 
 
 async def test_info_names_the_checkpoint_and_the_limits(stack: Stack, tgi: httpx2.AsyncClient) -> None:

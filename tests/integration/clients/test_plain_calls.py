@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import aclosing
-from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from fusionroute.answers import FinishReason
 from fusionroute.client import RouterClient
 from fusionroute.errors import InvalidRequest, Reason, SessionStateError
 from fusionroute.v1.router_pb2 import COMBINE_RULE_MIXTURE, GenerateRequest, SamplingParameters
-from tests.served_stack import SLOTS, Stack, make_family, served
+from tests.served_stack import SLOTS, Stack
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 PROMPT = "w5 w9 w20"
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
-    folder: Path = tmp_path_factory.mktemp("family")
-    async with served(make_family(folder)) as stack:
-        yield stack
 
 
 async def test_a_completion_is_what_the_messages_say(stack: Stack) -> None:
@@ -153,8 +143,8 @@ async def test_an_option_that_cannot_be_is_refused_before_anything_is_sent(
 
 
 async def test_errors_are_as_the_router_means_them(stack: Stack) -> None:
-    with pytest.raises(InvalidRequest, match="no chat template") as refused:
-        await stack.client.chat("hello")
+    with pytest.raises(InvalidRequest, match="temperature = -1") as refused:
+        await stack.client.complete(PROMPT, temperature=-1.0)
     assert refused.value.reason is Reason.INVALID_FIELD
     with pytest.raises(InvalidRequest, match="role and content"):
         await stack.client.chat([{"role": "user", "words": "hello"}])

@@ -1,0 +1,1 @@
+"""Our APIs as applications use them: one stack for all of these."""
