@@ -97,7 +97,9 @@ class Load:
     router_seconds: Average = field(default_factory=Average)
     expert_seconds: Average = field(default_factory=Average)
     early: Trials = field(default_factory=Trials)
-    drafts: Trials = field(default_factory=lambda: Trials(longest_rest_rounds=512, margin=CROWD_MARGIN))
+    drafts: Trials = field(
+        default_factory=lambda: Trials(longest_rest_rounds=512, margin=CROWD_MARGIN, is_likely=True)
+    )
     has_paid: dict[Drafter, Average] = field(default_factory=lambda: {each: Average() for each in Drafter})
     _rounds: dict[tuple[Drafter, int], RoundCost] = field(default_factory=dict)
     _num_since_plain: int = 0
@@ -151,16 +153,28 @@ class Load:
 
     def cost(self, drafter: Drafter, num_tokens: int) -> tuple[float, float]:
         """Seconds of a round, and how long its draft really is."""
-        measured = self._rounds.get((drafter, num_tokens))
-        if measured is not None and self.clock() - measured.noted_at < STALE_SECONDS:
+        measured = self._measured(drafter, num_tokens)
+        if measured is not None:
             return measured.seconds.value, measured.num_drafted.value
+        factor = 1.0  # by which rounds of other lengths have taken longer than was estimated
+        for (other, length), cost in self._rounds.items():
+            if other is drafter and self._measured(drafter, length) is not None:
+                factor = max(factor, cost.seconds.value / self._estimate(drafter, cost.num_drafted.value))
+        return factor * self._estimate(drafter, num_tokens), float(num_tokens)
+
+    def _measured(self, drafter: Drafter, num_tokens: int) -> RoundCost | None:
+        cost = self._rounds.get((drafter, num_tokens))
+        return cost if cost is not None and self.clock() - cost.noted_at < STALE_SECONDS else None
+
+    def _estimate(self, drafter: Drafter, num_tokens: float) -> float:
+        """Seconds of a round from the parts of a plain token."""
         plain = self.token_seconds.value
         more = {
             Drafter.ROUTER: self.router_seconds.value,
             Drafter.EXPERT: self.expert_seconds.value,
             Drafter.LOOKUP: plain * LOOKUP_COST,
         }
-        return plain + num_tokens * more[drafter], float(num_tokens)
+        return max(plain + num_tokens * more[drafter], 1e-9)
 
 
 @dataclass(slots=True)

@@ -12,6 +12,8 @@ SURE_TRIALS = 3
 """After so many the faster way is kept for longer and longer."""
 CLEAR = 1.2
 """Two trials that both differ by so much will do."""
+LIKELY = 0.9
+"""What a trial is expected to show, where it is expected to show a gain."""
 TRIAL_SHARE = 0.01
 """Of the time until the next trial, what the last one may have lost."""
 
@@ -26,14 +28,16 @@ class Trials:
         block_rounds: of each turn.
         first_rest_rounds, longest_rest_rounds: of each turn, from one trial to the next; doubled while nothing changes.
         margin: by what factor the way with it must be faster to be kept.
+        is_likely: whether it is expected to be faster, so that two trials have to say that it is not.
         is_on: whether rounds are made with it now.
-        is_better: whether that has been found to be faster; not before it was tried.
+        is_better: whether that has been found to be faster, or is expected.
     """
 
     block_rounds: int = 4
     first_rest_rounds: int = 64
     longest_rest_rounds: int = 4096
     margin: float = 1.0
+    is_likely: bool = False
     is_on: bool = False
     is_better: bool = False
     _ratios: deque[float] = field(default_factory=lambda: deque(maxlen=SEEN_TRIALS))
@@ -43,6 +47,9 @@ class Trials:
     _num_tokens: int = 0
     _num_noted: int = 0
     _usual: float | None = None
+
+    def __post_init__(self) -> None:
+        self._expect()
 
     def choose(self, num_turns: int = 1) -> bool:
         """Whether the next round is made with it.
@@ -73,8 +80,17 @@ class Trials:
     def look_again(self) -> None:
         """What was found out may no longer hold: it is tried as soon as at first."""
         self._rest_rounds = 0
-        self._ratios.clear()
+        self._expect()
         self._num_left = min(self._num_left, self.block_rounds)
+
+    def _expect(self) -> None:
+        self._ratios.clear()
+        self.is_better = self.is_better or self.is_likely
+
+    def _is_on_faster(self) -> bool:
+        """What trials have shown, and what is expected while they are few."""
+        expected = [LIKELY] * (SURE_TRIALS - len(self._ratios)) if self.is_likely else []
+        return median([*self._ratios, *expected]) * self.margin < 1.0
 
     @property
     def _is_trial(self) -> bool:
@@ -91,7 +107,7 @@ class Trials:
         if self._num_tokens and self._usual:
             tried = self._seconds / self._num_tokens
             self._ratios.append(tried / self._usual if self.is_on else self._usual / tried)
-            was_better, self.is_better = self.is_better, median(self._ratios) * self.margin < 1.0
+            was_better, self.is_better = self.is_better, self._is_on_faster()
             self._rest_rounds = self._next_rest(
                 tried / self._usual - 1.0, has_changed=was_better is not self.is_better
             )
