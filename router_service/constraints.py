@@ -213,7 +213,7 @@ def _schema_of(constraint: Constraint) -> Any:
 
 
 def _refusal(constraint: Constraint, message: str) -> InvalidRequest:
-    said = " ".join(message.split())
+    said = " ".join(message.replace(_NOT_FORCED.strip(), "").split())
     if len(said) > MAX_MESSAGE_CHARACTERS:
         said = f"{said[:MAX_MESSAGE_CHARACTERS]}..."
     return invalid(constraint.field, constraint.text, said)

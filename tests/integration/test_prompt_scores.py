@@ -133,3 +133,17 @@ async def test_what_a_turn_is_refused_for_a_prompt_is_too(stack: Stack) -> None:
                 await scores(stack, ScorePromptRequest(text="w5"))
         finally:
             admission.max_running = most
+
+
+async def test_an_expert_that_comes_back_is_waited_for_and_the_scores_are_the_same(stack: Stack) -> None:
+    request = ScorePromptRequest(token_ids={"ids": [2 + 11 * n % 57 for n in range(70)]}, exact=True)
+    whole = await scores(stack, request)
+    assert {token.expert for token in whole[1:]} == set(stack.family.experts)
+    await stack.stop_expert("math")
+    scoring = asyncio.create_task(scores(stack, request))
+    try:
+        await asyncio.sleep(0.2)
+        assert not scoring.done()
+    finally:
+        await stack.start_expert("math")
+    assert await scoring == whole

@@ -88,6 +88,33 @@ async def test_a_character_may_take_several_tokens() -> None:
     assert len(ids) == 4 and answer.is_complete
 
 
+def sentence_piece_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2 has it: spaces as a mark, bytes for what has no token, the text's first space dropped."""
+    words = ["<unk>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁ab", "ab"]
+    model = models.BPE(
+        {word: index for index, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True
+    )
+    tokenizer = Tokenizer(model)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+async def test_a_vocabulary_with_byte_fallback() -> None:
+    words = sentence_piece_tokenizer()
+    constraints = Constraints(words, len(words), frozenset({END}))
+    answer = await constraints.begin(regex("( ab|é)b?"), [])
+
+    def names() -> set[str]:
+        return set(words.convert_ids_to_tokens(np.flatnonzero(answer.allowed).tolist()))
+
+    assert names() == {"▁", "▁a", "▁ab", "<0x20>", "<0xC3>"}
+    answer.consume(words.convert_tokens_to_ids(["<0xC3>"]))
+    assert names() == {"<0xA9>"}
+    answer.consume(words.convert_tokens_to_ids(["<0xA9>"]))
+    assert names() == {"b", "<0x62>", "<eos>"}
+
+
 async def test_a_vocabulary_of_words_is_constrained_by_what_they_decode_to() -> None:
     constraints = Constraints(word_tokenizer(), WIDTH, frozenset({END}))
     answer = await constraints.begin(regex(r"( w[34]){2}"), [3])
