@@ -24,10 +24,10 @@ from fusionroute.engine.row_products import is_numba_there, measuring_clock
 if TYPE_CHECKING:
     from fusionroute.engine.decoder import Decoder
 
-MOST_ROWS = 32
+MOST_ROWS = 16
 PAST_TOKENS = 64
 """Tokens cached before, where rows are measured."""
-_TIMES = 5
+_TIMES = 3
 _WORTH = 0.95
 
 Kernel = Callable[[Any, Any, Any, int, int, int], None]
@@ -102,12 +102,14 @@ class RowStep:
 
     def hidden(self, batch: RaggedBatch, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor | None:
         """Final hidden states [n, H]; None if it cannot compute this batch."""
-        if batch.exact or batch.is_shared:
+        # What lies outside of a buffer is left to torch, which says so.
+        is_inside = min(token_ids) >= 0 and max(token_ids) < self._like.shape[0] and min(positions) >= 0
+        if batch.exact or batch.is_shared or not is_inside:
             return None
         rows: list[int] = []
         for segment in batch.segments:
             addresses = segment.cache.addresses(self._num_layers)
-            if addresses is None:
+            if addresses is None or segment.past + segment.num_tokens > addresses[0]:
                 return None
             for column in range(segment.start, segment.stop):
                 place = segment.past + column - segment.start
@@ -126,32 +128,30 @@ class RowStep:
 
     def choose(self, decoder: Decoder, deadline: float) -> None:
         """Measures up to how many rows it is faster than the decoder's layers, until a deadline (monotonic)."""
-        count = 1
-        while count <= MOST_ROWS and self._is_faster(decoder, count, deadline):
-            self.most_rows = count
-            count *= 2
-
-    def _is_faster(self, decoder: Decoder, count: int, deadline: float) -> bool:
         past = min(PAST_TOKENS, self._rotary.num_known - 1)
-        caches = [SessionCache(past + 1) for _ in range(count)]
-        ids, positions = [0] * count, [past] * count
-        for cache_ in caches:
-            decoder.run(RaggedBatch([Segment(cache_, 0, 0, past + 1)]), [0] * (past + 1), range(past + 1), [])
+        first = SessionCache(past + 1)
+        decoder.run(RaggedBatch([Segment(first, 0, 0, past + 1)]), [0] * (past + 1), range(past + 1), [])
+        caches = [first]
+        while len(caches) <= MOST_ROWS and self._is_faster(decoder, caches, past, deadline):
+            self.most_rows = len(caches)
+            caches += [first.copied(past + 1, past + 1) for _ in caches]
+
+    def _is_faster(
+        self, decoder: Decoder, caches: Sequence[SessionCache], past: int, deadline: float
+    ) -> bool:
+        ids, positions = [0] * len(caches), [past] * len(caches)
         clock = measuring_clock()
         seconds = [float("inf"), float("inf")]
         for attempt in range(1 + _TIMES):
             for is_ours in (True, False):
                 if time.monotonic() > deadline:
                     return False
-                batch = RaggedBatch(
-                    [Segment(cache_, past, column, column + 1) for column, cache_ in enumerate(caches)]
-                )
+                segments = [Segment(each, past, column, column + 1) for column, each in enumerate(caches)]
                 started = clock()
                 if is_ours:
-                    if self.hidden(batch, ids, positions) is None:
-                        return False
+                    self.hidden(RaggedBatch(segments), ids, positions)
                 else:
-                    decoder.hidden_by_torch(batch, ids, positions)
+                    decoder.hidden_by_torch(RaggedBatch(segments), ids, positions)
                 if attempt:
                     seconds[is_ours] = min(seconds[is_ours], clock() - started)
         return seconds[True] < _WORTH * seconds[False]

@@ -117,6 +117,18 @@ def test_only_wanted_rows_come_back_and_sessions_begin_with_torch() -> None:
 
 
 @torch.inference_mode()
+def test_what_lies_outside_of_a_buffer_is_left_to_torch_which_says_so() -> None:
+    model, decoder = prepared("llama", torch.float32)
+    cache = SessionCache(16)
+    model.forward(RaggedBatch([Segment(cache, 0, 0, 8)]), [1] * 8, range(8), [])
+    for past, token in ((8, WIDTH), (8, -1), (16, 1)):
+        batch = RaggedBatch([Segment(cache, past, 0, 1)])
+        assert decoder._step.hidden(batch, [token], [past]) is None  # type: ignore[union-attr]
+        with pytest.raises((IndexError, RuntimeError)):
+            model.forward(batch, [token], [past], [0])
+
+
+@torch.inference_mode()
 def test_long_sessions_attend_to_all_of_it() -> None:
     """To the last position the model knows, with scores far apart."""
     model, _ = prepared("llama", torch.float32)
