@@ -98,6 +98,13 @@ async def test_drafts_survive_evictions_and_restarts(family: Family, cases: list
         assert all(each.counts["drafted"] for each in asked)
 
 
+async def test_whatever_is_chosen_in_a_crowd_changes_nothing(family: Family, cases: list[Case]) -> None:
+    async with served(family) as stack:
+        asked = Asked(stack, router_pb2.DRAFTING_AUTO)
+        assert_all_equal(await compare(cases, asked, 16), len(cases))
+        assert asked.counts["drafted"] + asked.counts["early"] > 0
+
+
 async def test_off_drafts_nothing_and_auto_is_the_default(family: Family, cases: list[Case]) -> None:
     async with served(family, early_asks="off") as stack:
         asked = Asked(stack, router_pb2.DRAFTING_OFF)
