@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
+import pytest_asyncio
 
 from fusionroute.errors import FusionRouteError, Reason
 from fusionroute.grpc_runtime import channel, error_from_rpc
@@ -16,6 +18,8 @@ from fusionroute.v1.router_pb2 import GenerateRequest
 from tests.router_requests import ask, reason_of
 from tests.served_stack import SLOTS, Family, Stack, make_family, served
 from tests.tiny_models import MAX_CONTEXT, WIDTH
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 BAD: list[tuple[dict[str, Any], Reason, str]] = [
     ({"sampling": {"temperature": -1.0}}, Reason.INVALID_FIELD, "temperature"),
@@ -38,6 +42,13 @@ BAD: list[tuple[dict[str, Any], Reason, str]] = [
     ({"prompt": [WIDTH]}, Reason.TOKEN_OUT_OF_RANGE, str(WIDTH)),
     ({"prompt": [4] * MAX_CONTEXT}, Reason.CONTEXT_FULL, str(MAX_CONTEXT - 1)),
 ]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(family: Family) -> AsyncIterator[Stack]:
+    """One for all: these tests leave nothing behind that another would see."""
+    async with served(family, early_asks="off") as running:
+        yield running
 
 
 async def test_bad_requests_are_refused_by_name_and_write_nothing(stack: Stack) -> None:

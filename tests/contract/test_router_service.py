@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import pytest
+import pytest_asyncio
 
 from fusionroute.fusion import Sampling
 from fusionroute.v1 import router_pb2
 from fusionroute.v1.router_pb2 import GenerateRequest
 from tests.router_requests import PROMPT, ask
-from tests.served_stack import SLOTS, Family, Stack
+from tests.served_stack import SLOTS, Family, Stack, served
 from tests.tiny_models import MAX_CONTEXT
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(family: Family) -> AsyncIterator[Stack]:
+    """One for all: these tests leave nothing behind that another would see."""
+    async with served(family, early_asks="off") as running:
+        yield running
 
 
 async def test_a_turn_streams_started_tokens_finished_with_usage_and_costs(stack: Stack) -> None:
