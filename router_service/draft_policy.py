@@ -9,7 +9,7 @@ of all time, and where several turns run, only if all of them together are faste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from router_service.draft_experience import Average, Experience, Load, Spent
@@ -62,21 +62,22 @@ class TurnDrafting:
             before = Average() if self.is_apart else self.experience.acceptance[drafter]
             self._acceptance[drafter] = Average(before.value, min(before.weight, 2.0))
 
-    def plan(self, num_left: int, *, can_be_early: bool) -> Plan:
+    def plan(self, num_left: int, can_be_early: Callable[[], bool]) -> Plan:
         """The next round.
 
         Args:
             num_left: tokens that the turn may still write; a draft is shorter than that.
-            can_be_early: whether it is known whom to ask early, and whether they are there.
+            can_be_early: says whether it is known whom to ask early, and whether they are there; asked only where
+                that matters, as it takes a look at every instance of a slot.
         """
         self._load = self.experience.load
         self._load.enter()
         self._may_draft = self._is_drafting_allowed()
         self._is_early_tried = False
-        plan = self._drafted(num_left - 1, has_expert=can_be_early) if num_left > 1 else None
+        plan = self._drafted(num_left - 1, can_be_early) if num_left > 1 else None
         if plan is not None:
             return plan
-        return EARLY if can_be_early and self._is_early() else PLAIN
+        return EARLY if self._is_early() and can_be_early() else PLAIN
 
     def note_round(self, plan: Plan, num_drafted: int, num_tokens: int, spent: Spent) -> None:
         """Hears what the round of a plan took.
@@ -109,13 +110,6 @@ class TurnDrafting:
     def is_choosing(self) -> bool:
         """Whether it matters what drafters would propose."""
         return self.mode is DraftingMode.AUTO and self.experience.may_try
-
-    @property
-    def looks_at_guess(self) -> bool:
-        """Whether it matters whom one would ask early."""
-        if self.mode.drafter is not None or self.early:
-            return True
-        return self.experience.may_try and (self.mode is DraftingMode.AUTO or self.early is None)
 
     def is_well_known(self, drafter: Drafter) -> bool:
         """Whether earlier turns have seen what such drafts are worth."""
@@ -152,21 +146,21 @@ class TurnDrafting:
         self._is_early_tried = True
         return trials.choose(self.experience.num_turns)
 
-    def _drafted(self, most: int, *, has_expert: bool) -> Plan | None:
+    def _drafted(self, most: int, has_expert: Callable[[], bool]) -> Plan | None:
         if not self._may_draft:
             return None
         forced = self.mode.drafter
         if forced is not None:
-            if forced not in self.drafters or (forced is Drafter.EXPERT and not has_expert):
+            if forced not in self.drafters or (forced is Drafter.EXPERT and not has_expert()):
                 return None
             return self._with(forced, min(FORCED_TOKENS, most), 0.0)
         best, best_speed = None, MARGIN
         for drafter in self.drafters:
-            if (drafter is Drafter.EXPERT and not has_expert) or not self._is_judged(drafter):
+            if not self._is_judged(drafter):
                 continue
             for count in self._lengths(drafter):
                 speed = self._load.speed_up(drafter, count, self.acceptance(drafter))
-                if count <= most and speed > best_speed:
+                if count <= most and speed > best_speed and (drafter is not Drafter.EXPERT or has_expert()):
                     plan = self._with(drafter, count, self.least_probability)
                     if plan is not None and self.experience.can_afford(self._load, drafter, count):
                         best, best_speed = plan, speed

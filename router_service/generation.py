@@ -177,9 +177,7 @@ class TurnWriter:
         self._proposed = lookup.propose(1) if self._drafting.is_choosing else ()
         room = self.ensemble.max_context_tokens - len(self.text.tokens)
         num_left = min(self.turn.max_tokens - self._num_written, room)
-        # Who is there is looked up only where it matters: that takes a look at every instance of a slot.
-        can_be_early = self._drafting.looks_at_guess and self._asker.can_ask_guess()
-        return self._drafting.plan(num_left, can_be_early=can_be_early)
+        return self._drafting.plan(num_left, self._asker.can_ask_guess)
 
     def _came_true(self, round_: Round, num_tokens: int) -> bool:
         """Whether the last of a round's tokens is the one that the rows of the next are based on."""

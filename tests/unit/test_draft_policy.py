@@ -95,7 +95,7 @@ class World:
         self, turns: list[Writing], number: int, running: list[tuple[float, int]], rng: random.Random
     ) -> None:
         turn = turns[number]
-        turn.plan = turn.drafting.plan(self.turn_tokens - turn.num_written, can_be_early=True)
+        turn.plan = turn.drafting.plan(self.turn_tokens - turn.num_written, lambda: True)
         shared = 1.0 + self._work(turn.plan)
         own = sum(1.0 + each.plan.num_tokens * self.check + self._work(each.plan) for each in turns)
         turn.took = PLAIN_SECONDS * ((1.0 - self.own) * shared + self.own * own) * rng.uniform(0.9, 1.1)
@@ -257,7 +257,7 @@ def test_rounds_during_which_the_load_has_changed_are_not_counted() -> None:
     lookup = Lookup([])
     drafting = TurnDrafting(DraftingMode.AUTO, tuple(Drafter), experience, lookup)
     with experience.one_more_turn():
-        plan = drafting.plan(9, can_be_early=False)
+        plan = drafting.plan(9, lambda: False)
         with experience.one_more_turn():
             drafting.note_round(plan, 0, 1, Spent(1.0))
             assert experience.load.token_seconds.weight == 0.0

@@ -8,7 +8,7 @@ import pytest
 
 from router_service.draft_experience import Average, Experience
 from router_service.draft_policy import TurnDrafting
-from router_service.drafting import Drafter, DraftingMode, Lookup
+from router_service.drafting import PLAIN, Drafter, DraftingMode, Lookup
 
 
 def lookup_of(tokens: list[int]) -> Lookup:
@@ -66,8 +66,8 @@ def test_a_draft_is_shorter_than_what_may_still_be_written() -> None:
     drafting = TurnDrafting(
         DraftingMode.LOOKUP, tuple(Drafter), Experience(), lookup_of([1, 2, 3] * 5), early=False
     )
-    assert len(drafting.plan(3, can_be_early=True).ids) == 2
-    assert drafting.plan(1, can_be_early=True).drafter is None
+    assert len(drafting.plan(3, lambda: True).ids) == 2
+    assert drafting.plan(1, lambda: True).drafter is None
 
 
 @pytest.mark.parametrize(("end_ids", "wanted"), [({}, (2, 3, 1, 2)), ({1}, (2, 3)), ({2}, ())])
@@ -81,16 +81,15 @@ def test_a_lookup_proposes_nothing_from_the_end_of_an_answer_on(
         lookup_of([*[1, 2, 3] * 5, 1]),
         end_ids=frozenset(end_ids),
     )
-    assert drafting.plan(9, can_be_early=False).ids == wanted
+    assert drafting.plan(9, lambda: False).ids == wanted
 
 
 @pytest.mark.parametrize(
     ("mode", "early", "num_turns", "looks"),
     [
-        (DraftingMode.AUTO, False, 1, True),
-        (DraftingMode.OFF, None, 1, True),
-        (DraftingMode.OFF, False, 1, False),
-        (DraftingMode.AUTO, None, 9, False),
+        (DraftingMode.AUTO, False, 1, False),  # nothing is known yet that a draft would gain
+        (DraftingMode.OFF, None, 1, False),  # trials begin without
+        (DraftingMode.OFF, None, 9, False),
         (DraftingMode.OFF, True, 9, True),
         (DraftingMode.EXPERT, False, 9, True),
     ],
@@ -100,4 +99,12 @@ def test_who_is_there_is_looked_up_where_it_matters(
 ) -> None:
     experience = Experience(up_to_turns=8, num_turns=num_turns)
     drafting = TurnDrafting(mode, tuple(Drafter), experience, lookup_of([]), early=early)
-    assert drafting.looks_at_guess is looks
+    num_looks = 0
+
+    def look() -> bool:
+        nonlocal num_looks
+        num_looks += 1
+        return False
+
+    assert drafting.plan(9, look) == PLAIN
+    assert num_looks == looks
