@@ -13,7 +13,7 @@ from fusionroute.v1 import router_pb2
 from router_service.http.openai_answers import Choice
 from router_service.http.openai_requests import Sampled
 from router_service.http.service import RouterApi
-from router_service.http.sse import DONE, KEEP_ALIVE, KEEP_ALIVE_SECONDS, event
+from router_service.http.sse import DONE, KEEP_ALIVE, KEEP_ALIVE_SECONDS, event, event_of, to_json
 from router_service.http.turns import Event, Resumed, Turns
 
 
@@ -63,15 +63,16 @@ class Answer:
         """Chunks as server-sent events. Raises FusionRouteError."""
         options = self.body.stream_options
         has_usage = bool(options and options.include_usage)
-        tail = {"usage": None} if has_usage else {}
-        head: dict[str, Any] = {}
+        before, behind = "", '],"usage":null}' if has_usage else "]}"
         async with aclosing(self._told()) as batches:
             async for batch in batches:
                 if not batch:
                     yield KEEP_ALIVE
                     continue
-                head = head or self._head(self.shape.chunk)
-                yield b"".join(event({**head, "choices": [chunk], **tail}, name) for chunk, name in batch)
+                if not before:  # the same in every chunk of a stream: made once
+                    before = to_json(self._head(self.shape.chunk))[:-1] + ',"choices":['
+                yield b"".join(event_of(f"{before}{to_json(chunk)}{behind}", name) for chunk, name in batch)
+        head = self._head(self.shape.chunk)
         last = event({**head, "choices": [], "usage": self._usage()}) if has_usage else b""
         yield last + DONE
 

@@ -31,7 +31,12 @@ def event(value: object, event_id: str = "") -> bytes:
         value: for `json.dumps`.
         event_id: what a client sends as `Last-Event-ID` to go on behind this event; empty = none.
     """
-    line = f"data: {to_json(value)}\n\n"
+    return event_of(to_json(value), event_id)
+
+
+def event_of(data: str, event_id: str = "") -> bytes:
+    """One event whose data is JSON already, in one line."""
+    line = f"data: {data}\n\n"
     text = f"id: {event_id}\n{line}" if event_id else line
     return text.encode("utf-8", errors="replace")
 

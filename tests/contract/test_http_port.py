@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 from starlette.routing import Route
 
+from fusionroute.access import TlsFiles
 from router_service.http.application import OPEN_PATHS, all_routes
 from router_service.http.openapi import OPERATIONS, document
 from tests.certificates import Authority
@@ -196,6 +197,21 @@ async def test_every_route_is_described_and_every_description_has_a_route(api: A
 # --- keys and certificates ---------------------------------------------------------------------------------------
 
 
+def pem_of(files: TlsFiles) -> str:
+    """The certificate alone."""
+    assert files.certificate is not None
+    return files.certificate.read_text().partition("-----END")[0]
+
+
+async def served_certificate(url: str, context: ssl.SSLContext) -> str:
+    """Which one a new connection gets."""
+    host, _, port = url.removeprefix("https://").partition(":")
+    _, writer = await asyncio.open_connection(host, int(port), ssl=context)
+    found = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    return ssl.DER_cert_to_PEM_cert(found).partition("-----END")[0]
+
+
 async def test_everything_but_the_page_and_health_wants_a_key_over_an_encrypted_line(
     family: Family, tmp_path: Path
 ) -> None:
@@ -227,6 +243,14 @@ async def test_everything_but_the_page_and_health_wants_a_key_over_an_encrypted_
             ):
                 answer = await client.get("/v1/models", headers={"authorization": header})
                 assert answer.status_code == status
+            before = pem_of(files)
+            assert await served_certificate(stack.router.http_url, context) == before
+            renewed = authority.issue("services")
+            async with asyncio.timeout(20):
+                while await served_certificate(stack.router.http_url, context) != pem_of(renewed):
+                    await asyncio.sleep(0.1)
+            assert pem_of(renewed) != before
+            assert (await client.get("/health")).status_code == 200
             refused = await client.post(TEXT, content=b"x" * 100)
             assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
             assert refused.headers["www-authenticate"] == "Bearer"
