@@ -48,11 +48,13 @@ PARAMETERS = {
 """Fields of the gRPC contract that are called otherwise here."""
 
 
+CALLERS_TO_CHANGE = frozenset({Reason.RULE_NOT_AVAILABLE, Reason.CONSTRAINT_FAILED})
+"""Asked for what cannot be had here, whatever the state of anything."""
+
+
 def http_status(error: FusionRouteError) -> int:
     """The status of an error."""
-    if (
-        error.reason is Reason.RULE_NOT_AVAILABLE
-    ):  # what was asked for cannot be had here: the caller's to change
+    if error.reason in CALLERS_TO_CHANGE:
         return 400
     return HTTP_STATUS[error.code]
 
