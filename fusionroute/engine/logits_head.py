@@ -64,7 +64,8 @@ class LogitsHead:
         for count in LAYOUT_ROWS:
             layout = _fastest(weight[:1].expand(count, -1).contiguous(), weight, layouts, deadline)
             if layout is None:  # no time left
-                layout = kernel if self.layouts[-1] == kernel and count <= ASSUMED_ROWS else linear
+                is_assumed = count == 1 or (count <= ASSUMED_ROWS and self.layouts[-1] == kernel)
+                layout = kernel if is_assumed and kernel is not None else linear
             self.layouts[count:] = [layout] * (len(self.layouts) - count)
 
     def __call__(self, hidden: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from fusionroute.engine.crew import Crew, crew_of
 ROW_COUNTS = (1, 2, 4, 8)
 """Numbers of rows that are tried; more than the last are torch's."""
 ASSUMED_ROWS = 4
-"""What is faster for fewer rows is taken to be faster for so many, where there was no time to measure it."""
+"""Where there was no time to measure, kernels are taken to be faster for one row, and up to here if for fewer."""
 BUDGET_SECONDS = 1.0
 FEWEST_SHARED_BYTES = 4 << 20
 """Products of smaller weights are not divided among threads: waking one takes as long."""
@@ -119,7 +119,7 @@ class RowProducts:
                     continue
                 is_faster = self._is_faster(count, alike, deadline)
                 if is_faster is None:  # no time left
-                    is_faster = won[shape] > 0 and count <= ASSUMED_ROWS
+                    is_faster = count == 1 or (won[shape] > 0 and count <= ASSUMED_ROWS)
                 if is_faster:
                     won[shape] = count
                 else:
