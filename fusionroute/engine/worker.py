@@ -85,20 +85,9 @@ class Worker:
         """Serves until it is told to stop; what is left then is refused."""
         with torch.inference_mode():
             while not self.is_stopping:
-                items = self._collect()
-                with self._turn:
-                    self._receive(items)
-                    self._admit_waiting()
-                    if self.limits.await_others:
-                        self._await_others()
-                    chunks = self._compose()
-                    if chunks:
-                        self._execute(chunks)
-                    if not (self._running or self._waiting):
-                        self._tell_idle()
-                    settled = self._answers.take()
-                # Not within the turn: whoever is woken may want it at once.
-                deliver(settled)
+                # Not delivered within the turn: whoever is woken may want it at once. Nor is anything of it kept in a
+                # name here, where it would live until the next step comes.
+                deliver(self._take_turn(self._collect()))
         for job in [*self._running, *self._waiting]:
             self._fail(job, Unavailable(Reason.DRAINING, "the service has stopped", retry_after_seconds=1.0))
         self._collect_the_rest()
@@ -143,6 +132,20 @@ class Worker:
             self._turn.release()
             settle(settled.pop(job.future.get_loop(), []))
             deliver(settled)
+
+    def _take_turn(self, items: list[Job | Callable[[], None]]) -> SettledByLoop:
+        """At most one forward; what it has settled."""
+        with self._turn:
+            self._receive(items)
+            self._admit_waiting()
+            if self.limits.await_others:
+                self._await_others()
+            chunks = self._compose()
+            if chunks:
+                self._execute(chunks)
+            if not (self._running or self._waiting):
+                self._tell_idle()
+            return self._answers.take()
 
     def stop(self) -> None:
         """Called in the worker thread: this turn of `work` is the last."""
