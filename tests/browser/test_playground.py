@@ -172,6 +172,22 @@ def test_a_reload_keeps_the_conversation_and_goes_on_with_an_answer_under_way(pa
     assert page.num_tokens == 0
 
 
+def test_where_there_is_no_room_the_oldest_answers_lose_their_candidates_first(page: Page):
+    page.open()
+    kept = page.driver.execute_async_script("""
+        const done = arguments[arguments.length - 1];
+        const turn = (prompt) => ({prompt, tokens: [{text: prompt, top: "x".repeat(2_000_000)}]});
+        import("/playground/keeping.js").then(({keep, recall}) => {
+            keep(["a", "b", "c", "d"].map(turn));
+            done(recall().map(({prompt, tokens}) => [prompt, tokens[0].text, "top" in tokens[0]]));
+        });
+    """)
+    assert [(prompt, text) for prompt, text, _ in kept] == [(each, each) for each in "abcd"]
+    has_candidates = [each[2] for each in kept]
+    assert has_candidates == sorted(has_candidates)
+    assert set(has_candidates) == {False, True}
+
+
 def test_a_swap_within_an_answer_is_marked_where_it_happened(page: Page, fake: FakeApi):
     fake.swap_at = 20
     page.open().ask("go")
