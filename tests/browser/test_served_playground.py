@@ -113,10 +113,10 @@ def test_the_trained_family_shows_who_knows_what(driver: Any, pictures: Path):
     with shown() as progress:
         folder = build("demo", seed=0, progress=progress).folder
     family = Family(folder / "router", {slot: folder / "experts" / slot for slot in SLOTS})
-    prompts = ["box: 4+4; rev jbef=", "sort dbca=", "pls 4+3="]
+    prompts = ["box: 4+4; rev jbef=", "pls 4+3="]
     with in_a_thread(served(family, http_port=0)) as there:
         page = page_of(driver, there.value)
-        page.size(1280, 800)
+        page.size(1280, 840)
         page.open()
         for prompt in prompts:
             page.ask(prompt)
