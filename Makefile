@@ -108,6 +108,13 @@ bench: $(READY) ## Measure everything that docs/performance.md shows, and fill i
 judge-tgi: $(READY) ## Extra: huggingface_hub's and TGI's own clients judge our TGI API (pip)
 	$(BIN)/python -m pytest -m judges -n 0 -rA tests/judges/test_tgi_judges.py
 
+.PHONY: judge-openai
+judge-openai: $(READY) ## Extra: clients and checkers of other people judge our OpenAI API (pip, npm)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m judges -n 0 $(JUDGE_FLAGS) tests/judges/test_openai_judges.py
+
+.PHONY: judges
+judges: judge-tgi judge-openai ## Extra: all judges of the HTTP APIs
+
 export COMPOSE ?= docker compose
 
 .PHONY: compose-up

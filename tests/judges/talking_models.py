@@ -1,0 +1,44 @@
+"""Tiny random models that read and write characters, in a context long enough for the prompts of judges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.served_stack import Family, Stack, make_family, served
+from tests.tiny_models import character_tokenizer
+
+CONTEXT_TOKENS = 2048
+TEMPLATE = (
+    "{% for tool in tools or [] %}{# <|python_tag|> #}{{ tool.function | tojson }}\n{% endfor %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content or '' }}\n"
+    "{% for call in message.tool_calls or [] %}"
+    '{"name": "{{ call.function.name }}", "parameters": {{ call.function.arguments | tojson }}}\n'
+    "{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""Teaches calls in the form of Llama 3, whose characters the tokenizer knows."""
+
+
+def make_talking_family(folder: Path) -> Family:
+    """Writes a router and its experts.
+
+    Their random weights know no words; positions are rotary, so that a longer context needs no other weights.
+    """
+    family = make_family(folder, tokenizer=character_tokenizer())
+    for path in (family.router, *family.experts.values()):
+        config = json.loads((path / "config.json").read_text())
+        config["max_position_embeddings"] = CONTEXT_TOKENS
+        (path / "config.json").write_text(json.dumps(config))
+    (family.router / "chat_template.jinja").write_text(TEMPLATE)
+    return family
+
+
+@asynccontextmanager
+async def talking_stack(folder: Path, **router: Any) -> AsyncIterator[Stack]:
+    """A talking family, served over HTTP at `stack.router.http_url`, within the context."""
+    async with served(make_talking_family(folder), http_port=0, **router) as stack:
+        yield stack
