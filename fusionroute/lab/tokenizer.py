@@ -15,11 +15,12 @@ MAX_CONTEXT_TOKENS = 512
 UNKNOWN_CHARACTER = "?"
 CHAT_TEMPLATE = (
     "{% set ns = namespace(first=0) %}"
-    "{% for message in messages %}{% if message.role == 'user' %}{% set ns.first = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message.role == 'user' %}"
+    "{% set ns.first = loop.index0 %}{% endif %}{% endfor %}"
     "{% for message in messages[ns.first:] %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-"""The last thing a user said, as it stands, and what was answered: the models have only ever seen one task at a time."""
+"""The last thing a user said, as it stands, and what was answered: the models have only ever seen a single task."""
 
 _ID_BY_CHARACTER = {character: index for index, character in enumerate(ALPHABET, start=2)}
 

@@ -84,7 +84,8 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     commands = Commands(tmp_path_factory.mktemp("commands"))
     experts = [text for slot, path in commands.experts.items() for text in ("--expert", f"{slot}={path}")]
     try:
-        commands.run("up", "--router", str(commands.router), *experts, "--port", "0", "--http-port", "0", "--threads", "1")
+        ports = ["--port", "0", "--http-port", "0"]
+        commands.run("up", "--router", str(commands.router), *experts, *ports, "--threads", "1")
         yield commands
     finally:
         commands.run("down")

@@ -75,7 +75,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
         family = build("demo", seed=0, progress=progress)
     desk = Desk(tmp_path_factory.mktemp("desk"), family)
     experts = [word for slot in EXPERT_SLOTS for word in ("--expert", f"{slot}={family.experts[slot]}")]
-    desk.run("up", "--router", str(family.router_sft), *experts, "--trainer", "--port", "0", "--http-port", "0", "--threads", "1")
+    ports = ["--port", "0", "--http-port", "0"]
+    desk.run("up", "--router", str(family.router_sft), *experts, "--trainer", *ports, "--threads", "1")
     try:
         yield desk
     finally:

@@ -10,7 +10,6 @@ from fusionroute.v1.router_pb2 import GenerateRequest
 from tests.equivalence import Case, assert_all_equal, assert_written_across_restarts, compare, make_cases
 from tests.served_stack import Answer, Family, Stack, make_family, served
 
-
 NUM_DISTURBED = 100
 """Of the cases, where each is disturbed many times on its way."""
 
