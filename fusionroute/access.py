@@ -261,9 +261,15 @@ def child_environment(settings: DaemonSettings) -> dict[str, str]:
     return {name: str(path.absolute()) for name, path in paths.items() if path is not None}
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
+
+
 def warn_if_open(settings: DaemonSettings) -> None:
     """Says in the log what anybody who reaches the address may do, where that is not this machine only."""
-    if settings.host in ("localhost", "::1", "[::1]") or settings.host.startswith("127."):
+    open_hosts = [host for host in settings.listening_hosts() if not is_loopback(host)]
+    if not open_hosts:
         return
     missing = [
         what
@@ -279,7 +285,7 @@ def warn_if_open(settings: DaemonSettings) -> None:
     if missing:
         log.warning(
             "open_to_the_network",
-            host=settings.host,
+            host=open_hosts[0],
             without=missing,
             note="whoever reaches this address may call every method; see docs/security.md",
         )

@@ -219,6 +219,11 @@ class DaemonSettings(ServiceSettings):
     )
 
 
+    def listening_hosts(self) -> tuple[str, ...]:
+        """Addresses on which every method can be called."""
+        return (self.host,)
+
+
 S = TypeVar("S", bound=DaemonSettings)
 
 

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from fusionroute import private_redis, tracing
-from fusionroute.access import ClientAccess, ServerAccess
+from fusionroute.access import ClientAccess, ServerAccess, is_loopback
 from fusionroute.engine import Engine
 from fusionroute.errors import FusionRouteError, ModelRejected, Unavailable
 from fusionroute.fusion import CombineRule, OnExpertUnavailable
@@ -249,7 +249,12 @@ async def _http(settings: RouterSettings, api: RouterApi, access: ServerAccess) 
     from fusionroute.watch_protocol import patient_for
     from router_service.http.application import Admittance, application
 
-    admittance = Admittance(access.keys, settings.http_max_body_bytes, settings.http_origin_names())
+    admittance = Admittance(
+        access.keys,
+        settings.http_max_body_bytes,
+        settings.http_origin_names(),
+        is_local=is_loopback(settings.http_host),
+    )
     encryption = access.ssl_context()
     config: dict[str, Any] = {} if encryption is None else {"ssl_context_factory": lambda *_: encryption}
     async with serving_http(

@@ -143,6 +143,10 @@ class RouterSettings(ModelSettings):
         """`http_origins` one by one."""
         return tuple(self.http_origins.split(",")) if self.http_origins else ()
 
+    def listening_hosts(self) -> tuple[str, ...]:
+        """As of every daemon, and that of HTTP."""
+        return (self.host,) if self.http_port is None else (self.host, self.http_host)
+
     def asks_early(self) -> bool | None:
         """`early_asks`; None = where it pays."""
         return {"auto": None, "on": True, "off": False}[self.early_asks]

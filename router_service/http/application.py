@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp
 
 from fusionroute.api_keys import ApiKeys
@@ -20,6 +20,7 @@ from router_service.http.body_limit import BodyLimit
 from router_service.http.errors import openai_body, openai_error
 from router_service.http.observing import GONE_STATUS, Observed
 from router_service.http.openai_routes import openai_routes
+from router_service.http.own_pages import OwnPages
 from router_service.http.playground import PAGE_PATHS, playground_routes
 from router_service.http.presence import ClientGone
 from router_service.http.service import RouterApi
@@ -39,11 +40,13 @@ class Admittance:
         keys: None = nobody is asked for one.
         max_body_bytes: of a request.
         origins: whose pages may call from browsers.
+        is_local: whether only this machine reaches the port.
     """
 
     keys: ApiKeys | None = None
     max_body_bytes: int = 8 * 2**20
     origins: tuple[str, ...] = ()
+    is_local: bool = True
 
 
 def application(api: RouterApi, admittance: Admittance | None = None) -> ASGIApp:
@@ -63,6 +66,8 @@ def application(api: RouterApi, admittance: Admittance | None = None) -> ASGIApp
     app: ASGIApp = BodyLimit(routed, admittance.max_body_bytes)
     if admittance.keys is not None:
         app = KeysAsked(app, admittance.keys, OPEN_PATHS)
+    else:
+        app = OwnPages(app, admittance.origins, is_local=admittance.is_local)
     if admittance.origins:  # before the keys: browsers ask without one whether they may ask
         app = CORSMiddleware(
             app,
@@ -97,7 +102,17 @@ async def _not_there(request: Request, error: Exception) -> Response:
     what = {404: f"there is no {shown}", 405: f"{shown}: this method is not known here"}
     code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(error.status_code)
     body = openai_body(error.status_code, what.get(error.status_code, error.detail), code)
-    return JSONResponse(body, error.status_code, dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(_methods_at(request)))
+    return JSONResponse(body, error.status_code, headers)
+
+
+def _methods_at(request: Request) -> set[str]:
+    """What a path takes: of all its routes, where the router looks at the first."""
+    routes: list[BaseRoute] = request.app.routes
+    found = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in found if isinstance(route, Route) for method in route.methods or ()}
 
 
 async def _gone(request: Request, error: Exception) -> Response:

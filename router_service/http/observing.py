@@ -15,6 +15,8 @@ from fusionroute.rpc_context import REQUEST_ID_KEY, bind_request, new_request_id
 from fusionroute.telemetry import is_debugging
 from router_service import metrics
 
+UNTRACED = frozenset({"/health", "/ready", "/metrics", "/fusionroute/state"})
+"""Asked again and again by probes and pages; a trace of each would hide the others."""
 OTHER_ROUTE = "other"
 """The label of requests for what is not there: paths are the caller's, and labels must be few."""
 GONE_STATUS = 499
@@ -47,7 +49,8 @@ class Observed:
         request_id = given if _REQUEST_ID.fullmatch(given) else new_request_id()
         bind_request(request_id)
         route = self._route_of(scope["path"])
-        span = tracing.begin_call(f"HTTP {route}", headers.get(tracing.TRACEPARENT_KEY, ""))
+        traceparent = headers.get(tracing.TRACEPARENT_KEY, "")
+        span = None if route in UNTRACED else tracing.begin_call(f"HTTP {route}", traceparent)
         started, status = time.monotonic(), 0
 
         async def named(message: Message) -> None:

@@ -164,7 +164,7 @@ def text() -> str:
 def _told(operation: Operation) -> dict[str, Any]:
     good: dict[str, Any] = {operation.media: {"schema": operation.answer if operation.answer is not None else {}}}
     if operation.streams:
-        good["text/event-stream"] = {"schema": {"type": "string"}}
+        good["text/event-stream"] = {"schema": {}}
     responses: dict[str, Any] = {"200": {"description": "A good answer.", "content": good}}
     for status in operation.statuses:
         name = ERROR if status in (401, 404, 413) else operation.error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -96,7 +97,9 @@ def page_routes() -> list[BaseRoute]:
 
     async def asset(request: Request) -> Response:
         found = assets.get(request.path_params["name"])
-        return Response("no such file", 404) if found is None else found.response(request)
+        if found is None:
+            raise HTTPException(404)
+        return found.response(request)
 
     return [Route("/", page, methods=["GET"]), Route(ASSETS + "{name}", asset, methods=["GET"])]
 

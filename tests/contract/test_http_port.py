@@ -254,3 +254,28 @@ async def test_everything_but_the_page_and_health_wants_a_key_over_an_encrypted_
             refused = await client.post(TEXT, content=b"x" * 100)
             assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
             assert refused.headers["www-authenticate"] == "Bearer"
+
+
+# --- strangers' pages ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"origin": "http://page.example"}, 200),  # named by the settings
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"host": "evil.example"}, 403),  # found by somebody's name server
+        ({"host": "localhost:1"}, 200),
+        ({"host": "localhost:1", "origin": "http://localhost:1"}, 200),
+        ({"host": "[::1]:1", "origin": "http://localhost:1"}, 403),
+        ({"host": "[::1"}, 403),
+    ],
+)
+async def test_pages_of_strangers_may_not_call_where_no_key_is_asked_for(
+    api: Api, headers: dict[str, str], status: int
+) -> None:
+    answer = await api.http.get("/v1/models", headers=headers)
+    assert answer.status_code == status
+    if status == 403:
+        assert answer.json()["error"]["code"] == "origin_not_allowed"
