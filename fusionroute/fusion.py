@@ -14,6 +14,8 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from fusionroute.noise import gumbel, noise_bits
+
 Row = NDArray[np.float32]
 """One full-vocabulary vector of scores [V]."""
 
@@ -339,13 +341,13 @@ def _gumbel_argmax(scaled: NDArray[np.float64], seed: int, position: int, ids: N
 
     Only a candidate with a high score, or with a high hash, can win: the rest is spared the two logarithms.
     """
-    bits = _noise_bits(seed, position, ids)
+    bits = noise_bits(seed, position, ids)
     hopeful = scaled >= scaled.max() - _HOPEFUL_RANGE
-    best_so_far = float(np.max(scaled[hopeful] + _gumbel(bits[hopeful])))
+    best_so_far = float(np.max(scaled[hopeful] + gumbel(bits[hopeful])))
     needed = best_so_far - float(scaled.max()) + _HOPEFUL_RANGE  # noise, for one that is not hopeful
     hopeful |= bits >= np.uint64(max(0.0, math.exp(-math.exp(-needed + 1e-6)) * 2.0**52 - 2.0))
     places = np.flatnonzero(hopeful)
-    return int(places[np.argmax(scaled[places] + _gumbel(bits[places]))])
+    return int(places[np.argmax(scaled[places] + gumbel(bits[places]))])
 
 
 def _nucleus(scaled: NDArray[np.float64], top_p: float, min_p: float) -> NDArray[np.int64]:
@@ -375,39 +377,6 @@ def best_ids(row: NDArray[np.floating], count: int) -> NDArray[np.int64]:
     equal = np.flatnonzero(row == threshold)[: count - len(above)]
     ids = np.concatenate([above, equal])
     return ids[np.lexsort((ids, -row[ids]))]
-
-
-def gumbel_noise(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Standard Gumbel noise of each candidate, a hash of (seed, position, id)."""
-    return _gumbel(_noise_bits(seed, position, ids))
-
-
-def _noise_bits(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """52 bits for each candidate."""
-    with np.errstate(over="ignore"):
-        key = _mix(np.uint64(seed & (2**64 - 1)) + _mix(np.uint64(position + 1) * _GOLDEN))
-        return _mix(key + np.asarray(ids, dtype=np.uint64) * _GOLDEN) >> np.uint64(12)
-
-
-def _gumbel(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Increases with the bits."""
-    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-52
-    noise: NDArray[np.float64] = -np.log(-np.log(uniform))
-    return noise
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(values: np.uint64 | NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64."""
-    mixed = np.array(values, dtype=np.uint64)
-    mixed ^= mixed >> np.uint64(30)
-    mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(27)
-    mixed *= np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return mixed
 
 
 def softmax(scores: Row) -> Row:

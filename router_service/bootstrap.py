@@ -7,14 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import structlog
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from fusionroute import private_redis, tracing
-from fusionroute.access import ClientAccess, ServerAccess, is_loopback
+from fusionroute.access import ClientAccess, ServerAccess
 from fusionroute.engine import Engine
 from fusionroute.errors import FusionRouteError, ModelRejected, Unavailable
 from fusionroute.fusion import CombineRule, OnExpertUnavailable
@@ -27,7 +26,6 @@ from fusionroute.grpc_runtime import (
     serve_until_signalled,
     server,
 )
-from fusionroute.http_server import serving_http
 from fusionroute.model_settings import DeviceMissing, prepare_torch
 from fusionroute.promotions import PromotedCheckpoint, Promotion, PromotionStore
 from fusionroute.router_loading import LoadedRouter
@@ -42,6 +40,7 @@ from router_service.drafting import DraftingMode
 from router_service.ensemble import Ensemble
 from router_service.experts import Directory, RemoteExpert
 from router_service.http.service import RouterApi
+from router_service.http.serving import serving_apis
 from router_service.kv_budget import kv_budget
 from router_service.promotion_watch import CheckpointSource, PromotionWatch
 from router_service.prompt_scoring import PromptScorer
@@ -62,9 +61,6 @@ from router_service.watching import RouterGauges, needs_redis
 log = structlog.get_logger(__name__)
 
 ROUTER_SERVICE = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
-HTTP_REQUEST_SECONDS = 60.0
-"""How long a caller of the HTTP port may take to send a request."""
-MOST_HTTP_CONNECTIONS = 1024
 REGISTRY_SERVICE = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name
 
 
@@ -176,14 +172,7 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
             redis, ttl_seconds=settings.session_ttl_seconds, lease_seconds=settings.session_lease_seconds
         )
         registry = RegistryStore(redis, lease_seconds=settings.expert_lease_seconds)
-        directory = Directory(
-            registry.entries,
-            settings.max_message_bytes,
-            lease_seconds=settings.expert_lease_seconds,
-            access=ClientAccess.of(settings),
-            shared_memory_bytes=settings.shared_memory_bytes,
-            local_sockets=settings.local_sockets,
-        )
+        directory = _directory(settings, registry)
         await stack.enter_async_context(directory.running())
         served = ServedCheckpoints(
             await serve_checkpoint(settings, directory, first.hand_over(), first.checkpoint_id),
@@ -199,13 +188,7 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
         stack.push_async_callback(keeper.drain, 0.0)
         scorer = PromptScorer(served, admission, closer, lambda: keeper.is_draining)
         if settings.checkpoints_dir is not None:
-            watch = PromotionWatch(
-                promotions=PromotionStore(redis),
-                served=served,
-                source=CheckpointSource(settings),
-                serve=partial(serve_checkpoint, settings, directory),
-                is_served=lambda slot: directory.best(slot) is not None,
-            )
+            watch = _promotion_watch(settings, PromotionStore(redis), served, directory)
             await stack.enter_async_context(watch.running())
         access = ServerAccess.of(settings)
         running = await stack.enter_async_context(
@@ -236,36 +219,31 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
             served_name=settings.served_name,
             max_new_tokens=settings.http_max_new_tokens,
         )
-        http_url = await stack.enter_async_context(_http(settings, api, access))
+        http_url = await stack.enter_async_context(serving_apis(settings, api, access))
         yield RunningRouter(running, keeper, served, directory, watch_address, http_url)
 
 
-@asynccontextmanager
-async def _http(settings: RouterSettings, api: RouterApi, access: ServerAccess) -> AsyncIterator[str | None]:
-    """Serves HTTP within the context where settings name a port; gives its URL, or None."""
-    if settings.http_port is None:
-        yield None
-        return
-    from fusionroute.watch_protocol import patient_for
-    from router_service.http.application import Admittance, application
-
-    admittance = Admittance(
-        access.keys,
-        settings.http_max_body_bytes,
-        settings.http_origin_names(),
-        is_local=is_loopback(settings.http_host),
+def _directory(settings: RouterSettings, registry: RegistryStore) -> Directory:
+    return Directory(
+        registry.entries,
+        settings.max_message_bytes,
+        lease_seconds=settings.expert_lease_seconds,
+        access=ClientAccess.of(settings),
+        shared_memory_bytes=settings.shared_memory_bytes,
+        local_sockets=settings.local_sockets,
     )
-    encryption = access.ssl_context()
-    config: dict[str, Any] = {} if encryption is None else {"ssl_context_factory": lambda *_: encryption}
-    async with serving_http(
-        application(api, admittance),
-        settings.http_host,
-        settings.http_port,
-        port_field="http_port",
-        http=patient_for(HTTP_REQUEST_SECONDS, MOST_HTTP_CONNECTIONS),
-        **config,
-    ) as address:
-        yield f"{'http' if encryption is None else 'https'}://{address}"
+
+
+def _promotion_watch(
+    settings: RouterSettings, promotions: PromotionStore, served: ServedCheckpoints, directory: Directory
+) -> PromotionWatch:
+    return PromotionWatch(
+        promotions=promotions,
+        served=served,
+        source=CheckpointSource(settings),
+        serve=partial(serve_checkpoint, settings, directory),
+        is_served=lambda slot: directory.best(slot) is not None,
+    )
 
 
 def turn_admission(

@@ -19,7 +19,6 @@ from fusionroute.fusion import (
     choose,
     decide,
     fuse,
-    gumbel_noise,
     needs_router,
     next_best,
     softmax,
@@ -27,6 +26,7 @@ from fusionroute.fusion import (
     top_candidates,
     without_expert,
 )
+from fusionroute.noise import gumbel_noise
 
 FULL = HeadLayout(num_experts=3, has_gate=True, has_sum_gate=True)
 #                   routing          gate                  sum gate
