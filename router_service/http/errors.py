@@ -86,7 +86,15 @@ def openai_error_body(error: FusionRouteError) -> dict[str, object]:
     field = error.metadata.get("field")
     param = PARAMETERS.get(field, field) if field is not None else None
     code = "context_length_exceeded" if error.reason is Reason.CONTEXT_FULL else error.reason.value.lower()
-    return openai_body(http_status(error), error.message, code, param)
+    return openai_body(http_status(error), _message(error), code, param)
+
+
+def _message(error: FusionRouteError) -> str:
+    """With the words by which clients that shorten prompts know that they must: they read no codes."""
+    longest = error.metadata.get("limit", "")
+    if error.reason is not Reason.CONTEXT_FULL or not longest.isdecimal():
+        return error.message
+    return f"{error.message}: this model's maximum context length is {int(longest) + 1} tokens"
 
 
 def openai_error(error: FusionRouteError) -> JSONResponse:

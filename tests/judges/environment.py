@@ -39,6 +39,7 @@ class Judge:
     Attributes:
         name: of its environment.
         requirements: for pip, pinned.
+        packages: for npm, pinned; the script finds them in the folder of its environment.
         script: a file in this folder; ends with a line "PASSED n of m".
         seconds: that it may take.
         variables: further environment variables.
@@ -48,6 +49,7 @@ class Judge:
     requirements: tuple[str, ...]
     script: str
     seconds: float = 120.0
+    packages: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -91,7 +93,7 @@ async def score_of(judge: Judge, url: str) -> Verdict:
     }
     command = [str(python), str(Path(__file__).with_name(judge.script))]
     output = await _run(command, judge.seconds, {**variables, **judge.variables})
-    print(f"--- {judge.name} ({', '.join(judge.requirements)})\n{output}", flush=True)
+    print(f"--- {judge.name} ({', '.join(judge.requirements + judge.packages)})\n{output}", flush=True)
     found = _SCORE.findall(output)
     if not found:
         raise RuntimeError(f"{judge.name} gave no score:\n{output}")
@@ -101,7 +103,7 @@ async def score_of(judge: Judge, url: str) -> Verdict:
 
 async def environment_of(judge: Judge) -> Path:
     """The Python of a judge's environment, kept in $FUSIONROUTE_JUDGES_DIR or the user's cache between runs."""
-    facts = json.dumps([judge.requirements, sys.version_info[:3]])
+    facts = json.dumps([judge.requirements, sys.version_info[:3], *judge.packages])
     name = f"{judge.name}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
     default = Path.home() / ".cache" / "fusionroute" / "judges"
     folder = Path(os.environ.get(CACHE_VARIABLE) or default) / name
@@ -110,16 +112,12 @@ async def environment_of(judge: Judge) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         await asyncio.to_thread(venv.create, folder, with_pip=True)
-        command = [
-            str(python),
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            *judge.requirements,
-        ]
-        output = await _run(command, INSTALL_SECONDS, {}, must_succeed=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        npm = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder)]
+        output = ""
+        for installer, wanted in ((pip, judge.requirements), (npm, judge.packages)):
+            if wanted:
+                output += await _run([*installer, *wanted], INSTALL_SECONDS, {}, must_succeed=True)
         done.write_text(output)
     return python
 

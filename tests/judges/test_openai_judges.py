@@ -30,7 +30,7 @@ async def test_a_judge_of_openais_api_takes_no_point_without_a_reason(
     assert stack.router.http_url is not None
     verdict = await score_of(judge, stack.router.http_url)
     with capsys.disabled():
-        print(f"\n--- {', '.join(judge.requirements)}\n{verdict.output}")
+        print(f"\n--- {', '.join(judge.requirements + judge.packages)}\n{verdict.output}")
     explained = judges.EXPLAINED.get(judge.name, {})
     assert verdict.lost(explained) == []
-    assert verdict.num_won == verdict.num_points - len(explained)
+    assert verdict.num_won >= verdict.num_points - len(explained)
