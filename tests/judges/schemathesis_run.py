@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.judges.scoring import Score
 
-MAX_EXAMPLES = 8
+MAX_EXAMPLES = 4
 METHODS = ("get", "post", "delete")
 TOO_STRICT = "ST202"
 """Schemathesis's code for a request that fits its schema and is refused."""
@@ -36,8 +36,8 @@ def main() -> None:
     failures = report["failures"]
     print(f"{report['test_cases']['generated']} requests")
     with score.point("it has tried every operation"):
-        assert report["operations"]["tested"] == len(operations), output
-        assert report["complete"] and not report["errors"], output
+        facts = {name: report[name] for name in ("operations", "complete", "stop_reason", "errors")}
+        assert report["operations"]["tested"] == len(operations) and report["complete"], facts
     for operation in operations:
         with score.point(operation):
             assert not (found := codes(failures, operation)), f"{found}\n{output}"

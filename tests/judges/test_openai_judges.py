@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,23 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack
 async def test_a_judge_of_openais_api_takes_no_point_without_a_reason(
     stack: Stack, judge: Judge, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    await _judged(stack, judge, capsys)
+
+
+async def test_lm_eval_scores_an_expert_over_http_as_it_scores_its_weights(
+    stack: Stack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {
+        "JUDGED_MODEL": "fusionroute/math",
+        "JUDGED_WEIGHTS": str(stack.family.experts["math"]),
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    await _judged(stack, replace(judges.LM_EVAL, variables=facts), capsys)
+
+
+async def _judged(stack: Stack, judge: Judge, capsys: pytest.CaptureFixture[str]) -> None:
     assert stack.router.http_url is not None
     verdict = await score_of(judge, stack.router.http_url)
     with capsys.disabled():
