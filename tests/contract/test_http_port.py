@@ -151,10 +151,17 @@ async def test_what_is_not_there_says_so_as_json(api: Api) -> None:
         ("GET", "/nowhere", 404, "not_found"),
         ("PUT", TEXT, 405, "method_not_allowed"),
         ("GET", TEXT, 405, "method_not_allowed"),
+        ("GET", "/playground/no-such-file", 404, "not_found"),
     ):
         response = await api.http.request(method, path)
         assert (response.status_code, response.json()["error"]["code"]) == (status, code)
     assert (await api.http.head("/health")).status_code == 200
+
+
+async def test_a_method_that_is_not_known_is_told_all_that_are(api: Api) -> None:
+    for path, methods in (("/", "GET, HEAD, POST"), (TEXT, "POST")):
+        response = await api.http.request("PUT", path)
+        assert (response.status_code, response.headers.get_list("allow")) == (405, [methods])
 
 
 async def test_requests_are_counted_by_route_and_status(api: Api) -> None:

@@ -436,3 +436,15 @@ async def test_json_is_demanded_by_a_constraint_or_refused(api: Api) -> None:
         body = {"model": "fusionroute", "messages": MESSAGES, "response_format": wanted}
         response = await api.post(CHAT, body)
         assert (response.status_code, json.loads(response.text)["error"]["param"]) == (400, "response_format")
+
+
+async def test_a_prompt_that_is_too_long_is_told_in_the_words_that_clients_look_for(api: Api) -> None:
+    for path, fields in (
+        (TEXT, {"prompt": "w5 " * 200}),
+        (CHAT, {"messages": [{"role": "user", "content": "w5 " * 200}]}),
+    ):
+        answer = await api.post(path, {"model": "fusionroute", **fields})
+        assert (
+            f"this model's maximum context length is {MAX_CONTEXT} tokens"
+            in answer.json()["error"]["message"]
+        )
