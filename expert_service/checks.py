@@ -12,6 +12,7 @@ from fusionroute.v1 import common_pb2, expert_pb2
 from fusionroute.wire import bytes_per_number, dtype_of
 
 MAX_DRAFT_TOKENS = 64
+MAX_END_IDS = 256
 MAX_TOP_LOGITS = 1024
 HIGHEST_TEMPERATURE = 100.0
 MAX_BATCH_STEPS = 256
@@ -84,6 +85,8 @@ def _check_draft_choice(choice: expert_pb2.DraftChoice) -> None:
         value = getattr(choice, name)
         if not 0.0 <= value <= 1.0:
             raise invalid(f"draft_choice.{name}", value, "from 0 to 1")
+    if len(choice.end_ids) > MAX_END_IDS:
+        raise invalid("draft_choice.end_ids", f"{len(choice.end_ids)} ids", f"at most {MAX_END_IDS}")
 
 
 def num_rows_of(request: expert_pb2.StepRequest) -> int:

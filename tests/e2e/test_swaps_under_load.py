@@ -24,7 +24,12 @@ async def test_swaps_under_load_break_no_answer(tmp_path: Path, new_weights: boo
         num_cases=6,
         num_checked=4,
         idle_seconds=0.5,
-        stack=StackSettings(replicas=dict.fromkeys(SLOTS, 1), base_delay_seconds=0.02, forks=True),
+        stack=StackSettings(  # answers must last longer than it takes to flip
+            replicas=dict.fromkeys(SLOTS, 1),
+            base_delay_seconds=0.03,
+            forks=True,
+            router_options={"drafting": "off", "early-asks": "off"},
+        ),
     )
     report = await run_swaps(options, tmp_path)
     print("\n".join(summary(report)))

@@ -33,7 +33,9 @@ from tests.tiny_models import save_tiny_model
 OF_A_TURN = (LiveTurn, TurnRunner, TurnWriter, TokenLog, Text, Draft)
 ALONE_SECONDS = 0.05
 WAIT_SECONDS = 10.0
-NUM_TURNS = 8
+NUM_TURNS = 12
+NUM_SCRIPTS = 4
+"""Of Redis that turns use: to begin, to append, to end, to be put aside."""
 
 
 @contextmanager
@@ -70,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def stack(folder: Path) -> AsyncIterator[Stack]:
-    async with served(make_family(folder, ("math",)), alone_seconds=ALONE_SECONDS) as running:
+    async with served(make_family(folder, ("math",)), alone_seconds=ALONE_SECONDS, drafting="off") as running:
         yield running
 
 
@@ -97,7 +99,7 @@ async def test_turns_whose_streams_are_cancelled_are_gone_without_the_garbage_co
             await leave(stack, number)
         assert num_alive(LiveTurn)
         # The client of Redis keeps a refusal in a cycle, such as the first one of each script, and with it its caller.
-        await until_gone(*OF_A_TURN, but=2)
+        await until_gone(*OF_A_TURN, but=NUM_SCRIPTS)
         stored = [await stack.router.keeper.store.get(f"s{number}") for number in range(NUM_TURNS)]
         num_cut_short = sum(session.length < 60 for session in stored)
         assert num_cut_short > NUM_TURNS // 2, "they must have been put aside"

@@ -24,12 +24,15 @@ from fusionroute.v1.registry_pb2 import DRAIN_POLICY_FINISH, DRAIN_POLICY_MIGRAT
 from fusionroute.v1.router_pb2 import CombineRule, GenerateRequest, SamplingParameters, TokenIds
 from tests.expert_fakes import until
 from tests.served_stack import Answer, Family, Stack, make_family, served
+from tests.several_routers import Pace
 from tests.tiny_models import eager_rows, save_tiny_model
 
 pytestmark = pytest.mark.timeout(240)
 
 NUM_ANSWERS = 4
 MAX_TOKENS = 72
+TOKEN_SECONDS = 0.005
+"""More of each token, so that answers last while an expert is swapped."""
 TIMING = Timing(start_seconds=60, drain_seconds=60, idle_seconds=0.2, poll_seconds=0.02)
 MARGIN = 1e-3  # of logits; replayed and stepwise forwards agree to about 1e-6
 
@@ -106,7 +109,7 @@ class Served:
 @asynccontextmanager
 async def swappable(family: Family) -> AsyncIterator[Served]:
     async with (
-        served(family, start=False) as stack,
+        served(family, start=False, drafting="off", early_asks="off") as stack,
         RegistryClient.open(stack.router.server.address) as registry,
     ):
         launcher = StackLauncher(stack, asyncio.get_running_loop())
@@ -114,6 +117,9 @@ async def swappable(family: Family) -> AsyncIterator[Served]:
         parts = Parts(registry, launcher, ExpertClient.open, lambda step, _: steps[step].set(), TIMING)
         for slot in family.experts:
             await launcher.start_serving(slot)
+        pace = Pace()
+        pace.seconds = TOKEN_SECONDS
+        pace.hold(stack)
         yield Served(stack, parts, steps)
 
 

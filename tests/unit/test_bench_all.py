@@ -81,7 +81,12 @@ def test_an_interruption_reaches_the_suite_that_runs_and_waits_until_it_has_ende
         "try:\n    print('runs', flush=True)\n    time.sleep(60)\n"
         f"except KeyboardInterrupt:\n    pathlib.Path({str(tmp_path / 'ended')!r}).touch()\n"
     )
-    runner = f"from fusionroute.cli.bench_all import run_process\nrun_process([{sys.executable!r}, {str(suite)!r}])"
+    runner = (
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever runs the tests may have it ignored
+        "from fusionroute.cli.bench_all import run_process\n"
+        f"run_process([{sys.executable!r}, {str(suite)!r}])"
+    )
     with subprocess.Popen([sys.executable, "-c", runner], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"runs\n"
         process.send_signal(signal.SIGINT)

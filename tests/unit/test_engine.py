@@ -11,6 +11,7 @@ import torch
 
 from fusionroute.engine import Engine, EngineLimits, StepCall, StepOutcome, digest, prepare_model
 from fusionroute.errors import FusionRouteError, Reason
+from tests.slow_models import SlowModel
 from tests.tiny_models import MAX_CONTEXT, WIDTH, eager_rows, tiny_model, word_tokenizer
 
 FAMILIES = ["llama", "gemma2", "qwen2", "qwen3"]
@@ -208,7 +209,7 @@ async def test_room_held_by_running_steps_is_waited_for() -> None:
 async def test_a_step_that_waits_in_vain_for_room_is_refused_with_a_hint() -> None:
     model = prepare_model(tiny_model("llama"), word_tokenizer(), name="tiny", epoch=7)
     async with Engine(
-        model, EngineLimits(kv_tokens=64, prefill_chunk_tokens=1, room_wait_seconds=0.0)
+        SlowModel(model, 0.004), EngineLimits(kv_tokens=64, prefill_chunk_tokens=1, room_wait_seconds=0.0)
     ) as engine:
         long = asyncio.create_task(engine.step(StepCall("long", 0, list(range(2, 60)), 1)))
         while engine.load().num_forwards < 3:

@@ -145,6 +145,9 @@ TOO_MUCH: dict[str, tuple[Call, Any]] = {
         checks.check_batch,
         E.StepBatchRequest(steps=[E.StepRequest(session_id=str(n)) for n in range(257)]),
     ),
+    "DraftChoice.end_ids": (
+        step, E.StepRequest(session_id="s", token_ids=[1], draft_tokens=1, draft_choice={"end_ids": range(MANY)})
+    ),
     "StepRequest.row_indices": (step, E.StepRequest(session_id="s", token_ids=[1], row_indices=range(MANY))),
     "StepStreamRequest.steps": (
         checks.check_streamed, E.StepStreamRequest(steps=[E.StreamedStep(id=n) for n in range(257)])

@@ -15,6 +15,7 @@ from fusionroute.engine.schedule import DECODING_SECONDS, FEWEST_PREFILL_TOKENS,
 from fusionroute.engine.sessions import NoRoomYet, SessionTable
 from fusionroute.engine.steps import Chunk, Job
 from fusionroute.errors import FusionRouteError, Reason
+from tests.slow_models import SlowModel
 from tests.tiny_models import eager_rows, tiny_model, word_tokenizer
 
 
@@ -223,9 +224,9 @@ async def test_decoding_sessions_and_a_long_prompt_give_the_rows_of_undisturbed_
 
 async def test_a_prompt_that_expires_in_its_middle_is_dropped_there() -> None:
     loaded = prepare_model(tiny_model("llama"), word_tokenizer(), name="tiny", epoch=7)
-    async with Engine(loaded, EngineLimits(prefill_chunk_tokens=1)) as engine:
+    async with Engine(SlowModel(loaded, 0.004), EngineLimits(prefill_chunk_tokens=1)) as engine:
         with pytest.raises(FusionRouteError) as caught:
-            await engine.step(StepCall("s", 0, [3] * 90, 1, deadline=time.monotonic() + 0.02))
+            await engine.step(StepCall("s", 0, [3] * 90, 1, deadline=time.monotonic() + 0.1))
         assert caught.value.reason is Reason.DEADLINE_PASSED
         assert engine.load().num_forwards < 90
         assert engine.load().queue_depth == 0
