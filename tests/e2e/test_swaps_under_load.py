@@ -24,6 +24,7 @@ async def test_swaps_under_load_break_no_answer(tmp_path: Path, new_weights: boo
         num_cases=6,
         num_checked=4,
         idle_seconds=0.5,
+        slot="strings",  # which these cases use from their beginning to their end
         stack=StackSettings(  # answers must last longer than it takes to flip
             replicas=dict.fromkeys(SLOTS, 1),
             base_delay_seconds=0.03,
