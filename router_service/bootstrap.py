@@ -180,11 +180,8 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
         )
         await stack.enter_async_context(served.open())
         admission = turn_admission(settings, served, directory)
-        limits = TurnLimits(
-            settings.alone_seconds, settings.store_patience_seconds, settings.one_off_ttl_seconds
-        )
         closer = await stack.enter_async_context(SessionCloser(served, directory).running())
-        keeper = TurnKeeper(served, store, admission, closer, limits)
+        keeper = TurnKeeper(served, store, admission, closer, _turn_limits(settings))
         stack.push_async_callback(keeper.drain, 0.0)
         scorer = PromptScorer(served, admission, closer, lambda: keeper.is_draining)
         if settings.checkpoints_dir is not None:
@@ -221,6 +218,10 @@ async def running_router(settings: RouterSettings, first: FirstCheckpoint) -> As
         )
         http_url = await stack.enter_async_context(serving_apis(settings, api, access))
         yield RunningRouter(running, keeper, served, directory, watch_address, http_url)
+
+
+def _turn_limits(settings: RouterSettings) -> TurnLimits:
+    return TurnLimits(settings.alone_seconds, settings.store_patience_seconds, settings.one_off_ttl_seconds)
 
 
 def _directory(settings: RouterSettings, registry: RegistryStore) -> Directory:

@@ -12,7 +12,9 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import structlog
 import torch
@@ -32,6 +34,9 @@ CHUNKS_PER_THREAD = 3
 _TIMES = 6
 _WORTH = 0.95
 
+FORMATS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+"""Number formats that there are kernels for."""
+
 Kernel = Callable[[int, int, int, int, int, int, int, int, int], None]
 """(weight, bias or 0, rows, out: addresses; first and last output, outputs, length, rows)."""
 
@@ -49,24 +54,29 @@ def compiled_linear(dtype: torch.dtype) -> Kernel | None:
     if not is_numba_there():
         log.info("row_kernels_missing", why="numba is not installed", advice="install fusionroute[cpu]")
         return None
+    kernel: Kernel | None = compiled_kernel("row_kernels", "linear", dtype)
+    return kernel
+
+
+def compiled_kernel(module: str, name: str, dtype: torch.dtype) -> Any:
+    """`name`_bfloat16, _float16 or _float32 of a module of this package, compiled as its `NAME_SIGNATURE` says.
+
+    None for other number formats, and where it cannot be compiled: a broken installation must not keep a model from
+    serving.
+    """
+    if dtype not in FORMATS:
+        return None
     try:
         from fusionroute.engine.kernel_cache import kernels_kept
 
         with kernels_kept():
-            from fusionroute.engine import row_kernels
-        kernel = {
-            torch.bfloat16: row_kernels.linear_bfloat16,
-            torch.float16: row_kernels.linear_float16,
-            torch.float32: row_kernels.linear_float32,
-        }.get(dtype)
-        if kernel is None:
-            return None
-        kernel.compile(row_kernels.LINEAR_SIGNATURE)
-        compiled: Kernel = kernel
-    except Exception as error:  # a broken installation must not keep a model from serving
+            kernels = import_module(f"fusionroute.engine.{module}")
+        kernel = getattr(kernels, f"{name}_{FORMATS[dtype]}")
+        kernel.compile(getattr(kernels, f"{name.upper()}_SIGNATURE"))
+    except Exception as error:
         log.warning("row_kernels_missing", why=f"{type(error).__name__}: {error}")
         return None
-    return compiled
+    return kernel
 
 
 def measuring_clock() -> Callable[[], float]:

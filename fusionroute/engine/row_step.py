@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 
 from fusionroute.engine.attention import RaggedBatch, Segment
 from fusionroute.engine.kv_cache import SessionCache
-from fusionroute.engine.row_products import is_numba_there, measuring_clock
+from fusionroute.engine.row_products import compiled_kernel, is_numba_there, measuring_clock
 
 if TYPE_CHECKING:
     from fusionroute.engine.decoder import Decoder
@@ -40,24 +40,8 @@ def compiled_step(dtype: torch.dtype) -> Kernel | None:
     """The kernel for a number format, compiled or taken from its cache; None where there can be none."""
     if not is_numba_there():
         return None
-    try:
-        from fusionroute.engine.kernel_cache import kernels_kept
-
-        with kernels_kept():
-            from fusionroute.engine import row_step_kernels
-        kernel = {
-            torch.bfloat16: row_step_kernels.step_bfloat16,
-            torch.float16: row_step_kernels.step_float16,
-            torch.float32: row_step_kernels.step_float32,
-        }.get(dtype)
-        if kernel is None:
-            return None
-        kernel.compile(row_step_kernels.STEP_SIGNATURE)
-        compiled: Kernel = kernel
-    except Exception as error:  # a broken installation must not keep a model from serving
-        log.warning("row_kernels_missing", why=f"{type(error).__name__}: {error}")
-        return None
-    return compiled
+    kernel: Kernel | None = compiled_kernel("row_step_kernels", "step", dtype)
+    return kernel
 
 
 class RowStep:
