@@ -12,7 +12,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import structlog
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
@@ -31,8 +30,6 @@ _TIMES = 3
 _WORTH = 0.95
 
 Kernel = Callable[[Any, Any, Any, int, int, int], None]
-
-log = structlog.get_logger(__name__)
 
 
 @cache
