@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 
-from evaluation.systems import System
+from evaluation.systems.served import System
 from fusionroute.client import RouterClient
 from fusionroute.lab.tasks import Item
 from fusionroute.v1.router_pb2 import FinishReason

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from evaluation.intervals import Estimate, paired_difference, wilson_interval
+from evaluation.statistics.intervals import Estimate, paired_difference, wilson_interval
 from evaluation.items import cluster_of, is_covered
 from evaluation.runner import Outcome
-from evaluation.systems import System
+from evaluation.systems.served import System
 
 if TYPE_CHECKING:
     from rich.table import Table

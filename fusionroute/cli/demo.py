@@ -114,7 +114,7 @@ async def _ask(
 
 
 async def _ask_again(console: Console, address: str, rounds: Sequence[Sequence[Item]]) -> list[Outcome]:
-    from evaluation.systems import PREFERRED_SUM
+    from evaluation.systems.served import PREFERRED_SUM
     from fusionroute.cli.scoreboard import ask
     from fusionroute.client import RouterClient
 

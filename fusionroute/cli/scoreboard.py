@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.items import is_covered, longest_answer_tokens
 from evaluation.runner import Outcome, ServedAnswerer, run_rounds
-from evaluation.systems import FUSED_SUM, GATED, PREFERRED_SUM, ROUTING_ONLY, System, systems_of
+from evaluation.systems.served import FUSED_SUM, GATED, PREFERRED_SUM, ROUTING_ONLY, System, systems_of
 from evaluation.table import compare, price_sentence, score_table, scores, sentence, to_json
 
 if TYPE_CHECKING:

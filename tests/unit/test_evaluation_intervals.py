@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from evaluation.intervals import paired_difference, wilson_interval
+from evaluation.statistics.intervals import paired_difference, wilson_interval
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from evaluation.items import cluster_of, is_covered, longest_answer_tokens, rounds_of_items
 from evaluation.runner import Answer, Outcome, run_rounds
-from evaluation.systems import FUSED_SUM, GATED, ROUTER_ALONE, ROUTING_ONLY, System, systems_of
+from evaluation.systems.served import FUSED_SUM, GATED, ROUTER_ALONE, ROUTING_ONLY, System, systems_of
 from evaluation.table import compare, scores, sentence, shown, to_json
 from fusionroute.lab.tasks import TASKS, Item
 from fusionroute.v1.router_pb2 import CombineRule

@@ -1,0 +1,1 @@
+"""Who is asked: experts, fused rules, selections, merged and fine-tuned models, other servers."""

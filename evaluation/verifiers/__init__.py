@@ -1,0 +1,1 @@
+"""When an answer is right: one verifier for each kind of task."""
