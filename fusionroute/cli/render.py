@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from rich.cells import cell_len
 from rich.text import Text
 
+from fusionroute.looks import ROUTER_MARK, next_mark
 from fusionroute.v1.router_pb2 import (
     Candidate,
     Drafting,
@@ -25,7 +26,6 @@ from fusionroute.v1.router_pb2 import (
     Token,
 )
 
-ROUTER_MARK = "+"
 ROUTER_STYLE = "bold red"
 DEGRADED_STYLE = "reverse"
 """Added where the expert that the router had picked was not there."""
@@ -40,7 +40,6 @@ STYLES = (
     "italic underline yellow",
     "bold green",
 )
-_SPARE_MARKS = "0123456789"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +66,9 @@ class Palette:
     def look(self, slot: str) -> Look:
         """How a slot is shown; "" is the router writing alone."""
         if slot not in self._looks:
-            taken = {look.mark for look in self._looks.values()}
-            free = (mark for mark in (*slot, *slot.upper(), *_SPARE_MARKS, "?") if mark not in taken)
+            mark = next_mark(slot, {look.mark for look in self._looks.values()})
             number = len(self._looks) - 1
-            self._looks[slot] = Look(STYLES[number % len(STYLES)], next(free, "?"))
+            self._looks[slot] = Look(STYLES[number % len(STYLES)], mark)
         return self._looks[slot]
 
 
@@ -164,7 +162,9 @@ def drafting_text(spent: GenerationStatistics) -> str:
     text = ""
     for each in spent.drafting:
         drafter = Drafting.Name(each.drafter).removeprefix("DRAFTING_").lower()
-        text += f", {each.num_accepted_tokens} of {each.num_drafted_tokens} tokens drafted by {drafter} accepted"
+        text += (
+            f", {each.num_accepted_tokens} of {each.num_drafted_tokens} tokens drafted by {drafter} accepted"
+        )
     if spent.num_early_asks:
         text += f", {spent.num_early_hits} of {spent.num_early_asks} early asks right"
     return text

@@ -16,12 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from fusionroute.errors import Reason, TrainingFailed
+from fusionroute.looks import SLOT_COLOURS, slot_colours
 from trainer.pair_bias import BiasStatistics
 from trainer.report import write_report
 from trainer.report.page import draw_page, panels_of
 from trainer.report.panels import smoothed
 from trainer.report.records import RunRecords
-from trainer.report.style import SLOT_COLOURS, slot_colours, spread
+from trainer.report.style import spread
 
 SLOTS = ("math", "strings", "format")
 PAIR_METRICS = (

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusionroute.looks import PICTURE_RC
 from trainer.report.panels import LOOP_PANELS, PAIR_PANELS, SFT_PANELS, Panel
 from trainer.report.records import RunRecords
 from trainer.report.still_panels import BIAS_PANELS, draw_ownership
-from trainer.report.style import RC
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -64,7 +64,7 @@ def draw_page(records: RunRecords, title: str) -> Figure:
     owners = records.ownership["owners"] if records.ownership else []
     ownership_inches = 1.1 + OWNER_HEIGHT_INCHES * len(owners) if owners else 0.0
     heights = [0.42, max(num_rows, 0 if owners else 1) * PANEL_HEIGHT_INCHES, ownership_inches]
-    with rc_context(RC):
+    with rc_context(PICTURE_RC):
         layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
         figure = Figure(figsize=(PAGE_WIDTH_INCHES, sum(heights)), layout=layout)
         parts: Any = figure.subfigures(3, 1, height_ratios=[max(height, 1e-3) for height in heights])

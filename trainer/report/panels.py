@@ -7,16 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fusionroute.looks import INK, slot_colours
 from trainer.report.records import SHARE_PREFIX, RunRecords, Series
-from trainer.report.style import (
-    CHOSEN_COLOUR,
-    INK,
-    LOSSES,
-    REJECTED_COLOUR,
-    Line,
-    label_at_right,
-    slot_colours,
-)
+from trainer.report.style import CHOSEN_COLOUR, LOSSES, REJECTED_COLOUR, Line, label_at_right
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from fusionroute.looks import FAINT, INK, NOBODY_COLOUR, ROUTER_COLOUR, slot_colours
 from trainer.report.panels import Panel
 from trainer.report.records import RunRecords
-from trainer.report.style import FAINT, INK, NOBODY_COLOUR, ROUTER_COLOUR, slot_colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

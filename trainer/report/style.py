@@ -1,54 +1,19 @@
-"""How the report looks: one colour for each expert slot in all panels, the hues that the terminal gives it.
+"""How the report's lines look, and how their names stand beside them.
 
-Vivid colours belong to experts and router alone; losses, responses and the like are muted and told apart by the kind
-of their line too.
+Vivid colours belong to experts and router alone (fusionroute.looks); losses, responses and the like are muted and told
+apart by the kind of their line too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fusionroute.looks import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# cyan, yellow, green, magenta, blue, ... in the order of fusionroute.cli.render.STYLES, dark enough for paper
-SLOT_COLOURS = ("#16A3B8", "#E3A008", "#2F9E5B", "#B4469B", "#3B5BDB", "#0B6B79", "#A67506", "#74B816")
-ROUTER_COLOUR = "#D6402F"
-NOBODY_COLOUR = "#8C949E"
-INK = "#22272E"
-FAINT = "#D9DDE3"
-
-RC: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.0,
-    "axes.titlesize": 9.0,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 7.0,
-    "axes.labelsize": 8.0,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#9AA3AE",
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.5,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "lines.linewidth": 1.5,
-    "lines.solid_capstyle": "round",
-    "legend.fontsize": 7.5,
-    "legend.frameon": False,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +33,6 @@ LOSSES = (
     Line("loss/cdpo", "CDPO", "#7D5BA6", ":"),
 )
 CHOSEN_COLOUR, REJECTED_COLOUR = "#2B4162", "#C26A3D"
-
-
-def slot_colours(slots: Sequence[str]) -> dict[str, str]:
-    """A colour for each slot, by its place in the checkpoint."""
-    return {slot: SLOT_COLOURS[place % len(SLOT_COLOURS)] for place, slot in enumerate(slots)}
 
 
 def label_at_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
