@@ -157,8 +157,21 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Judgement:
+    """A token of a prompt as one way to write sees it: `best_id` is what it would have written there, greedily."""
+
+    logprob: float
+    best_id: int
+    expert: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredToken:
-    """A token of a prompt; `logprob` is None of the first one, which nothing predicts."""
+    """A token of a prompt; `logprob` is None of the first one, which nothing predicts.
+
+    Attributes:
+        judgements: one for each further way that was asked for, in their order; none for the first token.
+    """
 
     position: int
     id: int
@@ -166,13 +179,15 @@ class ScoredToken:
     logprob: float | None
     expert: str | None
     top: Candidates = Candidates()
+    judgements: tuple[Judgement, ...] = ()
 
     @classmethod
     def of(cls, token: router_pb2.PromptToken) -> ScoredToken:
         """From the wire."""
         logprob = token.logprob if token.HasField("logprob") else None
         top = Candidates.of(token.top)
-        return cls(token.position, token.id, token.text, logprob, token.expert or None, top)
+        judgements = tuple(Judgement(each.logprob, each.best_id, each.expert or None) for each in token.judgements)
+        return cls(token.position, token.id, token.text, logprob, token.expert or None, top, judgements)
 
 
 @dataclass(frozen=True, slots=True)

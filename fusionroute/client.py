@@ -145,10 +145,19 @@ class RouterClient:
         )
 
     async def score(
-        self, prompt: Prompt, *, from_position: int = 0, **options: Unpack[ScoringOptions]
+        self,
+        prompt: Prompt,
+        *,
+        from_position: int = 0,
+        ways: Sequence[ScoringOptions] = (),
+        **options: Unpack[ScoringOptions],
     ) -> list[ScoredToken]:
-        """What each token of a prompt, from one of its positions on, would have been worth."""
-        request = score_request(prompt, options, from_position)
+        """What each token of a prompt, from one of its positions on, would have been worth.
+
+        Args:
+            ways: further ways to judge the same tokens, by `combine` and `expert`, at the price of one; at most 32.
+        """
+        request = score_request(prompt, options, from_position, ways)
         async with aclosing(self.score_prompt(request)) as tokens:
             return [ScoredToken.of(token) async for token in tokens]
 

@@ -16,6 +16,7 @@ from fusionroute.v1.router_pb2 import (
     OnExpertUnavailable,
     SamplingParameters,
     ScorePromptRequest,
+    ScoringWay,
 )
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -129,16 +130,20 @@ def generate_request(prompt: Prompt, options: Options) -> GenerateRequest:
     return request
 
 
-def score_request(prompt: Prompt, options: ScoringOptions, from_position: int) -> ScorePromptRequest:
-    """The request for a prompt's scores. Raises InvalidRequest as `generate_request`."""
+def score_request(
+    prompt: Prompt, options: ScoringOptions, from_position: int, ways: Sequence[ScoringOptions] = ()
+) -> ScorePromptRequest:
+    """The request for a prompt's scores, in some further ways too. Raises InvalidRequest as `generate_request`."""
     request = ScorePromptRequest()
+    for way in ways:
+        _set_all(request.ways.add(), dict(way))
     _set(request, "from_position", "from_position", from_position)
     _set_all(request, dict(options))
     _set_prompt(request, prompt)
     return request
 
 
-def _set_all(request: GenerateRequest | ScorePromptRequest, options: dict[str, Any]) -> None:
+def _set_all(request: GenerateRequest | ScorePromptRequest | ScoringWay, options: dict[str, Any]) -> None:
     for option, value in options.items():
         if option in _ENUMS:
             _set(request, option, option, _number(option, value))

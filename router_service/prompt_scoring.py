@@ -2,7 +2,7 @@
 
 The prompt is checked as a draft is: a chunk of its tokens at a time, for which the router and every expert that it
 picks within the chunk give all their rows in one forward each. So a prompt costs as many forwards as it has chunks,
-and rows are never kept.
+in however many ways it is judged, and rows are never kept.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from router_service.costs import Costs
 from router_service.drafting import Drafter, Plan
 from router_service.rounds import RoundAsker
 from router_service.scores import Candidates, Scores
+from router_service.scoring_ways import Judgement, ask_rows, judge, num_rows
 from router_service.serving import ServedCheckpoints, Serving
 from router_service.session_closing import SessionCloser
 from router_service.session_text import Text
 from router_service.text import AnswerText
 from router_service.turn_admission import TurnAdmission
 from router_service.turn_events import top_message
-from router_service.turn_request import Turn, read_prompt, read_turn, read_wishes
+from router_service.turn_request import Offer, Turn, read_prompt, read_turn, read_wishes
 
 CHUNK_BYTES = 16 * 2**20
 """Rows of router and experts for one chunk, as float32."""
 FLOAT_BYTES = 4
 MAX_CHUNK_TOKENS = 256
+MAX_WAYS = 32
 MOST_CHUNKS = 4
 """Chunks whose rows are in memory at a time, of all prompts together."""
 QUICK_NUMBERS = 65536
@@ -40,11 +42,12 @@ QUICK_NUMBERS = 65536
 
 @dataclass(frozen=True, slots=True)
 class _Judged:
-    """A token's log-probability, who took part, and the best candidates where they are wanted."""
+    """A token's log-probability, who took part, the best candidates where they are wanted, what other ways say."""
 
     logprob: float
     expert: int | None
     top: Candidates | None
+    judgements: Sequence[Judgement] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +82,7 @@ class PromptScorer:
         with self.served.current.in_use() as serving:
             alike = as_turn(request)
             turn = read_turn(alike, serving.offer)
+            ways = read_ways(request, serving.offer)
             num_candidates = read_wishes(alike, serving.offer).num_top_candidates
             ids = await read_prompt(alike, serving.tokenizer, serving.offer, first_turn=True)
             if request.from_position >= len(ids):
@@ -88,10 +92,11 @@ class PromptScorer:
             text = Text(f"score:{uuid4().hex}", 0, ids[: max(1, request.from_position)])
             with self.admission.reserve(min(len(ids) + 1, serving.offer.max_context_tokens)):
                 try:
-                    # A row of the router and one of an expert for each token.
-                    room = max(1, CHUNK_BYTES // (2 * FLOAT_BYTES * serving.offer.logits_width))
+                    # for each token a row of the router and one of each expert that may be picked
+                    rows = num_rows([turn, *ways], len(serving.offer.slots))
+                    room = max(1, CHUNK_BYTES // (rows * FLOAT_BYTES * serving.offer.logits_width))
                     chunk_tokens = min(self.max_chunk_tokens, room)
-                    scoring = _Scoring(serving, turn, num_candidates, ids, text, chunk_tokens, self._rooms)
+                    scoring = _Scoring(serving, turn, ways, num_candidates, ids, text, chunk_tokens, self._rooms)
                     async for tokens in scoring.run(request.from_position):
                         yield router_pb2.ScorePromptResponse(tokens=tokens)
                 finally:
@@ -105,13 +110,14 @@ class _Scoring:
         self,
         serving: Serving,
         turn: Turn,
+        ways: Sequence[Turn],
         num_candidates: int,
         ids: Sequence[int],
         text: Text,
         chunk_tokens: int,
         rooms: asyncio.Semaphore,
     ) -> None:
-        self._serving, self._turn, self._num_candidates = serving, turn, num_candidates
+        self._serving, self._turn, self._ways, self._num_candidates = serving, turn, ways, num_candidates
         self._ids, self._text, self._chunk_tokens, self._rooms = ids, text, chunk_tokens, rooms
         self._asker = RoundAsker(serving.ensemble, turn, text, Costs(), unsure_seconds=math.inf)
 
@@ -129,6 +135,8 @@ class _Scoring:
 
     async def _judge(self, chunk: Sequence[int]) -> list[_Judged]:
         """The tokens that follow the text, as many of them as rows could be had for; at least one."""
+        if self._ways:
+            return await self._judge_in_ways(chunk)
         draft = tuple(chunk[:-1])
         plan = Plan(Drafter.LOOKUP, len(draft), ids=draft) if draft else Plan()
         scores = (await self._asker.ask(plan)).scores
@@ -144,6 +152,25 @@ class _Scoring:
             judged.append(_Judged(logprob(fused, token), each.taken.expert, top))
         return judged
 
+    async def _judge_in_ways(self, chunk: Sequence[int]) -> list[_Judged]:
+        ways = (self._turn, *self._ways)
+        rows = await ask_rows(self._serving.ensemble, ways, self._text, chunk)
+
+        def judged() -> list[_Judged]:
+            tokens = []
+            for place, (own, *others) in enumerate(judge(rows, ways, chunk)):
+                top = None
+                if self._num_candidates:
+                    seen = rows.seen_by(0, place)
+                    fused = fuse(self._turn.rule, seen.taken, seen.expert, seen.router)
+                    top = seen.candidates(fused, self._num_candidates)
+                tokens.append(_Judged(own.logprob, own.expert, top, others))
+            return tokens
+
+        if len(chunk) * len(ways) * self._serving.offer.logits_width > QUICK_NUMBERS:
+            return await asyncio.to_thread(judged)
+        return judged()
+
     def _message(self, position: int, judged: _Judged | None, pieces: AnswerText) -> router_pb2.PromptToken:
         piece = pieces.push(self._ids[position])
         if position == len(self._ids) - 1:
@@ -155,6 +182,14 @@ class _Scoring:
                 message.expert = self._turn.slots[judged.expert]
             if judged.top is not None:
                 message.top.CopyFrom(top_message(judged.top, self._serving.tokenizer))
+            message.judgements.extend(
+                router_pb2.Judgement(
+                    logprob=each.logprob,
+                    best_id=each.best_id,
+                    expert="" if each.expert is None else self._turn.slots[each.expert],
+                )
+                for each in judged.judgements
+            )
         return message
 
 
@@ -175,3 +210,14 @@ def as_turn(request: router_pb2.ScorePromptRequest) -> router_pb2.GenerateReques
     else:
         turn.text = request.text
     return turn
+
+
+def read_ways(request: router_pb2.ScorePromptRequest, offer: Offer) -> list[Turn]:
+    """The further ways to judge in. Raises FusionRouteError: too many, or one that cannot be served."""
+    if len(request.ways) > MAX_WAYS:
+        raise invalid("ways", f"{len(request.ways)} ways", f"at most {MAX_WAYS}")
+    alike = (
+        router_pb2.GenerateRequest(combine=way.combine, fixed_expert=way.fixed_expert, exact=request.exact)
+        for way in request.ways
+    )
+    return [read_turn(each, offer) for each in alike]

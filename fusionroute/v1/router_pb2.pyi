@@ -1050,6 +1050,7 @@ class ScorePromptRequest(_message.Message):
     NUM_TOP_CANDIDATES_FIELD_NUMBER: _builtins.int
     EXACT_FIELD_NUMBER: _builtins.int
     FROM_POSITION_FIELD_NUMBER: _builtins.int
+    WAYS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     combine: Global___CombineRule.ValueType
     """How scores are fused."""
@@ -1067,6 +1068,12 @@ class ScorePromptRequest(_message.Message):
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
     def messages(self) -> Global___ChatMessages: ...
+    @_builtins.property
+    def ways(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoringWay]:
+        """Judge every token in these ways too, from the same forwards: for the price
+        of one prompt what it would be worth to each of them. At most 32.
+        """
+
     def __init__(
         self,
         *,
@@ -1078,16 +1085,43 @@ class ScorePromptRequest(_message.Message):
         num_top_candidates: _builtins.int = ...,
         exact: _builtins.bool = ...,
         from_position: _builtins.int = ...,
+        ways: _abc.Iterable[Global___ScoringWay] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "exact", b"exact", "fixed_expert", b"fixed_expert", "from_position", b"from_position", "messages", b"messages", "num_top_candidates", b"num_top_candidates", "prompt", b"prompt", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "exact", b"exact", "fixed_expert", b"fixed_expert", "from_position", b"from_position", "messages", b"messages", "num_top_candidates", b"num_top_candidates", "prompt", b"prompt", "text", b"text", "token_ids", b"token_ids", "ways", b"ways"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___ScorePromptRequest: _TypeAlias = ScorePromptRequest  # noqa: Y015
+
+@_typing.final
+class ScoringWay(_message.Message):
+    """A way to write, as far as it decides scores."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMBINE_FIELD_NUMBER: _builtins.int
+    FIXED_EXPERT_FIELD_NUMBER: _builtins.int
+    combine: Global___CombineRule.ValueType
+    """How scores are fused."""
+    fixed_expert: _builtins.str
+    """Always use this expert slot instead of the routed one."""
+    def __init__(
+        self,
+        *,
+        combine: Global___CombineRule.ValueType = ...,
+        fixed_expert: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "fixed_expert", b"fixed_expert"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoringWay: _TypeAlias = ScoringWay  # noqa: Y015
 
 @_typing.final
 class ScorePromptResponse(_message.Message):
@@ -1121,6 +1155,7 @@ class PromptToken(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     EXPERT_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
+    JUDGEMENTS_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Place in the prompt, from 0."""
     id: _builtins.int
@@ -1136,6 +1171,12 @@ class PromptToken(_message.Message):
     def top(self) -> Global___TopCandidates:
         """On request."""
 
+    @_builtins.property
+    def judgements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Judgement]:
+        """One for each of ScorePromptRequest.ways, in their order; none for the first
+        token of a prompt.
+        """
+
     def __init__(
         self,
         *,
@@ -1145,16 +1186,47 @@ class PromptToken(_message.Message):
         logprob: _builtins.float | None = ...,
         expert: _builtins.str = ...,
         top: Global___TopCandidates | None = ...,
+        judgements: _abc.Iterable[Global___Judgement] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob", "top", b"top"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "expert", b"expert", "id", b"id", "logprob", b"logprob", "position", b"position", "text", b"text", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "expert", b"expert", "id", b"id", "judgements", b"judgements", "logprob", b"logprob", "position", b"position", "text", b"text", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
     _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprob) -> _WhichOneofReturnType__logprob | None: ...
 
 Global___PromptToken: _TypeAlias = PromptToken  # noqa: Y015
+
+@_typing.final
+class Judgement(_message.Message):
+    """A token of a prompt as one way to write sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    BEST_ID_FIELD_NUMBER: _builtins.int
+    EXPERT_FIELD_NUMBER: _builtins.int
+    logprob: _builtins.float
+    """Natural log of its probability."""
+    best_id: _builtins.int
+    """The token that this way would have written here, greedily."""
+    expert: _builtins.str
+    """Slot of the expert that took part; empty when the router judged alone."""
+    def __init__(
+        self,
+        *,
+        logprob: _builtins.float = ...,
+        best_id: _builtins.int = ...,
+        expert: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_id", b"best_id", "expert", b"expert", "logprob", b"logprob"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Judgement: _TypeAlias = Judgement  # noqa: Y015
 
 @_typing.final
 class GetRouterInfoRequest(_message.Message):

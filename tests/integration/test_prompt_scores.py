@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from fusionroute.errors import InvalidRequest, OutOfRoom
 from fusionroute.fusion import CombineRule
+from fusionroute.questions import score_request
 from fusionroute.v1 import router_pb2
 from fusionroute.v1.router_pb2 import GenerateRequest, PromptToken, SamplingParameters, ScorePromptRequest
 from router_service.prompt_scoring import PromptScorer
@@ -147,3 +148,44 @@ async def test_an_expert_that_comes_back_is_waited_for_and_the_scores_are_the_sa
     finally:
         await stack.start_expert("math")
     assert await scoring == whole
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 256])
+async def test_many_ways_at_once_judge_as_each_of_them_alone(stack: Stack, chunk_tokens: int) -> None:
+    prompt = PROMPT * 6
+    slots = [each.slot for each in (await stack.client.info()).slots]
+    options = [{"combine": rule} for rule in ("sum", "gated_sum", "mixture", "select", "route", "router")]
+    options += [{"combine": rule, "expert": slot} for slot in slots for rule in ("route", "sum", "mixture")]
+    request = score_request(prompt, {"combine": "select", "num_candidates": 1}, 0, options)
+    router = stack.router
+    async with SessionCloser(router.served, router.directory).running() as closer:
+        scorer = PromptScorer(router.served, router.keeper.admission, closer, lambda: False, chunk_tokens)
+        tokens = [token async for response in scorer.score(request) for token in response.tokens]
+    assert len(tokens) == len(prompt) and not tokens[0].judgements
+    own = await stack.client.score(prompt, combine="select", num_candidates=1)
+    for token, single in zip(tokens[1:], own[1:], strict=True):
+        assert token.logprob == pytest.approx(single.logprob, abs=1e-4)
+        assert (token.expert or None) == single.expert
+        assert token.top.fused[0].id == single.top.fused[0].id
+    for number, way in enumerate(options):
+        alone = await stack.client.score(prompt, num_candidates=1, **way)
+        for token, single in zip(tokens[1:], alone[1:], strict=True):
+            judged = token.judgements[number]
+            assert judged.logprob == pytest.approx(single.logprob, abs=1e-4)
+            assert (judged.best_id, judged.expert or None) == (single.top.fused[0].id, single.expert)
+
+
+async def test_many_ways_cost_the_forwards_of_one(stack: Stack) -> None:
+    before = stack.router.engine.load().num_forwards
+    calls = {name: engine.load().num_forwards for name, engine in stack.engines.items()}
+    ways = [{"combine": "route", "expert": slot} for slot in stack.engines] + [{"combine": "mixture"}] * 20
+    await stack.client.score(PROMPT * 6, combine="sum", ways=ways)
+    assert stack.router.engine.load().num_forwards - before <= 2
+    assert all(engine.load().num_forwards - calls[name] <= 2 for name, engine in stack.engines.items())
+
+
+async def test_a_way_that_cannot_be_served_is_refused_by_name(stack: Stack) -> None:
+    with pytest.raises(InvalidRequest, match="fixed_expert = 'nobody'"):
+        await stack.client.score(PROMPT, ways=[{"combine": "sum", "expert": "nobody"}])
+    with pytest.raises(InvalidRequest, match="at most 32"):
+        await stack.client.score(PROMPT, ways=[{"combine": "sum"}] * 33)

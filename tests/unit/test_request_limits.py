@@ -16,7 +16,7 @@ from fusionroute.local_line import LineRefused, check_address
 from fusionroute.private_redis import connect
 from fusionroute.shared_memory import MemoryRefused, open_memory
 from fusionroute.v1 import common_pb2, expert_pb2, registry_pb2, router_pb2, trainer_pb2
-from router_service.prompt_scoring import as_turn
+from router_service.prompt_scoring import as_turn, read_ways
 from router_service.registry_servicer import RegistryServicer
 from router_service.registry_store import RegistryStore
 from router_service.request_limits import CHARACTERS_PER_TOKEN, MAX_MESSAGES
@@ -48,6 +48,10 @@ def generate(request: router_pb2.GenerateRequest) -> None:
 
 def score_prompt(request: router_pb2.ScorePromptRequest) -> None:
     read_turn(as_turn(request), OFFER)
+
+
+def ways(request: router_pb2.ScorePromptRequest) -> None:
+    read_ways(request, OFFER)
 
 
 async def session(request: Any) -> None:
@@ -181,6 +185,8 @@ TOO_MUCH: dict[str, tuple[Call, Any]] = {
     "Constraint.regex": (generate, constrained(regex=LONG)),
     "Constraint.grammar": (generate, constrained(grammar=LONG)),
     "ScorePromptRequest.text": (score_prompt, R.ScorePromptRequest(text="x" * (CHARACTERS_PER_TOKEN * CONTEXT + 1))),
+    "ScorePromptRequest.ways": (ways, R.ScorePromptRequest(text="w5", ways=[R.ScoringWay()] * 1000)),
+    "ScoringWay.fixed_expert": (ways, R.ScorePromptRequest(text="w5", ways=[R.ScoringWay(fixed_expert=LONG)])),
     "ScorePromptRequest.fixed_expert": (score_prompt, R.ScorePromptRequest(text="w5", fixed_expert=LONG)),
     "ResumeRequest.session_id": (session, R.ResumeRequest(session_id=LONG)),
     "CancelRequest.session_id": (session, R.CancelRequest(session_id=LONG)),

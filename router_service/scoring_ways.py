@@ -1,0 +1,123 @@
+"""Judging the tokens of a prompt in several ways from the same forwards.
+
+The router's rows and those of each expert that some way picks are asked for once; every way then decides and fuses on
+its own. So what many rules say about a text costs one forward of each model for each chunk, not one for each rule.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusionroute.background import end_task
+from fusionroute.fusion import Decision, decide, fuse, logprob, needs_router
+from router_service.asking import Answer, ask
+from router_service.ensemble import Ensemble
+from router_service.scores import Scores, scored
+from router_service.session_text import Text, Wanted
+from router_service.turn_request import Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A token as one way sees it.
+
+    Attributes:
+        logprob: natural log of its probability.
+        best_id: the way's own first choice.
+        expert: index of the one that took part; None = the router alone.
+    """
+
+    logprob: float
+    best_id: int
+    expert: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What the models say about a chunk: row j scores its token j.
+
+    Attributes:
+        decisions: by way, then by token of the chunk.
+        router: None where no way needs it.
+        experts: by index, of those that some way picks.
+        places: by expert, which row of its answer scores token j.
+    """
+
+    decisions: Sequence[Sequence[Decision]]
+    router: Answer | None
+    experts: dict[int, Answer]
+    places: dict[int, dict[int, int]]
+
+    def seen_by(self, way: int, place: int) -> Scores:
+        """What a way, by its number, judges the token at a place of the chunk by."""
+        decision = self.decisions[way][place]
+        router_row = None if self.router is None else self.router.rows[place]
+        if decision.expert is None:
+            return scored(decision, decision, router_row, None, 0)
+        row = self.places[decision.expert][place]
+        return scored(decision, decision, router_row, self.experts[decision.expert], row)
+
+
+async def ask_rows(ensemble: Ensemble, ways: Sequence[Turn], text: Text, chunk: Sequence[int]) -> Rows:
+    """The rows that judge a chunk of tokens that follow a text.
+
+    Raises:
+        FusionRouteError: a model cannot be asked.
+    """
+    draft, rows = tuple(chunk[:-1]), range(len(chunk))
+    exact = any(way.exact for way in ways)
+    router = None
+    if any(needs_router(way.rule, way.fixed_expert) for way in ways):
+        wanted = Wanted(draft, rows, exact=exact)
+        router = await ask(ensemble.router, text, ensemble.router_patience, wanted)
+    decisions = [[_decide(ensemble, way, router, row) for row in rows] for way in ways]
+    needed: dict[int, set[int]] = {}
+    for of_way in decisions:
+        for row, decision in enumerate(of_way):
+            if decision.expert is not None:
+                needed.setdefault(decision.expert, set()).add(row)
+    tasks = {
+        expert: asyncio.create_task(
+            ask(
+                ensemble.experts[expert],
+                text,
+                ensemble.expert_patience,
+                Wanted(draft, sorted(of_expert), exact=exact),
+            )
+        )
+        for expert, of_expert in needed.items()
+    }
+    try:
+        experts = {expert: await task for expert, task in tasks.items()}
+    finally:
+        for task in tasks.values():
+            await end_task(task)
+    places = {expert: {row: place for place, row in enumerate(sorted(rows))} for expert, rows in needed.items()}
+    return Rows(decisions, router, experts, places)
+
+
+def judge(rows: Rows, ways: Sequence[Turn], chunk: Sequence[int]) -> list[list[Judgement]]:
+    """What each way says about each token of the chunk: first by token, then by way."""
+    return [
+        [_judge(rows.seen_by(number, place), way, token) for number, way in enumerate(ways)]
+        for place, token in enumerate(chunk)
+    ]
+
+
+def num_rows(ways: Iterable[Turn], num_experts: int) -> int:
+    """Rows that may be in memory at a time for one token."""
+    return 1 + min(num_experts, sum(1 for _ in ways))
+
+
+def _decide(ensemble: Ensemble, way: Turn, router: Answer | None, row: int) -> Decision:
+    scores = None if router is None or router.head_scores is None else router.head_scores[row]
+    return decide(way.rule, ensemble.layout, scores, way.fixed_expert)
+
+
+def _judge(seen: Scores, way: Turn, token: int) -> Judgement:
+    fused = fuse(way.rule, seen.taken, seen.expert, seen.router)
+    return Judgement(logprob(fused, token), int(np.argmax(fused)), seen.taken.expert)
