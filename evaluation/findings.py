@@ -53,7 +53,8 @@ class Comparison:
 
     Attributes:
         num_questions, num_clusters: of each seed.
-        difference: mean difference with the interval of the clustered bootstrap, over seeds too where there are several.
+        difference: mean difference with the interval of the clustered bootstrap, over seeds too where there are
+            several.
         over_seeds: mean with Student's interval over the seeds' differences; None with one seed.
         mixed: the summary with random effects of seeds; None with one seed.
         only_first, only_second: questions that only one of them got right, all seeds together.
@@ -97,6 +98,49 @@ class RoutingShare:
     stratum: str
     num_tokens: int
     shares: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingEntropy:
+    """How undecided a system's routing was, over the tokens of its answers to the questions of a stratum.
+
+    Attributes:
+        most: the highest entropy there can be, in nats: the logarithm of the number of weights.
+        counts: tokens in bins of equal width from 0 to `most`; the last one holds `most` too.
+        mean: over these tokens, in nats.
+    """
+
+    system: str
+    stratum: str
+    most: float
+    counts: tuple[int, ...]
+    mean: float
+
+
+@dataclass(frozen=True, slots=True)
+class Overruling:
+    """Where the complement made the fused first choice another than the expert's, in a stratum.
+
+    Attributes:
+        num_tokens: all tokens in which an expert took part.
+        num_overruled: of these, where the choices differ.
+        num_mended: of these, where the fused choice was right and the expert's was not.
+        num_spoiled: where the expert's was right and the fused one was not.
+        num_neither: where neither was right; what is left of `num_overruled` has no known right token.
+    """
+
+    system: str
+    stratum: str
+    num_tokens: int
+    num_overruled: int
+    num_mended: int = 0
+    num_spoiled: int = 0
+    num_neither: int = 0
+
+    @property
+    def num_unknown(self) -> int:
+        """Overruled tokens of which it is not known what was right."""
+        return self.num_overruled - self.num_mended - self.num_spoiled - self.num_neither
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +191,7 @@ class Findings:
         divisions: how questions are divided, in the order to show: division -> its parts.
         facts: seeds, numbers, versions, what decides the outcome; as JSON has it. No timings.
         slots: of the checkpoint, in its order.
+        baseline: the system that pictures compare the others with; "" = the one that is compared most often.
     """
 
     name: str
@@ -160,3 +205,6 @@ class Findings:
     examples: tuple[TracedAnswer, ...] = ()
     slots: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    entropies: tuple[RoutingEntropy, ...] = ()
+    overrulings: tuple[Overruling, ...] = ()
+    baseline: str = ""
