@@ -11,6 +11,12 @@ from evaluation.statistics.intervals import Estimate
 ALL = "all"
 """The stratum of every question."""
 
+SCORE = "score"
+"""The measure of verdicts: mean score, more is better."""
+
+NLL = "nll"
+"""The measure of forced answers: negative log-probability in nats per token, less is better."""
+
 
 @dataclass(frozen=True, slots=True)
 class SystemNote:
@@ -38,6 +44,7 @@ class Cell:
         num_questions: of each seed.
         estimate: mean score with its interval: Wilson's for one seed, of the seeds' bootstrap for several.
         per_seed: mean score by seed.
+        measure: ``SCORE`` or ``NLL``.
     """
 
     system: str
@@ -45,6 +52,7 @@ class Cell:
     num_questions: int
     estimate: Estimate
     per_seed: Mapping[int, float]
+    measure: str = SCORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +65,15 @@ class Comparison:
             several.
         over_seeds: mean with Student's interval over the seeds' differences; None with one seed.
         mixed: the summary with random effects of seeds; None with one seed.
-        only_first, only_second: questions that only one of them got right, all seeds together.
-        p_value: McNemar's, two-sided.
+        only_first, only_second: questions that only one of them got right, all seeds together; for ``NLL`` those on
+            which its loss is the smaller one.
+        p_value: of the sign-flip test over clusters, two-sided; where every cluster is one question of one seed this
+            is McNemar's exact test.
         p_adjusted: by Holm over the family of comparisons it was made in.
         detectable: the smallest true difference that these questions would show with 80 % power at 5 %.
         per_seed: difference by seed.
+        measure: ``SCORE`` or ``NLL``.
+        mcnemar: p-value of McNemar's exact test, which takes questions (and seeds) for independent; None for ``NLL``.
     """
 
     first: str
@@ -78,6 +90,8 @@ class Comparison:
     p_adjusted: float
     detectable: float
     per_seed: Mapping[int, float]
+    measure: str = SCORE
+    mcnemar: float | None = None
 
     @property
     def is_significant(self) -> bool:
