@@ -66,10 +66,12 @@ class Verdict:
     Attributes:
         score: 1 = right, 0 = wrong; between them only where a task says what that means.
         note: why it is wrong, in a few words; "" when right.
+        parts: which of several demands are met, by name, where a task counts them apart; else empty.
     """
 
     score: float
     note: str = ""
+    parts: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def is_right(self) -> bool:
