@@ -2,7 +2,8 @@
 
 folder/
     config.json, model.safetensors, tokenizer files      as `save_pretrained` writes them
-    routing_head.safetensors                             routing.*, and where trained gate.*, sum_gate.*
+    routing_head.safetensors                             routing.*, and where trained gate.*, sum_gate.*, and of gates
+                                                         with a hidden layer gate_hidden.*, sum_gate_hidden.*
     fusionroute.json                                     the manifest
     COMPLETE                                             written last; without it the folder is not a checkpoint;
                                                          holds the checkpoint's fingerprint
@@ -18,12 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from fusionroute.errors import FusionRouteError, ModelRejected, Reason
-from fusionroute.fusion import CombineRule, HeadLayout
+from fusionroute.fusion import CombineRule
 from fusionroute.manifest import COMPLETE_FILE, HEAD_FILE, MANIFEST_FILE, ExpertRecord, Manifest
+from fusionroute.router_heads import Heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,96 +32,12 @@ __all__ = [
     "HEAD_FILE",
     "MANIFEST_FILE",
     "ExpertRecord",
-    "HeadScores",
     "Heads",
     "Manifest",
     "RouterCheckpoint",
     "load_checkpoint",
     "save_checkpoint",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """Linear maps of the router's final hidden state h [H].
-
-    Attributes:
-        routing_weight, routing_bias: [n, H], [n]; routing scores, one for each expert.
-        gate_weight, gate_bias: [n + 1, H], [n + 1]; the last row is the router itself.
-        sum_gate_weight, sum_gate_bias: [1, H], [1]; scales the complement in `gated_sum`.
-    """
-
-    routing_weight: Tensor
-    routing_bias: Tensor
-    gate_weight: Tensor | None = None
-    gate_bias: Tensor | None = None
-    sum_gate_weight: Tensor | None = None
-    sum_gate_bias: Tensor | None = None
-
-    @property
-    def layout(self) -> HeadLayout:
-        """Where which score stands in the output of `scores`."""
-        return HeadLayout(
-            num_experts=self.routing_weight.shape[0],
-            has_gate=self.gate_weight is not None,
-            has_sum_gate=self.sum_gate_weight is not None,
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors under the names they have on disk."""
-        named = {
-            "routing.weight": self.routing_weight,
-            "routing.bias": self.routing_bias,
-            "gate.weight": self.gate_weight,
-            "gate.bias": self.gate_bias,
-            "sum_gate.weight": self.sum_gate_weight,
-            "sum_gate.bias": self.sum_gate_bias,
-        }
-        return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], num_experts: int, hidden_size: int) -> Heads:
-        """Heads of the given sizes. Raises ValueError naming the tensor that is missing or of another shape."""
-        shapes = {"routing": num_experts, "gate": num_experts + 1, "sum_gate": 1}
-        values: dict[str, Tensor] = {}
-        for head, rows in shapes.items():
-            for part, shape in (("weight", (rows, hidden_size)), ("bias", (rows,))):
-                tensor = tensors.get(f"{head}.{part}")
-                if tensor is None:
-                    if head == "routing" or f"{head}.weight" in tensors or f"{head}.bias" in tensors:
-                        raise ValueError(f"{head}.{part} is missing")
-                    continue
-                if tuple(tensor.shape) != shape:
-                    raise ValueError(f"{head}.{part} has shape {tuple(tensor.shape)}, expected {shape}")
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(f"{head}.{part} holds numbers that are not finite")
-                values[f"{head}_{part}"] = tensor
-        unknown = set(tensors) - {f"{head}.{part}" for head in shapes for part in ("weight", "bias")}
-        if unknown:
-            raise ValueError(f"unknown tensors {', '.join(sorted(unknown))}")
-        return cls(**values)
-
-    def to_scores(self, device: str | torch.device = "cpu") -> HeadScores:
-        """The function from hidden states to scores, on a device."""
-        parts = [(self.routing_weight, self.routing_bias)]
-        if self.gate_weight is not None and self.gate_bias is not None:
-            parts.append((self.gate_weight, self.gate_bias))
-        if self.sum_gate_weight is not None and self.sum_gate_bias is not None:
-            parts.append((self.sum_gate_weight, self.sum_gate_bias))
-        weight = torch.cat([weight.float() for weight, _ in parts]).to(device)
-        bias = torch.cat([bias.float() for _, bias in parts]).to(device)
-        return HeadScores(weight, bias)
-
-
-@dataclass(frozen=True, slots=True)
-class HeadScores:
-    """All heads in one matrix: hidden [m, H] -> scores [m, k] in float32, laid out as `Heads.layout` says."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
