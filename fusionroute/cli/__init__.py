@@ -17,6 +17,7 @@ main = CommandGroup(
         "train": "fusionroute.cli.train:train",
         "jobs": "fusionroute.cli.jobs:jobs",
         "checkpoints": "fusionroute.cli.checkpoints:checkpoints",
+        "models": "fusionroute.cli.model_folders:models",
         "lab": "fusionroute.cli.lab:lab",
         "bench": "fusionroute.cli.bench:bench",
         "doctor": "fusionroute.cli.doctor:doctor",
