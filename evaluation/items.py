@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from fusionroute.lab.tasks import Group, Item, Split, evaluation_items
-
-_FACT = re.compile(r"\d+[-+*]\d+|(?:day|month) \d+")
+from fusionroute.lab.tasks import Group, Item, Split, evaluation_items, fact_of
 
 
 def rounds_of_items(num_rounds: int, seed: int = 0) -> list[list[Item]]:
@@ -31,8 +28,7 @@ def is_covered(item: Item) -> bool:
 
 def cluster_of(item: Item) -> str:
     """What items share that rise and fall together: the fact they ask for, else the whole prompt."""
-    found = _FACT.search(item.prompt)
-    return found.group() if found else item.prompt
+    return fact_of(item.prompt) or item.prompt
 
 
 def longest_answer_tokens(items: Iterable[Item]) -> int:

@@ -15,6 +15,7 @@ testing only. The day and month facts are few and cannot be held out.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -279,6 +280,15 @@ def make_item(task: str, payloads: Payloads) -> Item:
         owners="".join(owner * len(text) for text, owner in spans),
         eos_owner=eos_owner,
     )
+
+
+_FACT = re.compile(r"\d+[-+*]\d+|(?:day|month) \d+")
+
+
+def fact_of(prompt: str) -> str | None:
+    """The number or calendar fact that a prompt asks for; None where it asks for none."""
+    found = _FACT.search(prompt)
+    return found.group() if found else None
 
 
 def evaluation_items(

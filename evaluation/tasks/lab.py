@@ -1,0 +1,65 @@
+"""The lab's generated tasks as questions, held-out and seen payloads apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from evaluation.questions import Question
+from fusionroute.lab.tasks import TASKS, Group, Item, Split, evaluation_items, fact_of
+
+PAYLOAD = {Split.TEST: "held-out", Split.TRAIN: "seen"}
+"""What the router's data knows of a payload, by the split it is drawn from."""
+
+DIVISIONS = {
+    "coverage": ("covered", "gap"),
+    "group": tuple(str(group) for group in Group),
+    "payload": tuple(PAYLOAD.values()),
+}
+
+
+def lab_questions(
+    per_task: int,
+    splits: Sequence[Split] = (Split.TEST,),
+    *,
+    seed: int = 0,
+    tasks: Iterable[str] = tuple(TASKS),
+) -> list[Question]:
+    """As many questions of each task and split, so that all tasks weigh alike.
+
+    Number facts (about 77 held out), days and months (19) are few: their questions repeat, under other ids and in the
+    same cluster.
+
+    Args:
+        per_task: of each task and split.
+        splits: where payloads come from.
+        seed: of the draw; a task's questions do not depend on the other tasks.
+    """
+    numbers: Counter[tuple[str, Split]] = Counter()
+    questions = []
+    for split in splits:
+        for item in evaluation_items(split, per_task, seed, tasks):
+            numbers[item.task, split] += 1
+            questions.append(_question(item, split, numbers[item.task, split]))
+    return questions
+
+
+def cluster_of(item: Item) -> str:
+    """What items share that are right and wrong together: the fact they ask for, else the whole prompt."""
+    return fact_of(item.prompt) or item.prompt
+
+
+def _question(item: Item, split: Split, number: int) -> Question:
+    return Question(
+        id=f"{item.task}/{PAYLOAD[split]}/{number}",
+        task=item.task,
+        prompt=item.prompt,
+        reference=item.answer,
+        cluster=cluster_of(item),
+        strata={
+            "coverage": "gap" if item.group is Group.GAP else "covered",
+            "group": str(item.group),
+            "payload": PAYLOAD[split],
+        },
+        max_tokens=len(item.answer) + 4,
+    )
