@@ -53,9 +53,9 @@ class RouterCheckpoint:
         """Digest of heads, manifest and the weights of the causal LM."""
         return _fingerprint(self.head_digest, weights_fingerprint)
 
-    def available_rules(self) -> tuple[CombineRule, ...]:
-        """The combine rules that its heads can serve."""
-        return self.heads.layout.available_rules()
+    def available_rules(self, *, has_base: bool = False) -> tuple[CombineRule, ...]:
+        """The combine rules that its heads can serve; with a base model beside the experts, `proxy` too."""
+        return self.heads.layout.available_rules(has_base=has_base)
 
 
 def save_checkpoint(

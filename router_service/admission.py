@@ -14,11 +14,11 @@ class Admission:
     """Admits experts whose vocabulary is that of the checkpoint's manifest.
 
     Attributes:
-        spare_slots: of a checkpoint to come; they may be filled beside those of the manifest.
+        further_slots: of a checkpoint to come, or of a base model; they may be filled beside those of the manifest.
     """
 
     manifest: Manifest
-    spare_slots: tuple[str, ...] = ()
+    further_slots: tuple[str, ...] = ()
 
     def __call__(self, slot: str, model: common_pb2.ModelIdentity) -> None:
         """Returns if `model` may fill `slot`.
@@ -27,7 +27,7 @@ class Admission:
             InvalidRequest: UNKNOWN_SLOT.
             ModelRejected: VOCABULARY_MISMATCH, naming both values.
         """
-        slots = (*self.manifest.slots, *self.spare_slots)
+        slots = (*self.manifest.slots, *self.further_slots)
         if slot not in slots:
             known = ", ".join(slots)
             raise InvalidRequest(

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from fusionroute import private_redis, tracing
 from fusionroute.access import ClientAccess, ServerAccess
 from fusionroute.engine import Engine
-from fusionroute.errors import FusionRouteError, ModelRejected, Unavailable
+from fusionroute.errors import FusionRouteError, ModelRejected, Reason, Unavailable
 from fusionroute.fusion import CombineRule, OnExpertUnavailable
 from fusionroute.grpc_runtime import (
     PortTaken,
@@ -254,7 +254,7 @@ def turn_admission(
 
     def budget() -> KvBudget:
         return kv_budget(
-            settings.kv_tokens, served.current.offer.slots, directory, overcommit=settings.kv_overcommit
+            settings.kv_tokens, served.current.slots, directory, overcommit=settings.kv_overcommit
         )
 
     pace = None
@@ -266,13 +266,22 @@ def turn_admission(
 async def serve_checkpoint(
     settings: RouterSettings, directory: Directory, loaded: LoadedRouter, checkpoint_id: str
 ) -> Serving:
-    """A loaded checkpoint with an engine that runs."""
-    checkpoint, model = loaded.checkpoint, loaded.model
+    """A loaded checkpoint with an engine that runs.
+
+    Raises:
+        ModelRejected: EXPERTS_MISMATCH, it routes to the slot of the base model.
+    """
+    checkpoint, model, base_slot = loaded.checkpoint, loaded.model, settings.base_slot
+    if base_slot in checkpoint.manifest.slots:
+        raise ModelRejected(
+            Reason.EXPERTS_MISMATCH,
+            f"{str(checkpoint.folder)!r} routes to slot {base_slot!r}, in which the settings have the base model",
+        )
     stop = AsyncExitStack()
     engine = await stop.enter_async_context(Engine(model, settings.engine_limits()))
     offer = Offer(
         slots=checkpoint.manifest.slots,
-        rules=checkpoint.available_rules(),
+        rules=checkpoint.available_rules(has_base=bool(base_slot)),
         default_rule=CombineRule(checkpoint.manifest.combine),
         logits_width=model.facts.logits_width,
         max_context_tokens=min(model.facts.max_context_tokens, settings.kv_tokens),
@@ -280,7 +289,7 @@ async def serve_checkpoint(
         default_policy=OnExpertUnavailable(settings.on_expert_unavailable),
         default_drafting=DraftingMode(settings.drafting),
     )
-    metrics.know(offer.slots)
+    metrics.know([*offer.slots, *([base_slot] if base_slot else [])])
     ensemble = Ensemble(
         router=LocalModel(engine),
         experts=[RemoteExpert(directory, slot) for slot in offer.slots],
@@ -297,6 +306,7 @@ async def serve_checkpoint(
         experience=Experience(up_to_turns=settings.draft_up_to_turns),
         early=settings.asks_early(),
         top_logits=settings.top_logits,
+        base=RemoteExpert(directory, base_slot) if base_slot else None,
     )
     return Serving(checkpoint_id, checkpoint.manifest, engine, ensemble, offer, model.tokenizer, stop)
 
@@ -356,7 +366,8 @@ async def _enter_redis(stack: AsyncExitStack, settings: RouterSettings) -> Redis
 
 def _admission(settings: RouterSettings, served: ServedCheckpoints) -> Admit:
     """Judges by the checkpoint that is current at that moment."""
-    return lambda slot, model: Admission(served.current.manifest, settings.spare_slot_names())(slot, model)
+    further = (*settings.spare_slot_names(), *([settings.base_slot] if settings.base_slot else []))
+    return lambda slot, model: Admission(served.current.manifest, further)(slot, model)
 
 
 def _progress(served: ServedCheckpoints) -> Progress:

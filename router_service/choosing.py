@@ -6,7 +6,8 @@ import asyncio
 from dataclasses import dataclass
 from functools import partial
 
-from fusionroute.fusion import Choice, CombineRule, Row, SeenTokens, choose, fuse
+from fusionroute.fusion import CombineRule
+from fusionroute.sampling import Choice, Row, SeenTokens, choose
 from fusionroute.short_rows import can_choose, pick_if_certain
 from router_service import metrics
 from router_service.constraints import Allowed, ConstrainedAnswer
@@ -35,6 +36,7 @@ class TokenChooser:
         """Whether an expert's highest logits may suffice for this turn's tokens."""
         return can_choose(self.turn.sampling) and not (
             self.turn.rule is CombineRule.MIXTURE
+            or self.turn.rule.asks_several
             or self.wishes.num_top_candidates
             or self.turn.constraint is not None  # what is allowed may have low scores only
         )
@@ -52,7 +54,7 @@ class TokenChooser:
             SessionStateError: CONSTRAINT_FAILED, none may be chosen.
         """
         allowed = None if self.constrained is None else self.constrained.allowed
-        fused = fuse(self.turn.rule, scores.taken, scores.expert, scores.router)
+        fused = scores.fused(self.turn.rule)
         if self.is_slow(fused) or (self.wishes.num_top_candidates and len(fused) > LARGE_ROW):
             return await asyncio.to_thread(self._choose, fused, scores, position, seen, allowed)
         return self._choose(fused, scores, position, seen, allowed)

@@ -23,6 +23,7 @@ class Ensemble:
         experience: what its turns have learnt about drafting.
         early: whether experts are asked before the router has routed; None = where it pays.
         top_logits: so many of its highest logits an expert of another host sends first; 0 = whole rows.
+        base: the base model of `proxy`.
     """
 
     router: Model
@@ -36,3 +37,9 @@ class Ensemble:
     experience: Experience = field(default_factory=Experience)
     early: bool | None = None
     top_logits: int = 0
+    base: Model | None = None
+
+    @property
+    def models(self) -> Sequence[Model]:
+        """Whom decisions name by index: the experts, and behind them the base model where there is one."""
+        return self.experts if self.base is None else (*self.experts, self.base)

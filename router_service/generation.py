@@ -16,12 +16,8 @@ from typing import TypeVar
 import structlog
 
 from fusionroute.errors import FusionRouteError, Reason
-from fusionroute.fusion import (
-    CombineRule,
-    Row,
-    SeenTokens,
-    choose,
-)
+from fusionroute.fusion import CombineRule
+from fusionroute.sampling import Row, SeenTokens, choose
 from fusionroute.telemetry import is_debugging
 from router_service import metrics
 from router_service.choosing import TokenChooser
@@ -29,7 +25,7 @@ from router_service.constraints import ConstrainedAnswer
 from router_service.costs import Costs
 from router_service.draft_experience import Spent
 from router_service.draft_policy import DRAFT_PROBABILITY, TurnDrafting
-from router_service.drafting import Drafter, Lookup, Plan
+from router_service.drafting import Drafter, DraftingMode, Lookup, Plan
 from router_service.ensemble import Ensemble
 from router_service.records import TokenRecord, TokenSource
 from router_service.rounds import RoundAsker
@@ -105,15 +101,16 @@ class TurnWriter:
         self._chooser = TokenChooser(self.turn, self.wishes, self.constrained)
         top_logits = self.ensemble.top_logits if self._chooser.can_be_short else 0
         self._asker = RoundAsker(self.ensemble, self.turn, self.text, self.costs, top_logits)
+        is_usual, mode = self.turn.is_usual, self.wishes.drafting
         self._drafting = TurnDrafting(
-            self.wishes.drafting,
+            DraftingMode.OFF if mode is DraftingMode.AUTO and not is_usual else mode,
             drafters_of(self.turn),
             self.ensemble.experience,
             Lookup(self.text.tokens),
-            self.ensemble.early,
+            self.ensemble.early if is_usual else False,
             least_probability=0.0 if self.turn.sampling.temperature else DRAFT_PROBABILITY,
             end_ids=self._asker.end_ids,
-            is_apart=self.turn.constraint is not None,
+            is_apart=self.turn.constraint is not None or not is_usual,
         )
 
     async def write(self) -> AsyncGenerator[WrittenToken, None]:
@@ -188,14 +185,16 @@ class TurnWriter:
         """What the round says about the next ones."""
         drafting, drafter, num_drafted = self._drafting, round_.plan.drafter, len(round_.draft)
         is_first, is_degraded = not drafting.num_seen, round_.scores[0].is_degraded
-        if not is_first and not is_degraded:  # which took what others do not
+        if not is_first and not is_degraded and self.turn.is_usual:  # these take what others do not
             spent = Spent(self._asked_seconds, round_.router_seconds, round_.expert_seconds)
             drafting.note_round(round_.plan, num_drafted, num_tokens, spent)
         if drafter is None or not num_drafted:
             await self._compare(round_.scores[0])
         else:
             num_accepted = num_tokens if self._came_true(round_, num_tokens) else num_tokens - 1
-            for index in range(min(num_tokens, num_drafted)):  # nothing behind the turn's last token was judged
+            for index in range(
+                min(num_tokens, num_drafted)
+            ):  # nothing behind the turn's last token was judged
                 drafting.note_token(drafter, was_right=index < num_accepted)
             self.costs.note_draft(drafter, num_drafted, num_accepted)
             metrics.note_draft(drafter.value, num_drafted, num_accepted)
@@ -247,7 +246,8 @@ class TurnWriter:
             choice, top = await self._chooser.choose_whole(scores, len(self.text.tokens), seen)
         decision, is_degraded = scores.taken, scores.is_degraded
         if not scores.has_expert or decision.expert is None:
-            record = TokenRecord(choice.token_id, choice.logprob, TokenSource.ROUTER, degraded=is_degraded)
+            source = TokenSource.ENSEMBLE if decision.others else TokenSource.ROUTER
+            record = TokenRecord(choice.token_id, choice.logprob, source, degraded=is_degraded)
         else:
             source = TokenSource.EXPERT
             record = TokenRecord(
@@ -278,9 +278,10 @@ class TurnWriter:
         return whole
 
     def _count(self, record: TokenRecord) -> None:
-        by_expert = record.source is TokenSource.EXPERT
-        slot = self.turn.slots[record.expert] if by_expert else metrics.ROUTER_ITSELF
-        metrics.TOKENS.labels("expert" if by_expert else "router", slot).inc()
+        slot = metrics.ROUTER_ITSELF
+        if record.source is TokenSource.EXPERT:
+            slot = self.turn.slots[record.expert]
+        metrics.TOKENS.labels(record.source.name.lower(), slot).inc()
         if is_debugging():
             log.debug("token", index=self._num_written, slot=slot, degraded=record.degraded)
 
@@ -313,11 +314,12 @@ class TurnWriter:
 
 def drafters_of(turn: Turn) -> tuple[Drafter, ...]:
     """Who could propose tokens under a turn's rule."""
-    has_router = not (turn.rule is CombineRule.ROUTE and turn.fixed_expert is not None)
     drafters = [Drafter.LOOKUP]
+    if turn.rule is CombineRule.ENSEMBLE:
+        return tuple(drafters)
     if turn.rule is not CombineRule.ROUTER:
         drafters.append(Drafter.EXPERT)
-    if has_router and turn.rule is not CombineRule.ROUTE:
+    if turn.rule is not CombineRule.ROUTE:
         drafters.append(Drafter.ROUTER)
     return tuple(drafters)
 

@@ -36,7 +36,7 @@ FIRST_TOKEN_SECONDS = Histogram(
 )
 TOKENS = Counter(
     f"{PREFIX}_tokens",
-    "Tokens written, by source (expert, router) and the slot of the expert that took part.",
+    "Tokens written, by source (expert, router, ensemble) and the slot of the expert that took part.",
     ["source", "slot"],
     registry=REGISTRY,
 )

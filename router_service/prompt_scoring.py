@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from uuid import uuid4
 
 from fusionroute.errors import Reason, Unavailable, invalid
-from fusionroute.fusion import fuse, logprob
+from fusionroute.sampling import logprob
 from fusionroute.v1 import router_pb2
 from router_service.costs import Costs
 from router_service.drafting import Drafter, Plan
@@ -96,7 +96,9 @@ class PromptScorer:
                     rows = num_rows([turn, *ways], len(serving.offer.slots))
                     room = max(1, CHUNK_BYTES // (rows * FLOAT_BYTES * serving.offer.logits_width))
                     chunk_tokens = min(self.max_chunk_tokens, room)
-                    scoring = _Scoring(serving, turn, ways, num_candidates, ids, text, chunk_tokens, self._rooms)
+                    scoring = _Scoring(
+                        serving, turn, ways, num_candidates, ids, text, chunk_tokens, self._rooms
+                    )
                     async for tokens in scoring.run(request.from_position):
                         yield router_pb2.ScorePromptResponse(tokens=tokens)
                 finally:
@@ -147,7 +149,7 @@ class _Scoring:
     def _judge_rows(self, scores: Sequence[Scores], chunk: Sequence[int]) -> list[_Judged]:
         judged = []
         for each, token in zip(scores, chunk, strict=False):
-            fused = fuse(self._turn.rule, each.taken, each.expert, each.router)
+            fused = each.fused(self._turn.rule)
             top = each.candidates(fused, self._num_candidates) if self._num_candidates else None
             judged.append(_Judged(logprob(fused, token), each.taken.expert, top))
         return judged
@@ -162,7 +164,7 @@ class _Scoring:
                 top = None
                 if self._num_candidates:
                     seen = rows.seen_by(0, place)
-                    fused = fuse(self._turn.rule, seen.taken, seen.expert, seen.router)
+                    fused = seen.fused(self._turn.rule)
                     top = seen.candidates(fused, self._num_candidates)
                 tokens.append(_Judged(own.logprob, own.expert, top, others))
             return tokens
@@ -198,6 +200,8 @@ def as_turn(request: router_pb2.ScorePromptRequest) -> router_pb2.GenerateReques
     turn = router_pb2.GenerateRequest(
         combine=request.combine,
         fixed_expert=request.fixed_expert,
+        expert_choice=request.expert_choice,
+        sampling=router_pb2.SamplingParameters(seed=request.seed),
         num_top_candidates=request.num_top_candidates,
         exact=request.exact,
         on_expert_unavailable=router_pb2.ON_EXPERT_UNAVAILABLE_WAIT,
@@ -217,7 +221,13 @@ def read_ways(request: router_pb2.ScorePromptRequest, offer: Offer) -> list[Turn
     if len(request.ways) > MAX_WAYS:
         raise invalid("ways", f"{len(request.ways)} ways", f"at most {MAX_WAYS}")
     alike = (
-        router_pb2.GenerateRequest(combine=way.combine, fixed_expert=way.fixed_expert, exact=request.exact)
+        router_pb2.GenerateRequest(
+            combine=way.combine,
+            fixed_expert=way.fixed_expert,
+            expert_choice=way.expert_choice,
+            sampling=router_pb2.SamplingParameters(seed=request.seed),
+            exact=request.exact,
+        )
         for way in request.ways
     )
     return [read_turn(each, offer) for each in alike]

@@ -5,7 +5,7 @@ bytes   field      type
 4-7     logprob    f32  natural log, fused distribution; 0 for prompt tokens, not a number where it is not known
 8-15    origin     u64  lowest byte: a `TokenSource`, its highest bit (7) set where the token is degraded; next byte:
                         place of the expert's slot in the checkpoint; upper six bytes: the epoch of that slot;
-                        both 0 where no expert took part
+                        both 0 where no single expert took part
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class TokenSource(IntEnum):
     """An expert took part, with the router's complement or without."""
     ROUTER = 2
     """The router wrote it alone."""
+    ENSEMBLE = 3
+    """All experts took part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class TokenRecord:
     """One token as it is stored; `logprob` comes back rounded to f32 and `epoch` cut to 48 bits.
 
     Attributes:
-        expert: place of the expert's slot in the checkpoint.
+        expert: place of the expert's slot in the checkpoint; 0 where no single one took part.
         epoch: of that slot.
         degraded: the expert that had been picked was not there.
     """

@@ -6,6 +6,8 @@
     expert drafts     the last expert continues, the router checks    up to draft + 1 tokens
     lookup            the text proposes, router and experts check     up to draft + 1 tokens
 
+Under rules that take the rows of further models, each of these is asked at the same time, for every row.
+
 Whatever the way, row j of a model is the one it gives after the text and the first j drafted tokens, so the tokens
 that a round gives are those that single tokens would have given.
 """
@@ -21,9 +23,10 @@ from fusionroute import tracing
 from fusionroute.background import end_task
 from fusionroute.engine import Draft
 from fusionroute.errors import FusionRouteError
-from fusionroute.fusion import Decision, Sampling, decide, needs_router
+from fusionroute.fusion import Decision, decide, needs_router
+from fusionroute.sampling import NO_WEIGHTS, Row, Sampling
 from router_service import metrics
-from router_service.asking import Answer, ask
+from router_service.asking import Answer, Model, ask
 from router_service.costs import Costs
 from router_service.degrading import Policy, ask_expert
 from router_service.drafting import Drafter, Plan, before_end
@@ -57,6 +60,7 @@ class RoundAsker:
     _policy: Policy = field(init=False)
     _draft_of_models: Draft = field(init=False)
     _next_row: Wanted = field(init=False)
+    _models: Sequence[Model] = field(init=False)
     _traced: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -68,6 +72,7 @@ class RoundAsker:
         )
         self._draft_of_models = Draft(1, alike, end_ids=self.end_ids)
         self._next_row = Wanted(exact=turn.exact, top_logits=self.top_logits)
+        self._models = self.ensemble.models
 
     @property
     def draft_sampling(self) -> Sampling:
@@ -77,12 +82,13 @@ class RoundAsker:
     @property
     def needs_router(self) -> bool:
         """Whether tokens of this turn take a forward of the router."""
-        return needs_router(self.turn.rule, self.turn.fixed_expert)
+        return needs_router(self.turn.rule, self._given_expert(0))
 
     @property
     def guess(self) -> int | None:
         """The expert that will take part in the next token, as far as can be told before the router has routed."""
-        return self.turn.fixed_expert if self.turn.fixed_expert is not None else self.last_expert
+        given = self._given_expert(0)
+        return self.last_expert if given is None else given
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -158,7 +164,10 @@ class RoundAsker:
 
     def _decide(self, router: Answer | None, row: int) -> Decision:
         scores = None if router is None or router.head_scores is None else router.head_scores[row]
-        return decide(self.turn.rule, self.ensemble.layout, scores, self.turn.fixed_expert)
+        return decide(self.turn.rule, self.ensemble.layout, scores, self._given_expert(row))
+
+    def _given_expert(self, row: int) -> int | None:
+        return self.turn.given_expert(len(self.text.tokens) + row)
 
     # --- an expert before the router has routed --------------------------------------------------------------------
 
@@ -206,13 +215,20 @@ class RoundAsker:
         for row, decision in enumerate(decisions):
             if decision.expert is not None and decision.expert not in known:
                 wanted.setdefault(decision.expert, []).append(row)
+            for other in decision.others:
+                wanted.setdefault(other, []).append(row)
         first = decisions[0]
         taken, stand_in = first, None
-        others = {expert: rows for expert, rows in wanted.items() if expert != first.expert}
         tasks = {
-            expert: asyncio.create_task(self._ask_for_draft(expert, self._wanted(round_, rows)))
-            for expert, rows in others.items()
+            expert: asyncio.create_task(
+                self._ask_needed(expert, self._wanted(round_, rows))
+                if expert in first.others
+                else self._ask_for_draft(expert, self._wanted(round_, rows))
+            )
+            for expert, rows in wanted.items()
+            if expert != first.expert
         }
+        started, spent_seconds = time.monotonic(), self.costs.expert_seconds
         rows_of: dict[int, Sequence[int]] = {expert: range(len(decisions)) for expert in known}
         rows_of |= wanted
         try:
@@ -227,7 +243,10 @@ class RoundAsker:
         finally:
             for task in tasks.values():
                 await end_task(task)
-        if taken.expert is None and router is None:
+        if first.others:
+            seconds = time.monotonic() - started - (self.costs.expert_seconds - spent_seconds)
+            self._count_others(max(0.0, seconds), [known[other] for other in first.others])
+        elif taken.expert is None and router is None:
             router = await self.ask_router_alone()  # it was not needed beside the expert that is not there
         self._enter(round_, decisions, router, known, rows_of)
         if taken.expert != first.expert:
@@ -245,14 +264,17 @@ class RoundAsker:
         """Scores row after row, up to the first one that is missing."""
         for row, decision in enumerate(decisions):
             router_row = None if router is None else router.rows[row]
+            others: tuple[Row, ...] = ()
+            if decision.others:
+                others = tuple(known[each].rows[rows_of[each].index(row)] for each in decision.others)
             if decision.expert is None:
-                round_.scores.append(scored(decision, decision, router_row, None, 0))
+                round_.scores.append(scored(decision, decision, router_row, None, 0, others))
                 continue
             answer = known.get(decision.expert)
             if answer is None:
                 return
             place = rows_of[decision.expert].index(row)
-            round_.scores.append(scored(decision, decision, router_row, answer, place))
+            round_.scores.append(scored(decision, decision, router_row, answer, place, others))
 
     async def _ask_first(self, decision: Decision, wanted: Wanted) -> tuple[Decision, Answer | None]:
         """Rows of the expert that is picked for the next token, or the one of who stands in for it."""
@@ -262,6 +284,14 @@ class RoundAsker:
         )
         self._count_expert(time.monotonic() - started, answer)
         return taken, answer
+
+    async def _ask_needed(self, model: int, wanted: Wanted) -> Answer:
+        """Rows of a further model, in place of which there can be no others."""
+        alone = Decision(model, NO_WEIGHTS)
+        patience = self.ensemble.expert_patience
+        _, answer = await ask_expert(self._models, self.text, alone, self._policy, patience, wanted)
+        assert answer is not None
+        return answer
 
     async def _ask_for_draft(self, expert: int, wanted: Wanted) -> Answer | None:
         """Rows that matter only if the tokens before them come true; None where they cannot be had."""
@@ -294,6 +324,11 @@ class RoundAsker:
             self._trace("expert", seconds, answer)
             self.costs.expert_forward_seconds += forward_seconds
             self.costs.num_expert_calls += 1
+
+    def _count_others(self, seconds: float, answers: Sequence[Answer]) -> None:
+        """Further models were waited for, all at the same time, for so long."""
+        self._count_expert(seconds, max(answers, key=lambda answer: answer.forward_seconds))
+        self.costs.num_expert_calls += len(answers) - 1
 
     def _trace(self, who: str, seconds: float, answer: Answer) -> None:
         """The first row of each cache, which is its prefill, and slow ones."""

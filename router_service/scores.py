@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
-from fusionroute.fusion import Choice, Decision, Row, top_candidates
+from fusionroute.fusion import CombineRule, Decision, fuse
+from fusionroute.sampling import Choice, Row, top_candidates
 from fusionroute.short_rows import ShortRow
 from router_service.asking import Answer
 from router_service.drafting import Plan
@@ -31,6 +32,7 @@ class Scores:
         epoch: of the expert's slot; 0 without one.
         short: what is known of the expert's row, where only its highest logits were sent.
         whole: asks for that row.
+        others: rows [V] of `taken.others`.
     """
 
     picked: Decision
@@ -40,6 +42,11 @@ class Scores:
     epoch: int
     short: ShortRow | None = None
     whole: Callable[[], Awaitable[Answer]] | None = None
+    others: tuple[Row, ...] = ()
+
+    def fused(self, rule: CombineRule) -> Row:
+        """The scores [V] that the token is chosen from; of whole rows."""
+        return fuse(rule, self.taken, self.expert, self.router, self.others)
 
     @property
     def has_expert(self) -> bool:
@@ -85,11 +92,16 @@ class Round:
 
 
 def scored(
-    picked: Decision, taken: Decision, router_row: Row | None, answer: Answer | None, row: int
+    picked: Decision,
+    taken: Decision,
+    router_row: Row | None,
+    answer: Answer | None,
+    row: int,
+    others: tuple[Row, ...] = (),
 ) -> Scores:
-    """Scores from one row of an expert's answer; without an expert the router's alone."""
+    """Scores from one row of an expert's answer, and rows of others; without any of them the router's alone."""
     if answer is None:
-        return Scores(picked, taken, router_row, None, 0)
+        return Scores(picked, taken, router_row, None, 0, others=others)
     if answer.top:
         return Scores(picked, taken, router_row, None, answer.epoch, answer.top[row], answer.whole)
-    return Scores(picked, taken, router_row, answer.rows[row], answer.epoch)
+    return Scores(picked, taken, router_row, answer.rows[row], answer.epoch, others=others)

@@ -7,13 +7,14 @@ its own. So what many rules say about a text costs one forward of each model for
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fusionroute.background import end_task
-from fusionroute.fusion import Decision, decide, fuse, logprob, needs_router
+from fusionroute.fusion import Decision, decide, needs_router
+from fusionroute.sampling import logprob
 from router_service.asking import Answer, ask
 from router_service.ensemble import Ensemble
 from router_service.scores import Scores, scored
@@ -43,7 +44,7 @@ class Rows:
     Attributes:
         decisions: by way, then by token of the chunk.
         router: None where no way needs it.
-        experts: by index, of those that some way picks.
+        experts: by index, of those that some way picks, or needs beside them.
         places: by expert, which row of its answer scores token j.
     """
 
@@ -56,10 +57,11 @@ class Rows:
         """What a way, by its number, judges the token at a place of the chunk by."""
         decision = self.decisions[way][place]
         router_row = None if self.router is None else self.router.rows[place]
+        others = tuple(self.experts[each].rows[self.places[each][place]] for each in decision.others)
         if decision.expert is None:
-            return scored(decision, decision, router_row, None, 0)
+            return scored(decision, decision, router_row, None, 0, others)
         row = self.places[decision.expert][place]
-        return scored(decision, decision, router_row, self.experts[decision.expert], row)
+        return scored(decision, decision, router_row, self.experts[decision.expert], row, others)
 
 
 async def ask_rows(ensemble: Ensemble, ways: Sequence[Turn], text: Text, chunk: Sequence[int]) -> Rows:
@@ -71,19 +73,22 @@ async def ask_rows(ensemble: Ensemble, ways: Sequence[Turn], text: Text, chunk: 
     draft, rows = tuple(chunk[:-1]), range(len(chunk))
     exact = any(way.exact for way in ways)
     router = None
-    if any(needs_router(way.rule, way.fixed_expert) for way in ways):
+    position = len(text.tokens)
+    if any(needs_router(way.rule, way.given_expert(position)) for way in ways):
         wanted = Wanted(draft, rows, exact=exact)
         router = await ask(ensemble.router, text, ensemble.router_patience, wanted)
-    decisions = [[_decide(ensemble, way, router, row) for row in rows] for way in ways]
+    decisions = [[_decide(ensemble, way, router, row, position + row) for row in rows] for way in ways]
     needed: dict[int, set[int]] = {}
     for of_way in decisions:
         for row, decision in enumerate(of_way):
             if decision.expert is not None:
                 needed.setdefault(decision.expert, set()).add(row)
+            for other in decision.others:
+                needed.setdefault(other, set()).add(row)
     tasks = {
         expert: asyncio.create_task(
             ask(
-                ensemble.experts[expert],
+                ensemble.models[expert],
                 text,
                 ensemble.expert_patience,
                 Wanted(draft, sorted(of_expert), exact=exact),
@@ -96,7 +101,9 @@ async def ask_rows(ensemble: Ensemble, ways: Sequence[Turn], text: Text, chunk: 
     finally:
         for task in tasks.values():
             await end_task(task)
-    places = {expert: {row: place for place, row in enumerate(sorted(rows))} for expert, rows in needed.items()}
+    places = {
+        expert: {row: place for place, row in enumerate(sorted(rows))} for expert, rows in needed.items()
+    }
     return Rows(decisions, router, experts, places)
 
 
@@ -108,16 +115,18 @@ def judge(rows: Rows, ways: Sequence[Turn], chunk: Sequence[int]) -> list[list[J
     ]
 
 
-def num_rows(ways: Iterable[Turn], num_experts: int) -> int:
+def num_rows(ways: Sequence[Turn], num_experts: int) -> int:
     """Rows that may be in memory at a time for one token."""
-    return 1 + min(num_experts, sum(1 for _ in ways))
+    if any(way.rule.asks_several for way in ways):
+        return 2 + num_experts
+    return 1 + min(num_experts, len(ways))
 
 
-def _decide(ensemble: Ensemble, way: Turn, router: Answer | None, row: int) -> Decision:
+def _decide(ensemble: Ensemble, way: Turn, router: Answer | None, row: int, position: int) -> Decision:
     scores = None if router is None or router.head_scores is None else router.head_scores[row]
-    return decide(way.rule, ensemble.layout, scores, way.fixed_expert)
+    return decide(way.rule, ensemble.layout, scores, way.given_expert(position))
 
 
 def _judge(seen: Scores, way: Turn, token: int) -> Judgement:
-    fused = fuse(way.rule, seen.taken, seen.expert, seen.router)
+    fused = seen.fused(way.rule)
     return Judgement(logprob(fused, token), int(np.argmax(fused)), seen.taken.expert)

@@ -133,6 +133,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             promotion_error=promotion.error,
             num_retiring_checkpoints=len(self._served.retiring),
             default_on_expert_unavailable=POLICY_MESSAGES[offer.default_policy],
+            base=None if serving.ensemble.base is None else self._slot(serving.ensemble.base.slot),
         )
 
     def _slot(self, slot: str) -> router_pb2.ExpertSlot:

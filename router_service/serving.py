@@ -79,6 +79,11 @@ class Serving:
             await self._unused.wait()
 
     @property
+    def slots(self) -> tuple[str, ...]:
+        """Those that a turn may ask: of the experts, and of the base model where there is one."""
+        return tuple(model.slot for model in self.ensemble.models)
+
+    @property
     def constraints(self) -> Constraints:
         """What answers can be told to look like, for this vocabulary."""
         if self._constraints is None:

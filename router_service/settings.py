@@ -33,16 +33,23 @@ class RouterSettings(ModelSettings):
         pattern=r"^([a-z0-9_-]{1,32}(,[a-z0-9_-]{1,32})*)?$",
         description="Slots, with commas between them, that experts may fill for a checkpoint to come.",
     )
+    base_slot: str = Field(
+        "",
+        pattern=r"^([a-z0-9_-]{1,32})?$",
+        description="Slot in which a base model is served beside the experts, for the rule proxy; empty = none.",
+    )
     port: Port = Field(50050, description="Port to listen on; 0 = any free one.")
     http_port: Port | None = Field(
-        None, description="Port for the OpenAI and TGI APIs and the playground; 0 = any free one; absent = none."
+        None,
+        description="Port for the OpenAI and TGI APIs and the playground; 0 = any free one; absent = none.",
     )
     http_host: str = Field("127.0.0.1", min_length=1, description="Address on which http_port listens.")
     http_max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
         8 * 2**20, description="Largest body of an HTTP request, bytes."
     )
     http_max_new_tokens: Positive = Field(
-        2048, description="New tokens of a chat request that names no limit; the context's end is one in any case."
+        2048,
+        description="New tokens of a chat request that names no limit; the context's end is one in any case.",
     )
     http_origins: str = Field(
         "",

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import secrets
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fusionroute.errors import InvalidRequest, Reason, SessionStateError, invalid
-from fusionroute.fusion import CombineRule, OnExpertUnavailable, Sampling
+from fusionroute.fusion import CombineRule, ExpertChoice, OnExpertUnavailable, drawn_expert
+from fusionroute.sampling import Sampling
 from fusionroute.v1 import router_pb2
 from router_service.constraints import Constraint, Language
 from router_service.drafting import DraftingMode
 from router_service.request_limits import check_limits
+from router_service.sampling_request import read_constraint, read_max_tokens, read_sampling, read_stops
 from router_service.stored_session import TurnParameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_MAX_TOKENS = 256
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 256
-MAX_LOGIT_BIASES = 1024
 MAX_TOP_CANDIDATES = 20
 LONG_TEXT_CHARACTERS = 4096
 """Texts longer than this are encoded off the event loop."""
@@ -35,6 +30,8 @@ _RULES: dict[int, CombineRule] = {
     router_pb2.COMBINE_RULE_SELECT: CombineRule.SELECT,
     router_pb2.COMBINE_RULE_ROUTE: CombineRule.ROUTE,
     router_pb2.COMBINE_RULE_ROUTER: CombineRule.ROUTER,
+    router_pb2.COMBINE_RULE_ENSEMBLE: CombineRule.ENSEMBLE,
+    router_pb2.COMBINE_RULE_PROXY: CombineRule.PROXY,
 }
 RULE_MESSAGES = {rule: router_pb2.CombineRule.ValueType(number) for number, rule in _RULES.items()}
 
@@ -48,6 +45,15 @@ POLICY_MESSAGES = {
     policy: router_pb2.OnExpertUnavailable.ValueType(number) for number, policy in _POLICIES.items()
 }
 
+_EXPERT_CHOICES: dict[int, ExpertChoice] = {
+    router_pb2.EXPERT_CHOICE_UNSPECIFIED: ExpertChoice.ROUTED,
+    router_pb2.EXPERT_CHOICE_ROUTED: ExpertChoice.ROUTED,
+    router_pb2.EXPERT_CHOICE_RANDOM: ExpertChoice.RANDOM,
+}
+EXPERT_CHOICE_MESSAGES = {
+    ExpertChoice.ROUTED: router_pb2.EXPERT_CHOICE_ROUTED,
+    ExpertChoice.RANDOM: router_pb2.EXPERT_CHOICE_RANDOM,
+}
 
 _DRAFTING: dict[int, DraftingMode] = {
     router_pb2.DRAFTING_AUTO: DraftingMode.AUTO,
@@ -80,6 +86,7 @@ class Turn:
         exact: scores are the same bits however they are computed.
         constraint: what the answer must look like; None = anything.
         one_off: no further turn follows in its session.
+        expert_choice: who says which expert takes part, where `fixed_expert` does not.
     """
 
     rule: CombineRule
@@ -94,6 +101,21 @@ class Turn:
     exact: bool = False
     constraint: Constraint | None = None
     one_off: bool = False
+    expert_choice: ExpertChoice = ExpertChoice.ROUTED
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether the router says who takes part, or one expert is fixed, and nobody else is asked.
+
+        What rounds of other turns cost and how well they are drafted says nothing about those of usual ones.
+        """
+        return self.expert_choice is ExpertChoice.ROUTED and not self.rule.asks_several
+
+    def given_expert(self, position: int) -> int | None:
+        """The expert of the token for a position of the session, where the router does not pick it."""
+        if self.expert_choice is ExpertChoice.RANDOM:
+            return drawn_expert(self.sampling.seed, position, len(self.slots))
+        return self.fixed_expert
 
     def to_stored(self) -> TurnParameters:
         """As it stands in the store, so that another writer can go on with it."""
@@ -112,6 +134,7 @@ class Turn:
             if self.constraint is None
             else {"language": self.constraint.language.value, "text": self.constraint.text},
             "one_off": self.one_off,
+            "expert_choice": self.expert_choice.value,
         }
         return TurnParameters(self.sampling.seed, self.rule.value, self.checkpoint, rest)
 
@@ -123,6 +146,7 @@ class Turn:
         stops, slots = tuple(rest.pop("stops")), tuple(rest.pop("slots"))
         policy = OnExpertUnavailable(rest.pop("on_expert_unavailable", OnExpertUnavailable.WAIT.value))
         exact, one_off = rest.pop("exact", False), rest.pop("one_off", False)
+        expert_choice = ExpertChoice(rest.pop("expert_choice", ExpertChoice.ROUTED.value))
         constraint = rest.pop("constraint", None)
         if constraint is not None:
             constraint = Constraint(Language(constraint["language"]), constraint["text"])
@@ -138,6 +162,7 @@ class Turn:
             exact=exact,
             constraint=constraint,
             one_off=one_off,
+            expert_choice=expert_choice,
             **own,
         )
 
@@ -194,25 +219,30 @@ def read_turn(request: router_pb2.GenerateRequest, offer: Offer) -> Turn:
         raise invalid("combine", request.combine, "a value of CombineRule")
     if rule not in offer.rules:
         available = ", ".join(each.value for each in offer.rules)
+        needed = "a base model, which the router's settings do not name"
+        if rule is not CombineRule.PROXY:
+            needed = "a gate that the checkpoint lacks"
         raise SessionStateError(
             Reason.RULE_NOT_AVAILABLE,
-            f"combine = {rule.value!r} needs a gate that the checkpoint lacks; available: {available}",
+            f"combine = {rule.value!r} needs {needed}; available: {available}",
             metadata={"field": "combine", "limit": available},
         )
     parameters = request.sampling
+    expert_choice = _read_expert_choice(request, rule)
     return Turn(
         rule=rule,
-        sampling=_read_sampling(parameters, offer.logits_width),
-        max_tokens=_read_max_tokens(parameters),
-        stops=_read_stops(parameters),
+        sampling=read_sampling(parameters, offer.logits_width),
+        max_tokens=read_max_tokens(parameters),
+        stops=read_stops(parameters),
         ignore_eos=parameters.ignore_eos,
-        fixed_expert=_read_fixed_expert(request.fixed_expert, offer.slots),
+        fixed_expert=_read_fixed_expert(request.fixed_expert, rule, offer.slots),
         checkpoint=offer.checkpoint,
         slots=offer.slots,
-        on_expert_unavailable=_read_policy(request, offer.default_policy),
+        on_expert_unavailable=_read_policy(request, rule, expert_choice, offer.default_policy),
         exact=request.exact,
-        constraint=_read_constraint(parameters),
+        constraint=read_constraint(parameters),
         one_off=request.one_off,
+        expert_choice=expert_choice,
     )
 
 
@@ -276,88 +306,42 @@ def _render_messages(messages: router_pb2.ChatMessages, tokenizer: PreTrainedTok
     return _encode(tokenizer, str(text), False)
 
 
-def _read_sampling(parameters: router_pb2.SamplingParameters, logits_width: int) -> Sampling:
-    seed = parameters.seed if parameters.HasField("seed") else secrets.randbits(64)
-    return Sampling(
-        temperature=_within("temperature", parameters.temperature, 0.0, 100.0),
-        top_k=parameters.top_k,
-        top_p=_within(
-            "top_p", parameters.top_p if parameters.HasField("top_p") else 1.0, 0.0, 1.0, above=True
-        ),
-        min_p=_within("min_p", parameters.min_p, 0.0, 1.0),
-        repetition_penalty=_within(
-            "repetition_penalty",
-            parameters.repetition_penalty if parameters.HasField("repetition_penalty") else 1.0,
-            0.0,
-            100.0,
-            above=True,
-        ),
-        presence_penalty=_within("presence_penalty", parameters.presence_penalty, -2.0, 2.0),
-        frequency_penalty=_within("frequency_penalty", parameters.frequency_penalty, -2.0, 2.0),
-        logit_bias=_read_logit_bias(parameters.logit_bias, logits_width),
-        seed=seed,
-    )
-
-
-def _within(field: str, value: float, low: float, high: float, *, above: bool = False) -> float:
-    fits = math.isfinite(value) and low <= value <= high and not (above and value == low)
-    if not fits:
-        raise invalid(field, value, f"in {'(' if above else '['}{low:g}, {high:g}]")
-    return float(value)
-
-
-def _read_logit_bias(biases: Mapping[int, float], logits_width: int) -> dict[int, float]:
-    if len(biases) > MAX_LOGIT_BIASES:
-        raise invalid("logit_bias", f"{len(biases)} entries", f"at most {MAX_LOGIT_BIASES}")
-    for token, bias in biases.items():
-        if token >= logits_width:
-            raise invalid("logit_bias", token, f"ids go from 0 to {logits_width - 1}")
-        _within(f"logit_bias[{token}]", bias, -100.0, 100.0)
-    return dict(sorted(biases.items()))
-
-
-def _read_max_tokens(parameters: router_pb2.SamplingParameters) -> int:
-    if not parameters.HasField("max_tokens"):
-        return DEFAULT_MAX_TOKENS
-    if parameters.max_tokens < 1:
-        raise invalid("max_tokens", parameters.max_tokens, "1 or more")
-    return parameters.max_tokens
-
-
-def _read_stops(parameters: router_pb2.SamplingParameters) -> tuple[str, ...]:
-    if len(parameters.stop) > MAX_STOPS:
-        raise invalid("stop", f"{len(parameters.stop)} strings", f"at most {MAX_STOPS}")
-    for stop in parameters.stop:
-        if not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
-            raise invalid("stop", stop[:40], f"1 to {MAX_STOP_CHARACTERS} characters")
-    return tuple(parameters.stop)
-
-
-def _read_constraint(parameters: router_pb2.SamplingParameters) -> Constraint | None:
-    language = parameters.constraint.WhichOneof("language")
-    if language is None:
-        return None
-    if parameters.ignore_eos:
-        limit = "not together with a constraint, which says where the answer ends"
-        raise invalid("ignore_eos", True, limit)
-    return Constraint(Language(language), getattr(parameters.constraint, language))
-
-
-def _read_policy(request: router_pb2.GenerateRequest, default: OnExpertUnavailable) -> OnExpertUnavailable:
-    """A request that always wants one expert can have no other: it waits where others get the next best."""
+def _read_policy(
+    request: router_pb2.GenerateRequest,
+    rule: CombineRule,
+    expert_choice: ExpertChoice,
+    default: OnExpertUnavailable,
+) -> OnExpertUnavailable:
+    """Where nobody could stand in for who is not there, turns wait by default."""
     number = request.on_expert_unavailable
     if number and number not in _POLICIES:
         raise invalid("on_expert_unavailable", number, "a value of OnExpertUnavailable")
     policy = _POLICIES.get(number, default)
+    limit = ""
     if policy is OnExpertUnavailable.NEXT_BEST and request.fixed_expert:
-        if number:
-            limit = "not together with fixed_expert: there is no next best of a fixed expert"
-            raise invalid("on_expert_unavailable", policy.value, limit)
-        return OnExpertUnavailable.WAIT
-    return policy
+        limit = "not together with fixed_expert: there is no next best of a fixed expert"
+    elif policy is OnExpertUnavailable.NEXT_BEST and expert_choice is ExpertChoice.RANDOM:
+        limit = "not together with expert_choice = random: there is no next best of a drawn expert"
+    elif rule.asks_several and policy not in (OnExpertUnavailable.WAIT, OnExpertUnavailable.FAIL):
+        limit = f"wait or fail where combine = {rule.value}, of whose models none can be replaced"
+    if limit and number:
+        raise invalid("on_expert_unavailable", policy.value, limit)
+    return OnExpertUnavailable.WAIT if limit else policy
 
 
-def _read_fixed_expert(slot: str, slots: tuple[str, ...]) -> int | None:
+def _read_expert_choice(request: router_pb2.GenerateRequest, rule: CombineRule) -> ExpertChoice:
+    if request.expert_choice not in _EXPERT_CHOICES:
+        raise invalid("expert_choice", request.expert_choice, "a value of ExpertChoice")
+    choice = _EXPERT_CHOICES[request.expert_choice]
+    if choice is ExpertChoice.RANDOM and request.fixed_expert:
+        raise invalid("expert_choice", choice.value, "not together with fixed_expert")
+    if choice is ExpertChoice.RANDOM and rule in (CombineRule.ROUTER, CombineRule.ENSEMBLE):
+        limit = f"not together with combine = {rule.value}, which asks no single expert"
+        raise invalid("expert_choice", choice.value, limit)
+    return choice
+
+
+def _read_fixed_expert(slot: str, rule: CombineRule, slots: tuple[str, ...]) -> int | None:
     if not slot:
         return None
     if slot not in slots:
@@ -366,4 +350,6 @@ def _read_fixed_expert(slot: str, slots: tuple[str, ...]) -> int | None:
             f"fixed_expert = {slot!r} is not a slot of the checkpoint; known: {', '.join(slots)}",
             metadata={"field": "fixed_expert", "limit": ", ".join(slots)},
         )
+    if rule is CombineRule.ENSEMBLE:
+        raise invalid("fixed_expert", slot, "not together with combine = ensemble, which asks all experts")
     return slots.index(slot)

@@ -235,6 +235,13 @@ class TurnRunner:
                 f"the turn of session {self.live.session_id!r} was begun under checkpoint {wanted}, this router serves"
                 f" {self.served.current.offer.checkpoint}",
             )
+        rule = self.live.turn.rule
+        if rule not in serving.offer.rules:  # the base model was taken out of the settings since it began
+            raise SessionStateError(
+                Reason.RULE_NOT_AVAILABLE,
+                f"the turn of session {self.live.session_id!r} was begun under the rule {rule.value!r}, which this"
+                " router cannot serve",
+            )
         return serving
 
     def _draft_of(

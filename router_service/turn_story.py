@@ -78,13 +78,13 @@ class TurnStory:
         return facts
 
     def _tokens_by_slot(self) -> dict[str, int]:
-        """The answer's tokens by who wrote them, `router` for the router alone."""
+        """The answer's tokens by who wrote them, `router` for the router alone, `ensemble` for all experts."""
         slots = self._live.turn.slots
         counts = Counter(
             (record.source, record.expert) for record in (token.record for token in self._live.tokens)
         )
         return {
-            slots[expert] if source is TokenSource.EXPERT else "router": count
+            slots[expert] if source is TokenSource.EXPERT else source.name.lower(): count
             for (source, expert), count in counts.most_common()
         }
 

@@ -40,6 +40,16 @@ class _CombineRuleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CombineRu
     """The chosen expert alone (ablation: routing only)."""
     COMBINE_RULE_ROUTER: _CombineRule.ValueType  # 6
     """The router alone, no expert (ablation)."""
+    COMBINE_RULE_ENSEMBLE: _CombineRule.ValueType  # 7
+    """The mean of all experts' logits, without the router (baseline: uniform logit
+    ensemble). As many expert calls a token as there are experts; of drafting
+    only LOOKUP; a missing expert is waited for, or the turn fails.
+    """
+    COMBINE_RULE_PROXY: _CombineRule.ValueType  # 8
+    """e + r - b with the logits b of a base model (baseline: proxy-tuning). Only
+    where the router's settings name the slot of one. Drafting on request only; a
+    missing model is waited for, or the turn fails.
+    """
 
 class CombineRule(_CombineRule, metaclass=_CombineRuleEnumTypeWrapper):
     """How the logits of expert and router become the fused scores (docs/method.md)."""
@@ -58,7 +68,49 @@ COMBINE_RULE_ROUTE: CombineRule.ValueType  # 5
 """The chosen expert alone (ablation: routing only)."""
 COMBINE_RULE_ROUTER: CombineRule.ValueType  # 6
 """The router alone, no expert (ablation)."""
+COMBINE_RULE_ENSEMBLE: CombineRule.ValueType  # 7
+"""The mean of all experts' logits, without the router (baseline: uniform logit
+ensemble). As many expert calls a token as there are experts; of drafting
+only LOOKUP; a missing expert is waited for, or the turn fails.
+"""
+COMBINE_RULE_PROXY: CombineRule.ValueType  # 8
+"""e + r - b with the logits b of a base model (baseline: proxy-tuning). Only
+where the router's settings name the slot of one. Drafting on request only; a
+missing model is waited for, or the turn fails.
+"""
 Global___CombineRule: _TypeAlias = CombineRule  # noqa: Y015
+
+class _ExpertChoice:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExpertChoiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExpertChoice.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXPERT_CHOICE_UNSPECIFIED: _ExpertChoice.ValueType  # 0
+    """The router."""
+    EXPERT_CHOICE_ROUTED: _ExpertChoice.ValueType  # 1
+    """The router."""
+    EXPERT_CHOICE_RANDOM: _ExpertChoice.ValueType  # 2
+    """A draw: at every token each expert is as likely as any other (baseline). The
+    draw is a pure function of seed and position. Not together with fixed_expert,
+    nor with a rule that asks no expert or all of them, nor with NEXT_BEST.
+    Drafting on request only.
+    """
+
+class ExpertChoice(_ExpertChoice, metaclass=_ExpertChoiceEnumTypeWrapper):
+    """Who says which expert takes part in a token."""
+
+EXPERT_CHOICE_UNSPECIFIED: ExpertChoice.ValueType  # 0
+"""The router."""
+EXPERT_CHOICE_ROUTED: ExpertChoice.ValueType  # 1
+"""The router."""
+EXPERT_CHOICE_RANDOM: ExpertChoice.ValueType  # 2
+"""A draw: at every token each expert is as likely as any other (baseline). The
+draw is a pure function of seed and position. Not together with fixed_expert,
+nor with a rule that asks no expert or all of them, nor with NEXT_BEST.
+Drafting on request only.
+"""
+Global___ExpertChoice: _TypeAlias = ExpertChoice  # noqa: Y015
 
 class _OnExpertUnavailable:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -418,6 +470,7 @@ class GenerateRequest(_message.Message):
     EXACT_FIELD_NUMBER: _builtins.int
     DRAFTING_FIELD_NUMBER: _builtins.int
     ONE_OFF_FIELD_NUMBER: _builtins.int
+    EXPERT_CHOICE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Empty = a new session with a drawn id; a known id = a further turn, whose
     prompt is appended to what the session holds.
@@ -452,6 +505,8 @@ class GenerateRequest(_message.Message):
     """No further turn will follow: the models' memory is given back at once when
     the answer ends, and the session is forgotten soon after.
     """
+    expert_choice: Global___ExpertChoice.ValueType
+    """Who says which expert takes part, where fixed_expert does not."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Used as they are."""
@@ -479,10 +534,11 @@ class GenerateRequest(_message.Message):
         exact: _builtins.bool = ...,
         drafting: Global___Drafting.ValueType = ...,
         one_off: _builtins.bool = ...,
+        expert_choice: Global___ExpertChoice.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "drafting", b"drafting", "exact", b"exact", "fixed_expert", b"fixed_expert", "messages", b"messages", "num_top_candidates", b"num_top_candidates", "on_expert_unavailable", b"on_expert_unavailable", "one_off", b"one_off", "prompt", b"prompt", "request_id", b"request_id", "return_routing_weights", b"return_routing_weights", "sampling", b"sampling", "session_id", b"session_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "drafting", b"drafting", "exact", b"exact", "expert_choice", b"expert_choice", "fixed_expert", b"fixed_expert", "messages", b"messages", "num_top_candidates", b"num_top_candidates", "on_expert_unavailable", b"on_expert_unavailable", "one_off", b"one_off", "prompt", b"prompt", "request_id", b"request_id", "return_routing_weights", b"return_routing_weights", "sampling", b"sampling", "session_id", b"session_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -649,7 +705,9 @@ class Token(_message.Message):
     temperature and filters. Absent where experts sent their highest logits only.
     """
     expert: _builtins.str
-    """Slot of the expert that took part; empty when the router wrote it alone."""
+    """Slot of the expert that took part; empty when the router wrote it alone, or
+    all experts together (COMBINE_RULE_ENSEMBLE).
+    """
     expert_epoch: _builtins.int
     """Epoch of that expert's slot (ExpertEntry.epoch); 0 without one. Within a
     session a slot's epochs never go back.
@@ -1050,7 +1108,9 @@ class ScorePromptRequest(_message.Message):
     NUM_TOP_CANDIDATES_FIELD_NUMBER: _builtins.int
     EXACT_FIELD_NUMBER: _builtins.int
     FROM_POSITION_FIELD_NUMBER: _builtins.int
+    EXPERT_CHOICE_FIELD_NUMBER: _builtins.int
     WAYS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     combine: Global___CombineRule.ValueType
     """How scores are fused."""
@@ -1064,6 +1124,10 @@ class ScorePromptRequest(_message.Message):
     """As in GenerateRequest."""
     from_position: _builtins.int
     """The first token whose score is wanted; those before it are only read."""
+    expert_choice: Global___ExpertChoice.ValueType
+    """Who says which expert takes part, where fixed_expert does not."""
+    seed: _builtins.int
+    """Key of the draws of EXPERT_CHOICE_RANDOM: that of the answer to be judged."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -1085,11 +1149,13 @@ class ScorePromptRequest(_message.Message):
         num_top_candidates: _builtins.int = ...,
         exact: _builtins.bool = ...,
         from_position: _builtins.int = ...,
+        expert_choice: Global___ExpertChoice.ValueType = ...,
         ways: _abc.Iterable[Global___ScoringWay] | None = ...,
+        seed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "exact", b"exact", "fixed_expert", b"fixed_expert", "from_position", b"from_position", "messages", b"messages", "num_top_candidates", b"num_top_candidates", "prompt", b"prompt", "text", b"text", "token_ids", b"token_ids", "ways", b"ways"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "exact", b"exact", "expert_choice", b"expert_choice", "fixed_expert", b"fixed_expert", "from_position", b"from_position", "messages", b"messages", "num_top_candidates", b"num_top_candidates", "prompt", b"prompt", "seed", b"seed", "text", b"text", "token_ids", b"token_ids", "ways", b"ways"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -1105,19 +1171,25 @@ class ScoringWay(_message.Message):
 
     COMBINE_FIELD_NUMBER: _builtins.int
     FIXED_EXPERT_FIELD_NUMBER: _builtins.int
+    EXPERT_CHOICE_FIELD_NUMBER: _builtins.int
     combine: Global___CombineRule.ValueType
     """How scores are fused."""
     fixed_expert: _builtins.str
     """Always use this expert slot instead of the routed one."""
+    expert_choice: Global___ExpertChoice.ValueType
+    """Who says which expert takes part, where fixed_expert does not; with the
+    request's seed.
+    """
     def __init__(
         self,
         *,
         combine: Global___CombineRule.ValueType = ...,
         fixed_expert: _builtins.str = ...,
+        expert_choice: Global___ExpertChoice.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "fixed_expert", b"fixed_expert"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "expert_choice", b"expert_choice", "fixed_expert", b"fixed_expert"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1166,7 +1238,9 @@ class PromptToken(_message.Message):
     first token of a prompt, which nothing predicts.
     """
     expert: _builtins.str
-    """Slot of the expert that took part; empty when the router judged alone."""
+    """Slot of the expert that took part; empty when the router judged alone, or all
+    experts together.
+    """
     @_builtins.property
     def top(self) -> Global___TopCandidates:
         """On request."""
@@ -1259,6 +1333,7 @@ class GetRouterInfoResponse(_message.Message):
     PROMOTION_ERROR_FIELD_NUMBER: _builtins.int
     NUM_RETIRING_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     DEFAULT_ON_EXPERT_UNAVAILABLE_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
     """Fingerprint of the checkpoint: weights, head and manifest."""
     default_combine: Global___CombineRule.ValueType
@@ -1286,6 +1361,10 @@ class GetRouterInfoResponse(_message.Message):
 
     @_builtins.property
     def load(self) -> _common_pb2.Load: ...
+    @_builtins.property
+    def base(self) -> Global___ExpertSlot:
+        """The base model of COMBINE_RULE_PROXY; absent where the settings name none."""
+
     def __init__(
         self,
         *,
@@ -1301,10 +1380,11 @@ class GetRouterInfoResponse(_message.Message):
         promotion_error: _builtins.str = ...,
         num_retiring_checkpoints: _builtins.int = ...,
         default_on_expert_unavailable: Global___OnExpertUnavailable.ValueType = ...,
+        base: Global___ExpertSlot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_combine", b"available_combine", "checkpoint", b"checkpoint", "checkpoint_id", b"checkpoint_id", "default_combine", b"default_combine", "default_on_expert_unavailable", b"default_on_expert_unavailable", "load", b"load", "model", b"model", "num_retiring_checkpoints", b"num_retiring_checkpoints", "num_running_generations", b"num_running_generations", "promotion_error", b"promotion_error", "promotion_revision", b"promotion_revision", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_combine", b"available_combine", "base", b"base", "checkpoint", b"checkpoint", "checkpoint_id", b"checkpoint_id", "default_combine", b"default_combine", "default_on_expert_unavailable", b"default_on_expert_unavailable", "load", b"load", "model", b"model", "num_retiring_checkpoints", b"num_retiring_checkpoints", "num_running_generations", b"num_running_generations", "promotion_error", b"promotion_error", "promotion_revision", b"promotion_revision", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

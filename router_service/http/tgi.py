@@ -25,8 +25,8 @@ from router_service.http.service import RouterApi
 from router_service.http.sse import EventStream, event
 from router_service.http.tgi_answers import TgiAnswer, TgiError, TgiToken, TokenReader
 from router_service.http.tgi_requests import MAX_BEST_OF, TgiRequest, check, turn_of
+from router_service.sampling_request import MAX_STOPS
 from router_service.serving import Serving
-from router_service.turn_request import MAX_STOPS
 
 COMPUTE_TYPE = "fusionroute"
 

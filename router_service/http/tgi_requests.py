@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fusionroute.errors import InvalidRequest, Reason, invalid
 from fusionroute.v1 import router_pb2
 from router_service.request_limits import CHARACTERS_PER_TOKEN
+from router_service.sampling_request import MAX_STOPS
 from router_service.serving import Serving
-from router_service.turn_request import LONG_TEXT_CHARACTERS, MAX_STOPS, MAX_TOP_CANDIDATES
+from router_service.turn_request import LONG_TEXT_CHARACTERS, MAX_TOP_CANDIDATES
 
 DEFAULT_MAX_NEW_TOKENS = 100
 MAX_BEST_OF = 4

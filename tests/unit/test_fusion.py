@@ -18,6 +18,7 @@ from fusionroute.fusion import (
     SeenTokens,
     choose,
     decide,
+    drawn_expert,
     fuse,
     needs_router,
     next_best,
@@ -111,11 +112,11 @@ def test_route_is_the_expert_alone_and_router_the_router_alone() -> None:
 
 
 def test_a_fixed_expert_replaces_the_routed_one_and_alone_needs_no_router() -> None:
-    assert decide(CombineRule.SUM, FULL, SCORES, fixed_expert=2).expert == 2
+    assert decide(CombineRule.SUM, FULL, SCORES, given_expert=2).expert == 2
     assert not needs_router(CombineRule.ROUTE, 2)
     assert needs_router(CombineRule.ROUTE, None)
     assert needs_router(CombineRule.SUM, 2)
-    assert decide(CombineRule.ROUTE, FULL, None, fixed_expert=2).expert == 2
+    assert decide(CombineRule.ROUTE, FULL, None, given_expert=2).expert == 2
 
 
 @pytest.mark.parametrize("rule", [CombineRule.SUM, CombineRule.ROUTE, CombineRule.GATED_SUM])
@@ -149,15 +150,65 @@ def test_under_a_gate_the_router_competes_with_its_weight(rule: CombineRule) -> 
     assert nobody is not None and nobody.expert is None
 
 
-@pytest.mark.parametrize("rule", list(CombineRule))
+@pytest.mark.parametrize("rule", [rule for rule in CombineRule if not rule.asks_several])
 def test_without_its_expert_a_token_is_the_routers(rule: CombineRule) -> None:
     decision, router = decide(rule, FULL, SCORES), row(2)
     assert fuse(rule, without_expert(decision), None, router) is router
 
 
 def test_rules_without_their_gate_are_not_available() -> None:
-    assert HeadLayout(3).available_rules() == (CombineRule.SUM, CombineRule.ROUTE, CombineRule.ROUTER)
-    assert set(FULL.available_rules()) == set(CombineRule)
+    plain = (CombineRule.SUM, CombineRule.ROUTE, CombineRule.ROUTER, CombineRule.ENSEMBLE)
+    assert HeadLayout(3).available_rules() == plain
+    assert set(FULL.available_rules()) == set(CombineRule) - {CombineRule.PROXY}
+    assert set(FULL.available_rules(has_base=True)) == set(CombineRule)
+
+
+def test_an_ensemble_is_the_normalised_geometric_mean_of_all_experts_and_asks_no_router() -> None:
+    assert not needs_router(CombineRule.ENSEMBLE, None)
+    decision = decide(CombineRule.ENSEMBLE, FULL, None)
+    assert (decision.expert, decision.others, len(decision.weights)) == (None, (0, 1, 2), 0)
+    experts = [row(seed) for seed in (1, 2, 3)]
+    before = [each.copy() for each in experts]
+    fused = fuse(CombineRule.ENSEMBLE, decision, None, None, experts)
+    assert fused.dtype == np.float32
+    mean = np.mean([log_softmax(each) for each in experts], axis=0)
+    np.testing.assert_allclose(log_softmax(fused), log_softmax(mean), atol=1e-5)
+    np.testing.assert_array_equal(experts, before)
+
+
+def test_proxy_tuning_adds_the_router_and_takes_the_base_away() -> None:
+    decision = decide(CombineRule.PROXY, FULL, SCORES)
+    assert (decision.expert, decision.others) == (1, (3,))
+    np.testing.assert_allclose(decision.weights, softmax(SCORES[:3]))
+    assert decide(CombineRule.PROXY, FULL, SCORES, given_expert=2).expert == 2
+    e, r, b = row(1), row(2), row(3)
+    fused = fuse(CombineRule.PROXY, decision, e, r, [b])
+    np.testing.assert_array_equal(fused, (e + r) - b)
+    np.testing.assert_array_equal(fuse(CombineRule.PROXY, decision, e, r, [r]), (e + r) - r)
+    np.testing.assert_array_equal((e, r, b), (row(1), row(2), row(3)))
+
+
+def splitmix(value: int) -> int:
+    """The finaliser of splitmix64, of plain numbers."""
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+    return value ^ value >> 31
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**20), st.integers(1, 9))
+def test_a_drawn_expert_is_the_one_with_most_noise_by_definition(seed: int, position: int, n: int) -> None:
+    golden = 0x9E3779B97F4A7C15
+    key = splitmix((seed + splitmix((position + 1) * golden % 2**64)) % 2**64)
+    bits = [splitmix((key + (2**32 + index) * golden) % 2**64) >> 12 for index in range(n)]
+    assert drawn_expert(seed, position, n) == bits.index(max(bits))
+
+
+def test_each_expert_is_drawn_equally_often_and_after_each_other_one() -> None:
+    drawn = np.array([drawn_expert(7, position, 3) for position in range(9000)])
+    pairs = np.bincount(drawn[:-1] * 3 + drawn[1:], minlength=9)
+    expected = 8999 / 9
+    assert ((pairs - expected) ** 2 / expected).sum() < 26.1  # chi-square of 8 degrees of freedom, 1 in 1000
+    assert (drawn != [drawn_expert(8, position, 3) for position in range(9000)]).any()
 
 
 def test_equal_scores_go_to_the_lowest_id() -> None:

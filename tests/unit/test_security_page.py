@@ -17,7 +17,7 @@ from fusionroute import api_keys, grpc_runtime
 from fusionroute.access import API_KEY_VARIABLE, ClientAccess, ServerAccess, TlsFiles
 from fusionroute.private_redis import address_of, connect
 from fusionroute.settings import SHARED_VARIABLES
-from router_service import registry_servicer, request_limits, turn_request
+from router_service import registry_servicer, request_limits, sampling_request, turn_request
 from router_service.settings import RouterSettings
 from trainer.checkpoint_rpcs import MOST_CHECKPOINTS
 from trainer.jobs.job_rpcs import MOST_CONFIG_CHARACTERS, MOST_JOBS
@@ -97,7 +97,7 @@ def test_its_numbers_are_those_of_the_code() -> None:
     for number in (
         api_keys.MAX_KEYS, api_keys.MIN_KEY_CHARACTERS, api_keys.MAX_KEY_CHARACTERS,
         grpc_runtime.MAX_CONCURRENT_STREAMS, request_limits.CHARACTERS_PER_TOKEN, request_limits.MAX_MESSAGES,
-        turn_request.MAX_STOPS, turn_request.MAX_STOP_CHARACTERS, turn_request.MAX_LOGIT_BIASES,
+        sampling_request.MAX_STOPS, sampling_request.MAX_STOP_CHARACTERS, sampling_request.MAX_LOGIT_BIASES,
         turn_request.MAX_TOP_CANDIDATES, checks.MAX_DRAFT_TOKENS, checks.MAX_BATCH_TOKENS, checks.MOST_LISTED,
         checks.MAX_SEQUENCES, registry_servicer.MAX_ADDRESS_CHARACTERS, MOST_CHECKPOINTS, MOST_JOBS,
         MOST_CONFIG_CHARACTERS, grpc_runtime.MAX_MESSAGE_BYTES // 2**20, int(grpc_runtime.HANDSHAKE_TIMEOUT_SECONDS),
