@@ -60,7 +60,8 @@ class Comparison:
     """First minus second, on the same questions of a stratum, paired.
 
     Attributes:
-        num_questions, num_clusters: of each seed.
+        num_questions: of each seed.
+        num_clusters: all seeds together; what is resampled.
         difference: mean difference with the interval of the clustered bootstrap, over seeds too where there are
             several.
         over_seeds: mean with Student's interval over the seeds' differences; None with one seed.

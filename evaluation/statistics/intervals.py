@@ -32,14 +32,24 @@ def wilson_interval(num_right: int, num_items: int, confidence: float = 0.95) ->
     """
     if num_items < 1 or not 0 <= num_right <= num_items:
         raise ValueError(f"{num_right} right of {num_items} items has no share")
+    return wilson_of_share(num_right / num_items, num_items, confidence)
+
+
+def wilson_of_share(share: float, num_items: float, confidence: float = 0.95) -> Estimate:
+    """A share with its Wilson score interval, of so many independent items as it is worth.
+
+    Raises:
+        ValueError: no items, a share or a confidence outside [0, 1].
+    """
+    if not num_items > 0 or not 0.0 <= share <= 1.0:
+        raise ValueError(f"share = {share} of {num_items} items has no interval")
     z = _normal_quantile(confidence)
-    share = num_right / num_items
     scale = 1.0 + z * z / num_items
     centre = (share + z * z / (2 * num_items)) / scale
     spread = share * (1.0 - share) / num_items + z * z / (4 * num_items * num_items)
     half = z * math.sqrt(spread) / scale
-    low = 0.0 if num_right == 0 else centre - half
-    high = 1.0 if num_right == num_items else centre + half
+    low = 0.0 if share == 0.0 else centre - half
+    high = 1.0 if share == 1.0 else centre + half
     return Estimate(share, low, high)
 
 

@@ -75,4 +75,4 @@ def _expanded(z: float, freedom: int) -> float:
         z * ((5 * square + 16) * square + 3) / 96,
         z * (((3 * square + 19) * square + 17) * square - 15) / 384,
     )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+    return z + math.fsum(term / float(freedom) ** power for power, term in enumerate(terms, 1))
