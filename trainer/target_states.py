@@ -15,6 +15,7 @@ from trainer.rows import Labels, RowSet
 from trainer.run_context import RunContext, RunProgress
 
 BATCH_TOKENS = 8192
+CPU_BATCH_TOKENS = 2048  # what stays in a core's cache: in half the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def states_at_targets(
     places = np.cumsum(wanted) - 1
     states: Tensor | None = None
     done, useful = 0, _rows_with(rows, wanted)
-    for batch in _batches(rows, useful):
+    for batch in _batches(rows, useful, CPU_BATCH_TOKENS if model.model.device.type == "cpu" else BATCH_TOKENS):
         context.stop.check()
         ids, lengths, where, flat = _padded(rows, batch)
         hidden = model.hidden(ids, lengths)
@@ -106,11 +107,11 @@ def _rows_with(rows: RowSet, wanted: NDArray[np.bool_]) -> NDArray[np.int64]:
     return useful[np.argsort(rows.lengths[useful], kind="stable")]
 
 
-def _batches(rows: RowSet, order: NDArray[np.int64]) -> Iterator[Sequence[int]]:
-    """Rows of like length together, at most BATCH_TOKENS padded tokens at a time."""
+def _batches(rows: RowSet, order: NDArray[np.int64], batch_tokens: int) -> Iterator[Sequence[int]]:
+    """Rows of like length together, at most `batch_tokens` padded tokens at a time."""
     batch: list[int] = []
     for index in order:
-        if batch and (len(batch) + 1) * int(rows.lengths[index]) > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * int(rows.lengths[index]) > batch_tokens:
             yield batch
             batch = []
         batch.append(int(index))
