@@ -62,12 +62,12 @@ def check_vocabulary(router: ExpertRecord, experts: Sequence[ExpertRecord]) -> N
 
 
 def load_trained(folder: Path, device: str) -> tuple[FrozenModel, Heads]:
-    """What the training loop has left in the folder of a run: the router, frozen, and its routing head."""
+    """What the training loop has left in the folder of a run: the router, frozen, and the heads that learnt with it."""
     from safetensors.torch import load_file
 
     trained = folder / TRAINED_FOLDER
     tensors = load_file(trained / HEAD_FILE)
-    heads = Heads(tensors["routing.weight"].float(), tensors["routing.bias"].float())
+    heads = Heads.from_tensors(tensors, *tensors["routing.weight"].shape)
     return FrozenModel.load(str(trained), "router", device), heads
 
 

@@ -22,6 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fusionroute.errors import InvalidRequest, Reason
+from trainer.gates_table import FittedGates, GatesTable
 from trainer.remote_table import Remote
 
 Count = Annotated[int, Field(ge=1)]
@@ -153,18 +154,6 @@ class SftLossTable(_Table):
     tokens: Literal["informative", "all"] = Field(
         default="informative", description="L_expert over S, where the experts disagree, or over all targets."
     )
-
-
-class GatesTable(_Table):
-    """Method section 6: heads trained after the router, on hidden states that stand still."""
-
-    enabled: bool = Field(default=True, description="Train gates.")
-    sum_gate: bool = Field(default=True, description="The one-row gate of `gated_sum`; needs the experts here.")
-    max_targets: Count = Field(default=200_000, description="Targets whose hidden states are kept in memory.")
-    num_steps: Count = Field(default=400, description="Optimiser steps.")
-    batch_targets: Count = Field(default=288, description="Targets of one step.")
-    learning_rate: Rate = Field(default=1e-2, description="After the warm-up; then cosine to a tenth.")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=20, description="Linear.")
 
 
 class CdpoLossTable(_Table):
@@ -323,6 +312,9 @@ class SftJob(_RouterJob):
     """`fusionroute train sft`: `router` is a causal LM of the experts' vocabulary."""
 
     kind = JobKind.SFT
+    routing: Literal["fresh", "kept"] = Field(
+        default="fresh", description="`kept`: the routing head of `router`, a checkpoint for these experts, learns on."
+    )
     sft: SftLossTable = SftLossTable()
 
 
@@ -331,6 +323,7 @@ class CdpoJob(_RouterJob):
 
     kind = JobKind.CDPO
     pairs: DataTable
+    gates: FittedGates = GatesTable()
     sft: SftLossTable = SftLossTable()
     cdpo: CdpoLossTable = CdpoLossTable()
     mixed: MixedLossTable = MixedLossTable()

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fusionroute.router_model import Heads
-from trainer.config import GatesTable
 from trainer.frozen_models import FrozenModel
-from trainer.gates import fit, zero_head
+from trainer.gate_head import zero_head
+from trainer.gates import fit
+from trainer.gates_table import GatesTable
 from trainer.losses import expert_loss, gate_loss, informative_tokens
 from trainer.rows import Labels, RowSet
 from trainer.run_context import RunContext
@@ -79,9 +80,10 @@ def extend_heads(
     shares = _even_shares([int(domain.informative.sum()) for domain in domains], [len(d.sample) for d in domains])
     learnt = torch.nonzero(informative)[:, 0]
     old_routing = nn.functional.linear(hidden, heads.routing_weight.float(), heads.routing_bias.float())
-    old_gate = _gate_scores(heads, hidden)
+    of_gate = heads.gate_inputs(hidden)
+    old_gate = _gate_scores(heads, of_gate)
     routing_row = _competing_row(hidden, old_routing[learnt])
-    gate_row = None if old_gate is None else _competing_row(hidden, old_gate[learnt])
+    gate_row = None if old_gate is None else _competing_row(of_gate, old_gate[learnt])
 
     def losses_at(flat: Tensor) -> dict[str, Tensor]:
         at = learnt[flat]
@@ -91,7 +93,7 @@ def extend_heads(
         scores = torch.cat([old_routing[at], routing_row(states)], dim=1)
         parts = {"expert_loss": _weighted(scores, gold_logprobs[at], weights)}
         if gate_row is not None and old_gate is not None:
-            u = torch.cat([old_gate[at, :-1], gate_row(states), old_gate[at, -1:]], dim=1)
+            u = torch.cat([old_gate[at, :-1], gate_row(of_gate[at]), old_gate[at, -1:]], dim=1)
             parts["gate_loss"] = gate_loss(u, gold_logprobs[at], router_gold[at], all_count)
         return parts
 
@@ -152,10 +154,10 @@ def _weighted(scores: Tensor, gold_logprobs: Tensor, weights: Tensor) -> Tensor:
     return -(weights * torch.logsumexp(torch.log_softmax(scores, dim=1) + gold_logprobs, dim=1)).mean()
 
 
-def _gate_scores(heads: Heads, hidden: Tensor) -> Tensor | None:
+def _gate_scores(heads: Heads, inputs: Tensor) -> Tensor | None:
     if heads.gate_weight is None or heads.gate_bias is None:
         return None
-    return nn.functional.linear(hidden, heads.gate_weight.float(), heads.gate_bias.float())
+    return nn.functional.linear(inputs, heads.gate_weight.float(), heads.gate_bias.float())
 
 
 def _with_rows(heads: Heads, routing_row: nn.Linear, gate_row: nn.Linear | None) -> Heads:

@@ -8,11 +8,12 @@ from typing import Any
 
 from fusionroute.errors import invalid
 from trainer.checkpoints import check_vocabulary, finished, parent_checkpoint, write_checkpoint
-from trainer.config import ExtendJob, GatesTable
+from trainer.config import ExtendJob
 from trainer.data import load_texts
 from trainer.devices import device_of
 from trainer.extend import Domain, effect_note, extend_heads
 from trainer.frozen_models import FrozenModel
+from trainer.gates_table import GatesTable
 from trainer.labelling import find_experts
 from trainer.phases import Labelled, data_facts, labelled, switches_of
 from trainer.run_context import RunContext, RunProgress, RunResult

@@ -3,14 +3,15 @@
     mixture gate   G: hidden -> n + 1, the last row is the router itself; needs the cached labels alone
     sum gate       one row that scales the complement; needs the routed expert's logits, so its hidden states
 
-Hidden states are kept, rows of logits never: each step computes those of its own batch.
+Hidden states are kept, rows of logits never: each step computes those of its own batch. A mixture gate that reaches
+the router has been trained with it by the loop, and stays as it is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from fusionroute.errors import Reason, TrainingFailed
 from fusionroute.router_model import Heads
-from trainer.config import GatesTable
 from trainer.frozen_models import FrozenModel
+from trainer.gate_head import GateHead, with_gate
+from trainer.gates_table import GatesTable
 from trainer.losses import gate_loss, sum_gate_loss
 from trainer.rows import Labels, RowSet
 from trainer.run_context import RunContext, RunProgress
@@ -80,7 +82,7 @@ def train_gates(
 
     Args:
         router: the router, frozen.
-        heads: its routing head; gates it may have are replaced.
+        heads: its routing head; gates it may have are replaced, but for one that `table` says has learnt with it.
         rows, labels: what it was trained on.
         load_expert: for the sum gate; None leaves that one out.
 
@@ -93,22 +95,24 @@ def train_gates(
     """
     sample = TargetSample.draw(rows, labels, table.max_targets, seed)
     if len(sample) == 0:
-        return replace(heads, gate_weight=None, gate_bias=None, sum_gate_weight=None, sum_gate_bias=None), {}
+        return with_gate(with_gate(heads, "gate", None), "sum_gate", None), {}
     hidden = states_at_targets(router, sample.rows, context, stage="gates: router")
     router_gold = gold_logprobs_at_targets(router, hidden, sample.gold)
     num_experts = sample.gold_logprobs.shape[1]
-    gate = zero_head(hidden.shape[1], num_experts + 1)
+    gate = None if table.reaches_router else GateHead(hidden.shape[1], num_experts + 1, table, seed)
     sum_gate = routed = None
     if load_expert is not None:
         routes = nn.functional.linear(hidden, heads.routing_weight.float(), heads.routing_bias.float()).argmax(1)
         routed = _routed_states(routes, num_experts, sample, load_expert, context)
-        sum_gate = zero_head(hidden.shape[1], 1)
+        sum_gate = GateHead(hidden.shape[1], 1, table, seed + 1)
 
     def losses_at(flat: Tensor) -> dict[str, Tensor]:
         states, all_count = hidden[flat], torch.ones(len(flat), dtype=torch.bool)
-        parts = {
-            "gate_loss": gate_loss(gate(states), sample.gold_logprobs[flat], router_gold[flat], all_count)
-        }
+        parts: dict[str, Tensor] = {}
+        if gate is not None:
+            parts["gate_loss"] = gate_loss(
+                gate(states), sample.gold_logprobs[flat], router_gold[flat], all_count
+            )
         if sum_gate is not None and routed is not None:
             with torch.no_grad():
                 expert_rows = routed.rows(flat)
@@ -119,21 +123,12 @@ def train_gates(
             )
         return parts
 
-    trained = [gate] if sum_gate is None else [gate, sum_gate]
-    parameters = [parameter for head in trained for parameter in head.parameters()]
+    parameters = [parameter for head in (gate, sum_gate) if head is not None for parameter in head.parameters()]
     # the gates share no parameters, so one optimiser and one sum of losses trains each as if it were alone
-    metrics = fit(parameters, losses_at, len(sample), table, seed, context, stage="gates")
-    return _with_gates(heads, gate, sum_gate), metrics
-
-
-def _with_gates(heads: Heads, gate: nn.Linear, sum_gate: nn.Linear | None) -> Heads:
-    return replace(
-        heads,
-        gate_weight=gate.weight.detach(),
-        gate_bias=gate.bias.detach(),
-        sum_gate_weight=None if sum_gate is None else sum_gate.weight.detach(),
-        sum_gate_bias=None if sum_gate is None else sum_gate.bias.detach(),
-    )
+    metrics = fit(parameters, losses_at, len(sample), table, seed, context, stage="gates") if parameters else {}
+    if gate is not None:
+        heads = with_gate(heads, "gate", dict(gate.named_parameters()))
+    return with_gate(heads, "sum_gate", None if sum_gate is None else dict(sum_gate.named_parameters())), metrics
 
 
 def _routed_states(
@@ -150,14 +145,6 @@ def _routed_states(
         states.append(states_at_targets(expert, sample.rows, context, stage=stage, kept=mine))
         heads.append(expert.head)
     return RoutedStates(states, places, routes, heads)
-
-
-def zero_head(hidden_size: int, num_outputs: int) -> nn.Linear:
-    """A linear layer that says 0 to everything, in fp32."""
-    head = nn.Linear(hidden_size, num_outputs)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
 
 
 def fit(

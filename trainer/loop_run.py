@@ -110,8 +110,11 @@ def _backend(device: torch.device) -> str | None:
 
 def _module(inputs: LoopInputs, device: str, *, switches: bool = True) -> RouterModule:
     config = inputs.config
-    routing = _routing_of(inputs.router) if isinstance(config, CdpoJob) else None
-    module = RouterModule.load(inputs.router, len(config.experts), config.training, routing, device)
+    keeps_routing = isinstance(config, CdpoJob) or config.routing == "kept"
+    routing = _routing_of(inputs.router) if keeps_routing else None
+    module = RouterModule.load(
+        inputs.router, len(config.experts), config.training, routing, device, gates=config.gates
+    )
     if switches:
         cdpo = config.cdpo if isinstance(config, CdpoJob) else CdpoLossTable()
         needs_experts = inputs.pairs is not None and cdpo.policy == "normalised"

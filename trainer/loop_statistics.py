@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from trainer.losses import PairMargins
 
-PARTS = ("lm", "expert", "cdpo")
+PARTS = ("lm", "expert", "cdpo", "gate")
+"""Parts of the loss; a router that trains no gate has the first three."""
 _TALLIES = ("targets", "informative", "chosen_targets", "rejected_targets", "tokens")
 _PAIRS = (
     "pairs",
@@ -81,13 +82,13 @@ def named(statistics: Sequence[float], part_sums: Sequence[float], slots: Sequen
 
     Args:
         statistics: summed vectors of all forwards and processes.
-        part_sums: ``[3]`` sums of L_LM, L_expert, L_CDPO.
+        part_sums: ``[3]`` sums of L_LM, L_expert, L_CDPO, or ``[4]`` with L_gate.
         slots: of the experts.
     """
     total = dict(zip(_FIXED, statistics, strict=False))
     shares = statistics[len(_FIXED) :]
     metrics: dict[str, float] = {}
-    for part, value, count in zip(PARTS, part_sums, _part_counts(total), strict=True):
+    for part, value, count in zip(PARTS, part_sums, _part_counts(total), strict=False):
         if count > 0:
             metrics[f"loss/{part}"] = value / count
     if (routed := sum(shares)) > 0:
@@ -96,8 +97,8 @@ def named(statistics: Sequence[float], part_sums: Sequence[float], slots: Sequen
     return metrics | _of_pairs(total)
 
 
-def _part_counts(total: dict[str, float]) -> tuple[float, float, float]:
-    return total["targets"], total["informative"], total["pairs"]
+def _part_counts(total: dict[str, float]) -> tuple[float, float, float, float]:
+    return total["targets"], total["informative"], total["pairs"], total["targets"]
 
 
 def _of_pairs(total: dict[str, float]) -> dict[str, float]:

@@ -59,9 +59,13 @@ def labelled(
 def with_gates(
     config: SftJob | CdpoJob, given: Labelled, router: FrozenModel, routing: Heads, device: str, context: RunContext
 ) -> tuple[Heads, dict[str, float]]:
-    """The routing head and gates fitted to this router's hidden states, if they are wanted, and their last losses.
+    """The heads with gates fitted to this router's hidden states, if they are wanted, and their last losses.
 
-    Gates of an earlier phase are never kept: after phase II they read hidden states that have moved.
+    Gates of an earlier phase are never kept: after phase II they read hidden states that have moved. One that has
+    learnt with the router is of this phase.
+
+    Args:
+        routing: what the loop has trained: the routing head, and such a gate.
     """
     if not config.gates.enabled:
         return routing, {}

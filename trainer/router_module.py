@@ -2,6 +2,7 @@
 
     ids [B, L] -> LM -> hidden states at the targets [T, H] -+-> log-probabilities of the targets [T]   (in chunks)
                                                              +-> routing scores [T, n]
+                                                             +-> gate scores [T, n + 1], where a gate learns with it
 
 `forward` returns sums; what they are divided by is known to the loop alone, which sees all micro-batches and processes.
 Everything that has parameters is called in `forward`, so that DDP and FSDP find it.
@@ -23,15 +24,19 @@ from fusionroute.vocabulary import check_location, first_line, load_tokenizer, l
 from trainer.batches import Batch, PaddedRows
 from trainer.config import CdpoLossTable, LoraTable, SftLossTable, TrainingTable
 from trainer.frozen_models import FrozenModel
+from trainer.gate_head import GateHead
+from trainer.gates_table import GatesTable
 from trainer.loop_statistics import pair_statistics, target_statistics
-from trainer.losses import cdpo_loss, expert_loss, gold_loss, logprobs_at, pair_margins, routes_of
+from trainer.losses import cdpo_loss, expert_loss, gate_loss, gold_loss, logprobs_at, pair_margins, routes_of
 from trainer.vocabulary_head import VocabularyHead, final_hidden, fused_log_partition
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROUTING = "routing."
-"""How the names of the routing head's parameters begin; all others belong to the LM."""
+"""How the names of the routing head's parameters begin."""
+GATE = "gate."
+"""How those of the gate begin; all others belong to the LM."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,8 @@ class PartSums(NamedTuple):
     """Sums over one batch, each attached to the graph even where nothing was summed.
 
     Attributes:
-        parts: ``[3]`` sums of L_LM over targets, of L_expert over informative targets, of L_CDPO over pairs.
+        parts: ``[3]`` sums of L_LM over targets, of L_expert over informative targets, of L_CDPO over pairs; ``[4]``
+            with that of L_gate over targets, where there is a gate.
         statistics: ``[S]`` float32, as `trainer.loop_statistics` names them; no gradient.
     """
 
@@ -71,6 +77,7 @@ class RouterModule(nn.Module):
         tokenizer: of the LM, saved beside it.
         table: precision, gradient checkpointing, chunk_tokens.
         stored_dtype: of the weights before training; the trained ones are stored in it too.
+        gate: learns with the router, whose hidden states its gradient reaches; None = gates come later, or never.
     """
 
     def __init__(
@@ -81,10 +88,12 @@ class RouterModule(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         table: TrainingTable,
         stored_dtype: torch.dtype,
+        gate: GateHead | None = None,
     ) -> None:
         super().__init__()
         self.lm = lm
         self.routing = routing
+        self.gate = gate
         self.tokenizer = tokenizer
         self.stored_dtype = stored_dtype
         self.switches = LossSwitches()
@@ -101,6 +110,7 @@ class RouterModule(nn.Module):
         table: TrainingTable,
         routing: tuple[Tensor, Tensor] | None = None,
         device: str | torch.device = "cpu",
+        gates: GatesTable | None = None,
     ) -> RouterModule:
         """A router to be trained.
 
@@ -110,6 +120,7 @@ class RouterModule(nn.Module):
             table: precision, gradient checkpointing, LoRA, chunk_tokens.
             routing: weight ``[n, H]`` and bias ``[n]``; None = zeros, all experts alike.
             device: a torch device.
+            gates: shape of the gate that learns with the router, if they say that one does.
 
         Raises:
             ModelRejected: MODEL_NOT_FOUND, MODEL_BROKEN, MODEL_UNSUPPORTED or VOCABULARY_MISMATCH, naming the model.
@@ -125,7 +136,10 @@ class RouterModule(nn.Module):
         lm = lm.to(device)
         head = VocabularyHead.of(lm, logits_width(tokenizer))
         linear = _routing_head(hidden_size, num_experts, routing).to(device)
-        return cls(lm, linear, head, tokenizer, table, stored_dtype)
+        gate = None
+        if gates is not None and gates.learn_with_router:
+            gate = GateHead(hidden_size, num_experts + 1, gates, table.seed).to(device)
+        return cls(lm, linear, head, tokenizer, table, stored_dtype, gate)
 
     @property
     def device(self) -> torch.device:
@@ -143,8 +157,8 @@ class RouterModule(nn.Module):
     def forward(self, batch: Batch) -> PartSums:
         """Sums over a batch.
 
-        The routing scores of SFT rows are not detached: routing head and LM both learn from L_expert. Pairs use
-        detached scores, so they leave the routing head alone.
+        The routing scores of SFT rows are not detached: routing head and LM both learn from L_expert, and gate and LM
+        from L_gate. Pairs use detached scores, so they leave the routing head alone.
         """
         with self._precision(batch.ids.device):
             hidden = _at(final_hidden(self.lm, batch.ids), batch.cells)
@@ -167,8 +181,16 @@ class RouterModule(nn.Module):
                 parts.append(cdpo_sum)
             else:
                 parts.append(lm_sum.new_zeros(()))
+            if self.gate is not None:
+                parts.append(self._gate_sum(self.gate, batch, hidden[:split], gold_logprobs[:split]))
             statistics = target_statistics(batch.tallies, scores.detach(), of_pairs)
         return PartSums(torch.stack(parts), statistics)
+
+    @staticmethod
+    def _gate_sum(gate: GateHead, batch: Batch, hidden: Tensor, router_gold: Tensor) -> Tensor:
+        """Sum of L_gate over the targets of SFT rows; what the router itself says of them has no gradient."""
+        of_experts, every = batch.gold_logprobs[: len(hidden)], torch.ones_like(router_gold, dtype=torch.bool)
+        return gate_loss(gate(hidden), of_experts, router_gold, every, denominator=1.0)
 
     def _cdpo(
         self, batch: Batch, hidden: Tensor, gold_logprobs: Tensor, scores: Tensor

@@ -3,7 +3,7 @@
 One optimiser step:
 
     for each of accumulation_steps micro-batches
-        sums of L_LM, L_expert, L_CDPO <- RouterModule.forward
+        sums of L_LM, L_expert, L_CDPO, L_gate <- RouterModule.forward
         backward of world_size * sum over parts of weight * sum / count over the whole step
     clip, AdamW, schedule
     look: finite? time to log, to save? asked to stop?
@@ -27,11 +27,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from fusionroute.errors import Reason, TrainingFailed
 from trainer.batches import Batch, BatchMaker
 from trainer.config import CdpoJob, SftJob, TrainingTable
+from trainer.gates_table import GatesTable
 from trainer.loop_log import LoopLog
 from trainer.loop_statistics import PARTS, named, num_statistics, num_tokens
 from trainer.process_group import ProcessGroup
 from trainer.resume import Resumable
-from trainer.router_module import ROUTING, RouterModule
+from trainer.router_module import GATE, ROUTING, RouterModule
 from trainer.run_context import Stop, Stopped
 from trainer.step_plan import StepPlan
 from trainer.training_state import StateFolder
@@ -45,18 +46,19 @@ _GO_ON, _STOP, _SAVE_AND_STOP = range(3)
 
 @dataclass(frozen=True, slots=True)
 class PartWeights:
-    """Factors of L_LM, L_expert and L_CDPO in the loss."""
+    """Factors of L_LM, L_expert, L_CDPO and, where a gate learns with the router, L_gate in the loss."""
 
     lm: float
     expert: float
     cdpo: float
+    gate: float | None = None
 
     @classmethod
     def of(cls, config: SftJob | CdpoJob) -> PartWeights:
-        """Phase I: 1, lambda, 0. Phase II: as `mixed.sft_loss` says, and 1."""
+        """Phase I: 1, lambda, 0, and that of the gate. Phase II: as `mixed.sft_loss` says, and 1."""
         weight = config.sft.expert_weight
         if isinstance(config, SftJob):
-            return cls(1.0, weight, 0.0)
+            return cls(1.0, weight, 0.0, config.gates.loss_weight if config.gates.learn_with_router else None)
         match config.mixed.sft_loss:
             case "expert":
                 return cls(0.0, weight, 1.0)
@@ -65,9 +67,10 @@ class PartWeights:
             case "sft":
                 return cls(1.0, weight, 1.0)
 
-    def as_tuple(self) -> tuple[float, float, float]:
-        """In the order of `PARTS`."""
-        return self.lm, self.expert, self.cdpo
+    def as_tuple(self) -> tuple[float, ...]:
+        """In the order of `PARTS`, of which the last may be absent."""
+        weights = (self.lm, self.expert, self.cdpo)
+        return weights if self.gate is None else (*weights, self.gate)
 
 
 class Steps:
@@ -121,7 +124,7 @@ class RouterTrainer(Trainer):  # type: ignore[misc]  # untyped
         self._resume_from = states.newest()
         self._weights = PartWeights.of(config).as_tuple()
         self._slots = list(config.experts)
-        self._window = _Window(module.device, len(self._slots))
+        self._window = _Window(module.device, len(self._weights), len(self._slots))
         self._looked_at_step = 0
 
     def get_train_dataloader(self) -> Any:
@@ -135,8 +138,8 @@ class RouterTrainer(Trainer):  # type: ignore[misc]  # untyped
         return [next(epoch_iterator) for _ in range(num_batches)], None
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """AdamW: no decay of vectors, the routing head at its own rate."""
-        groups = parameter_groups(self.model if model is None else model, self._config.training)
+        """AdamW: no decay of vectors, routing head and gate at rates of their own."""
+        groups = parameter_groups(self.model if model is None else model, self._config.training, self._config.gates)
         fused = self._module.device.type in ("cpu", "cuda")
         self.optimizer: Optimizer = AdamW(groups, betas=self._config.training.betas, fused=fused)
         return self.optimizer
@@ -156,8 +159,9 @@ class RouterTrainer(Trainer):  # type: ignore[misc]  # untyped
         """This micro-batch's part of the step's loss."""
         sums = model(inputs)
         self._window.add(sums.parts, sums.statistics, inputs.step)
-        counts = (inputs.counts.targets, inputs.counts.informative, inputs.counts.pairs)
-        factors = [weight / max(1, count) for weight, count in zip(self._weights, counts, strict=True)]
+        of = inputs.counts
+        counts = (of.targets, of.informative, of.pairs, of.targets)
+        factors = [weight / max(1, count) for weight, count in zip(self._weights, counts, strict=False)]
         loss = (sums.parts * sums.parts.new_tensor(factors)).sum() * self._group.world_size
         return (loss, sums) if return_outputs else loss
 
@@ -207,7 +211,7 @@ class RouterTrainer(Trainer):  # type: ignore[misc]  # untyped
         if self._log is None:
             return
         metrics = named(statistics, parts, self._slots)
-        of_parts = [metrics.get(f"loss/{part}", 0.0) for part in PARTS]
+        of_parts = [metrics.get(f"loss/{part}", 0.0) for part in PARTS[: len(self._weights)]]
         loss = sum(weight * value for weight, value in zip(self._weights, of_parts, strict=True))
         rate = float(learning_rate if learning_rate is not None else self._get_learning_rate())
         metrics = {"loss": loss, **metrics, "gradient_norm": grad_norm, "learning_rate": rate}
@@ -231,28 +235,29 @@ class _RestoreState(TrainerCallback):  # type: ignore[misc]  # untyped
 class _Window:
     """What the forwards since the last log have given, on the device until it is asked for."""
 
-    def __init__(self, device: torch.device, num_experts: int) -> None:
-        self._parts = torch.zeros(len(PARTS), device=device)
+    def __init__(self, device: torch.device, num_parts: int, num_experts: int) -> None:
+        self._names = (*PARTS[:num_parts], "gradient")
+        self._parts = torch.zeros(num_parts, device=device)
         self._statistics = torch.zeros(num_statistics(num_experts), device=device)
-        self._bad = torch.full((len(PARTS) + 1,), _NEVER, device=device)
+        self._bad = torch.full((num_parts + 1,), _NEVER, device=device)
 
     def add(self, parts: Tensor, statistics: Tensor, step: int) -> None:
         """What one forward gave."""
         parts = parts.detach()
         self._parts += parts
         self._statistics += statistics
-        self._note(self._bad[: len(PARTS)], parts, step)
+        self._note(self._bad[:-1], parts, step)
 
     def note_gradient(self, grad_norm: Tensor, step: int) -> None:
         """The norm of a step's gradient."""
-        self._note(self._bad[len(PARTS) :], grad_norm.to(self._bad.device).reshape(1), step)
+        self._note(self._bad[-1:], grad_norm.to(self._bad.device).reshape(1), step)
 
     def check_finite(self, group: ProcessGroup) -> None:
         """Raises TrainingFailed (LOSS_NOT_FINITE), naming first step and part, where something was not finite."""
         first = group.smallest(self._bad).tolist()
         step = min(first)
         if step != _NEVER:
-            part = (*PARTS, "gradient")[first.index(step)]
+            part = self._names[first.index(step)]
             what = "the gradient" if part == "gradient" else f"loss/{part}"
             raise TrainingFailed(
                 Reason.LOSS_NOT_FINITE,
@@ -265,7 +270,7 @@ class _Window:
         both = group.sum(torch.cat([self._parts, self._statistics])).tolist()
         self._parts.zero_()
         self._statistics.zero_()
-        return both[: len(PARTS)], both[len(PARTS) :]
+        return both[: len(self._parts)], both[len(self._parts) :]
 
     @staticmethod
     def _note(bad: Tensor, values: Tensor, step: int) -> None:
@@ -281,19 +286,23 @@ def learning_rate_share(step: int, num_steps: int, table: TrainingTable) -> floa
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def parameter_groups(module: nn.Module, table: TrainingTable) -> list[dict[str, Any]]:
-    """Groups for AdamW: LM and routing head, each with matrices (decayed) and vectors (not)."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+def parameter_groups(
+    module: nn.Module, table: TrainingTable, gates: GatesTable | None = None
+) -> list[dict[str, Any]]:
+    """Groups for AdamW: LM and routing head, the matrices of both decayed, and a gate."""
+    rates = {
+        "": table.learning_rate,
+        ROUTING: table.learning_rate * table.head_learning_rate_factor,
+        GATE: (gates or GatesTable()).learning_rate,
+    }
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith(ROUTING), parameter.dim() > 1), []).append(parameter)
+            head = next((head for head in (ROUTING, GATE) if name.startswith(head)), "")
+            groups.setdefault((head, head != GATE and parameter.dim() > 1), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "lr": table.learning_rate * (table.head_learning_rate_factor if is_head else 1.0),
-            "weight_decay": table.weight_decay if is_matrix else 0.0,
-        }
-        for (is_head, is_matrix), parameters in groups.items()
+        {"params": parameters, "lr": rates[head], "weight_decay": table.weight_decay if is_decayed else 0.0}
+        for (head, is_decayed), parameters in groups.items()
     ]
 
 

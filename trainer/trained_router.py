@@ -2,7 +2,7 @@
 
 trained/
     config.json, model.safetensors, tokenizer files
-    routing_head.safetensors     routing.weight, routing.bias
+    routing_head.safetensors     routing.weight, routing.bias, and of a gate that has learnt with it gate.*
     loop.json                    the loop's outcome
     COMPLETE                     written last
 """
@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusionroute.router_model import HEAD_FILE, Heads
+from trainer.gate_head import with_gate
 from trainer.process_group import ProcessGroup
 from trainer.resume import whole
-from trainer.router_module import ROUTING, RouterModule
+from trainer.router_module import GATE, ROUTING, RouterModule
 from trainer.training_state import COMPLETE_FILE, publish, storage_errors
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def write_trained(
     has_adapters = hasattr(module.lm, "merge_and_unload")
     names = module.trainable() if has_adapters else _all_weights(module)
     weights = _collected(names, module.stored_dtype, keep=group.is_first, cast=not has_adapters)
-    routing = {name: whole(value).cpu().float() for name, value in module.routing.named_parameters()}
+    heads = _heads(module)
     if group.is_first:
         staged = folder.with_name(f".{folder.name}-staged")
         shutil.rmtree(staged, ignore_errors=True)
@@ -83,11 +84,22 @@ def write_trained(
                 module.lm.save_pretrained(staged, state_dict=weights)
                 _declare_dtype(staged, module.stored_dtype)
             module.tokenizer.save_pretrained(staged)
-            save_file(Heads(routing["weight"], routing["bias"]).tensors(), staged / HEAD_FILE)
+            save_file(heads.tensors(), staged / HEAD_FILE)
             (staged / OUTCOME_FILE).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             publish(staged, folder)
     group.wait_for_all()
+
+
+def _heads(module: RouterModule) -> Heads:
+    """Whole tensors on the CPU. All processes take part."""
+    routing = _whole_parameters(module.routing)
+    heads = Heads(routing["weight"], routing["bias"])
+    return heads if module.gate is None else with_gate(heads, "gate", _whole_parameters(module.gate))
+
+
+def _whole_parameters(head: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(value).cpu().float() for name, value in head.named_parameters()}
 
 
 def _all_weights(module: RouterModule) -> dict[str, Tensor]:
@@ -116,7 +128,7 @@ def _collected(
 @torch.no_grad()
 def _merged(fresh: RouterModule, adapters: Mapping[str, Tensor]) -> PreTrainedModel:
     for name, target in fresh.trainable().items():
-        if not name.startswith(ROUTING):
+        if not name.startswith((ROUTING, GATE)):
             target.copy_(adapters[name])
     merged: PreTrainedModel = fresh.lm.merge_and_unload(safe_merge=True)
     return merged

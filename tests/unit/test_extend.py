@@ -8,9 +8,9 @@ import torch
 
 from fusionroute.router_model import Heads
 from tests.tiny_models import save_tiny_model
-from trainer.config import GatesTable
 from trainer.extend import Domain, effect_note, extend_heads
 from trainer.frozen_models import FrozenModel
+from trainer.gates_table import GatesTable
 from trainer.rows import Labels, Row, RowSet
 from trainer.run_context import RunContext
 

@@ -9,9 +9,9 @@ import torch
 from fusionroute.errors import FusionRouteError, Reason
 from fusionroute.router_model import Heads
 from tests.tiny_models import save_tiny_model
-from trainer.config import GatesTable
 from trainer.frozen_models import FrozenModel
 from trainer.gates import _routed_states, train_gates
+from trainer.gates_table import GatesTable
 from trainer.rows import Labels, Row, RowSet
 from trainer.run_context import RunContext, Stop, Stopped
 from trainer.target_states import TargetSample, states_at_targets
