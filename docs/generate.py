@@ -153,6 +153,10 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "`fusionroute checkpoints list` shows them.",
     ),
     Reason.NOTHING_TO_ROLL_BACK: ("No checkpoint was promoted before the current one.", "Promote one by its id."),
+    Reason.SANDBOX_WEAK: (
+        "The kernel does not offer what keeps a model's program from files and network.",
+        "See [tasks.md](tasks.md#the-sandbox); the message says what is missing.",
+    ),
     Reason.NON_FINITE_LOGITS: ("The model computed NaN or infinity.", "Check the weights and the dtype."),
     Reason.INTERNAL: ("A fault of the service itself.", "See its log; the message carries an id to find it."),
 }
