@@ -56,6 +56,8 @@ class RemoteSampling:
     Attributes:
         temperature: 0 = greedy.
         seed: None = the server's choice.
+        json_schema: the answer shall be JSON of this schema; None = text. Only messages can be answered so, and not
+            every server can: one that cannot refuses, or ignores it.
     """
 
     max_tokens: int
@@ -63,6 +65,7 @@ class RemoteSampling:
     top_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    json_schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +191,7 @@ class RemoteModel:
             top_p=sampling.top_p,
             seed=_small(sampling.seed),
             stop=list(sampling.stop) or None,
+            response_format=_response_format(sampling.json_schema, self.api),
         )
         choice = answer.choices[0]
         return RemoteAnswer(choice.message.content or "", _ending(choice.finish_reason))
@@ -281,6 +285,22 @@ def _key(file: Path | None) -> str:
 
 def _ending(reason: str | None) -> RemoteEnding:
     return RemoteEnding.CUT if reason == "length" else RemoteEnding.ENDED
+
+
+class _AsItIs(dict[str, Any]):
+    """A response format that the library sends on: one whose type it can look up it rewrites into TGI's form."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Nothing."""
+        return default
+
+
+def _response_format(schema: Mapping[str, Any] | None, api: RemoteApi) -> Any:
+    """That answers are JSON of a schema, in OpenAI's form, or as TGI has it, by the library."""
+    if schema is None:
+        return None
+    told = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": dict(schema)}}
+    return told if api is RemoteApi.TGI else _AsItIs(told)
 
 
 def _small(seed: int | None) -> int | None:
