@@ -21,10 +21,15 @@ Floats = npt.NDArray[np.float64]
 def resampled_means(part: Part, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Floats:
     """Means of all systems in resamples that all of them share, [resamples, systems].
 
-    A resample draws S training seeds with replacement, and as many clusters as there are. Seeds that were asked
-    the same clusters get the same draw of them, because a question that is hard is hard for every seed; seeds that
-    were asked different ones get draws of their own. Seeds' weights m are widened to 1 + (m - 1) sqrt(S / (S - 1))
-    (Rao and Wu 1988): S drawn ones vary too little otherwise, by a third for three seeds.
+    A resample draws as many clusters as there are, with replacement, and S training seeds. Seeds that were asked the
+    same clusters get the same draw of them, because a question that is hard is hard for every seed; seeds that
+    were asked different ones get draws of their own. What both draws change is added up:
+
+        mean over seeds of (mean in the drawn clusters) + sum over seeds of (m - 1) / S * (mean of the seed)
+
+    Here m says how often the seed was drawn, widened to 1 + (m - 1) sqrt(S / (S - 1)) (Rao and Wu 1988), for else
+    S seeds would vary too little, by a third of the variance when S is three. Drawn in one another instead of added,
+    seeds and clusters would count the chance in single answers three times (Owen 2007); so it is counted twice.
 
     Args:
         part: what is resampled.
@@ -33,16 +38,15 @@ def resampled_means(part: Part, *, num_resamples: int = NUM_RESAMPLES, seed: int
     """
     rng = np.random.default_rng([seed, zlib.crc32(part.name.encode())])
     num_seeds, num_clusters = part.is_there.shape
-    seed_weights = _seed_weights(rng, num_seeds, num_resamples)
-    means = np.zeros((num_resamples, part.totals.shape[0]))
+    means = _seed_draws(rng, num_seeds, num_resamples) @ part.means.T
     step = max(1, _CHUNK_CELLS // num_clusters)
     for start in range(0, num_resamples, step):
         drawn = slice(start, min(start + step, num_resamples))
         draws = _cluster_draws(rng, part.is_there, drawn.stop - drawn.start)
         for at in range(num_seeds):
             mean = (draws @ part.totals[:, at].T) / (draws @ part.weights[at])[:, None]
-            means[drawn] += seed_weights[drawn, at, None] * mean
-    return means
+            means[drawn] += mean / num_seeds
+    return np.asarray(means)
 
 
 def percentile_interval(
@@ -69,12 +73,12 @@ def _stable(number: float) -> float:
     return round(float(number), 12)
 
 
-def _seed_weights(rng: np.random.Generator, num_seeds: int, num_resamples: int) -> Floats:
-    """[resamples, seeds], each row sums to 1."""
+def _seed_draws(rng: np.random.Generator, num_seeds: int, num_resamples: int) -> Floats:
+    """How much more than its share each seed weighs, [resamples, seeds]; each row sums to 0."""
     if num_seeds == 1:
-        return np.ones((num_resamples, 1))
+        return np.zeros((num_resamples, 1))
     drawn = rng.multinomial(num_seeds, np.full(num_seeds, 1.0 / num_seeds), size=num_resamples)
-    return np.asarray((1.0 + (drawn - 1.0) * math.sqrt(num_seeds / (num_seeds - 1))) / num_seeds)
+    return np.asarray((drawn - 1.0) * math.sqrt(num_seeds / (num_seeds - 1)) / num_seeds)
 
 
 def _cluster_draws(rng: np.random.Generator, is_there: npt.NDArray[np.bool_], num_resamples: int) -> Floats:

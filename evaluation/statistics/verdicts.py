@@ -14,8 +14,8 @@ def verdict_sentence(comparison: Comparison, labels: Mapping[str, str] | None = 
     """One or two sentences.
 
     "Is ahead" is said only where the p-value is below 5 % after Holm and the interval of the difference leaves out
-    0; with several seeds Student's interval over them is told as well, and where it holds 0, that another training
-    may come out otherwise. A null result comes with the smallest difference that would probably have been seen:
+    0; with several seeds the interval of the mixed summary is told as well, and where it holds 0, that another
+    training may come out otherwise. A null result comes with the smallest difference that would probably have been seen:
     it does not say that the systems are equal.
 
     Args:
@@ -83,10 +83,11 @@ def _reservation(comparison: Comparison) -> str:
 
 def _over_seeds(comparison: Comparison) -> str:
     """Whether the difference would hold for another training."""
-    over = comparison.over_seeds
-    if over is None:
+    if comparison.mixed is None:
         return " One training seed: whether another training would show the same is not known."
-    interval = f"Student's interval over {len(comparison.per_seed)} seeds"
-    if over.excludes_zero:
-        return f" {interval} agrees: {_interval(over)}."
-    return f" {interval} holds 0, {_interval(over)}: another training may come out otherwise."
+    found = f" For another training ({len(comparison.per_seed)} seeds, mixed effects): {_interval(comparison.mixed)}"
+    return (
+        f"{found}."
+        if comparison.mixed.excludes_zero
+        else f"{found}, which holds 0: it may come out otherwise."
+    )
