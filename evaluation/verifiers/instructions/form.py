@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from evaluation.verifiers.instructions.arguments import Count, Text
 
 CONSTRAINED_CHOICES = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
-EMPHASIS = re.compile(r"\*\*([^*\n]+)\*\*|\*([^*\n]+)\*")
+EMPHASIS = re.compile(r"\*\*\*([^*\n]+)\*\*\*|\*\*([^*\n]+)\*\*|\*([^*\n]+)\*")
 FENCE_START = re.compile(r"```(?:json)?", re.IGNORECASE)
 
 
@@ -52,8 +52,7 @@ class HighlightedSections:
 
     def is_followed(self, text: str) -> bool:
         """Whether there are enough that are not blank."""
-        parts = (bold or light for bold, light in EMPHASIS.findall(text))
-        return sum(bool(part.strip()) for part in parts) >= self.num_highlights
+        return sum(any(map(str.strip, parts)) for parts in EMPHASIS.findall(text)) >= self.num_highlights
 
 
 @dataclass(frozen=True, slots=True)

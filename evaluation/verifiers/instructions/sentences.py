@@ -17,6 +17,8 @@ rule needs nothing and says what it does:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
 CLOSERS = "\"'”’»)]}*_`"
 OPENERS = "\"'“‘«([{*_`#>"
@@ -36,21 +38,35 @@ def count_sentences(text: str) -> int:
     """The number of sentences in `text`, by the rule above; 0 for a text without letters and digits."""
     count = 0
     is_open = False
-    for line_number, line in enumerate(lines := text.split("\n")):
-        words = line.split()
-        for index, word in enumerate(words):
-            *finished, word = UNSPACED_MARKS.split(word)
-            for piece in finished:
-                count += is_open or _says_something(piece)
-                is_open = False
-            if index == 0 and len(words) > 1 and LIST_NUMBER.fullmatch(word):
-                continue
-            is_open = is_open or _says_something(word)
-            following = words[index + 1] if index + 1 < len(words) else _first_word(lines, line_number + 1)
-            if is_open and _ends_sentence(word, following, is_last=index + 1 == len(words)):
-                count += 1
-                is_open = False
+    for word, following in _with_following(text):
+        *finished, rest = UNSPACED_MARKS.split(word.text)
+        for piece in finished:
+            count += is_open or _says_something(piece)
+            is_open = False
+        if word.is_first and not word.is_last and LIST_NUMBER.fullmatch(rest):
+            continue
+        is_open = is_open or _says_something(rest)
+        if is_open and _ends_sentence(rest, following, is_last=word.is_last):
+            count += 1
+            is_open = False
     return count + is_open
+
+
+class _Word(NamedTuple):
+    """What stands between white space; the first or the last of its line, or neither."""
+
+    text: str
+    is_first: bool
+    is_last: bool
+
+
+def _with_following(text: str) -> Iterator[tuple[_Word, str]]:
+    """Each word with the next one of the text, "" after the last."""
+    lines = [line.split() for line in text.split("\n")]
+    words = [
+        _Word(word, index == 0, index + 1 == len(line)) for line in lines for index, word in enumerate(line)
+    ]
+    return zip(words, [*(word.text for word in words[1:]), ""][: len(words)], strict=True)
 
 
 def _ends_sentence(word: str, following: str, *, is_last: bool) -> bool:
@@ -74,13 +90,6 @@ def _ends_sentence(word: str, following: str, *, is_last: bool) -> bool:
     if INITIAL.fullmatch(bare) or NEVER_LAST.fullmatch(bare):
         return False
     return not (goes_on and OFTEN_INSIDE.fullmatch(bare))
-
-
-def _first_word(lines: list[str], start: int) -> str:
-    for line in lines[start:]:
-        if words := line.split(None, 1):
-            return words[0]
-    return ""
 
 
 def _says_something(piece: str) -> bool:
