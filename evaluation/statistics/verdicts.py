@@ -15,8 +15,8 @@ def verdict_sentence(comparison: Comparison, labels: Mapping[str, str] | None = 
 
     "Is ahead" is said only where the p-value is below 5 % after Holm and the interval of the difference leaves out
     0; with several seeds the interval of the mixed summary is told as well, and where it holds 0, that another
-    training may come out otherwise. A null result comes with the smallest difference that would probably have been seen:
-    it does not say that the systems are equal.
+    training may come out otherwise. A null result comes with the smallest difference that would probably have been
+    seen: it does not say that the systems are equal.
 
     Args:
         comparison: of two systems.

@@ -77,7 +77,7 @@ def test_intervals_of_one_seed_hold_the_truth_as_often_as_they_say():
 
 def test_wilson_intervals_of_clustered_questions_hold_the_truth_and_naive_ones_do_not():
     world = World(num_clusters=30, num_seeds=1, lead=0.8)
-    found = [cells(world.outcomes(each), ["a"], [ALL])[0] for each in range(NUM_WORLDS)]
+    found = [cells(world.outcomes(each), ["a"], [ALL])[0] for each in range(300)]
     held = [each.estimate.low <= world.share <= each.estimate.high for each in found]
     assert 0.91 <= np.mean(held) <= 0.99
     width = (
