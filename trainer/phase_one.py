@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusionroute.router_model import Heads
-from trainer.checkpoints import check_vocabulary, finished, load_trained, write_checkpoint
+from trainer.checkpoints import check_vocabulary, finished, load_trained, parent_checkpoint, write_checkpoint
 from trainer.config import SftJob
 from trainer.data import load_texts
 from trainer.data.rendering import read_chat_template
@@ -31,7 +31,10 @@ def run_sft(config: SftJob, context: RunContext) -> RunResult:
     start = FrozenModel.load(config.router, "router")
     parent, tokenizer = start.record, start.tokenizer
     del start
-    check_vocabulary(parent, find_experts(config.experts, config.labels, context))
+    experts = find_experts(config.experts, config.labels, context)
+    check_vocabulary(parent, experts)
+    if config.routing == "kept":
+        parent_checkpoint(config.router, experts)
     rows = load_texts(config.data, tokenizer, context)
     given = labelled(rows, config.experts, config.labels, "texts", context)
     LoopInputs(config, config.router, SftLesson(rows, given.labels)).save(context.folder / INPUTS)

@@ -1,60 +1,36 @@
-"""Building a family once and finding it again: cached, atomic, one builder at a time.
-
-    <cache>/lab/<digest>/           base/  experts/{math,strings,format}/  router_sft/  router/
-                                    data/{router,pairs}.jsonl.gz  facts.json  COMPLETE
-    <cache>/lab/<digest>.lock       held by whoever builds
-    <cache>/lab/<digest>.partial-*  a build under way, or what a killed one has left
-
-A family is whole when COMPLETE is there; it is written last, after the folder has got its name.
-"""
+"""Building families and their variants once and finding them again, several of them on one pool of workers."""
 
 from __future__ import annotations
 
-import ast
-import fcntl
-import hashlib
+import dataclasses
 import json
-import os
 import shutil
-import threading
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import fusionroute
-import trainer
+from trainer.lab_family import cache, variants
+from trainer.lab_family.cache import FACTS_FILE, family_folder, is_complete
+from trainer.lab_family.graph import Task, TaskGraph
 from trainer.lab_family.progress import WAITING, Progress, ProgressCallback
-from trainer.lab_family.recipe import EXPERT_SLOTS, RECIPES, STAGES, Recipe
+from trainer.lab_family.recipe import EXPERT_SLOTS, RECIPES, Recipe
 from trainer.lab_family.workers import Job, worker_pool
 
-CACHE_VARIABLE = "FUSIONROUTE_CACHE_DIR"
-COMPLETE_FILE = "COMPLETE"
-FACTS_FILE = "facts.json"
-LOCK_POLL_SECONDS = 0.2
-
-# Sources whose change may change what is written; paths inside the two packages.
-_SOURCES = {
-    fusionroute: ("lab", "router_model.py", "vocabulary.py", "engine/model.py"),
-    trainer: (".", "lab_family", "data"),
+# CPU seconds per step at full size: only their proportions count, for order and the share that `Progress` shows.
+_SECONDS_PER_STEP = {"base": 0.06, "router": 0.075, "gates": 0.003, "preferences": 0.3}
+_SECONDS_PER_EXPERT_STEP = 0.065
+_AFTER = {
+    "base": (),
+    **dict.fromkeys(EXPERT_SLOTS, ("base",)),
+    "router": EXPERT_SLOTS,
+    "preferences": ("router",),
 }
-_SOURCES_WITHOUT_EFFECT = {
-    *("build.py", "progress.py", "workers.py", "quality.py", "__init__.py", "__main__.py"),
-    *("cli.py", "settings.py", "bootstrap.py", "servicer.py", "checkpoint_rpcs.py", "checkpoint_store.py"),
-    *("extend.py", "extend_job.py", "pairs.py", "pair_journal.py", "verifiers.py", "promoter.py", "ownership.py"),
-}
-
-# CPU seconds per step at demo size: only their proportions count, for the share that `Progress` shows.
-_SECONDS_PER_STEP = {"base": 0.045, "router": 0.024, "gates": 0.003, "preferences": 0.08}
-_SECONDS_PER_EXPERT_STEP = 0.039
-
-
-class FamilyIsBusy(TimeoutError):
-    """Another process builds this family and did not end in time."""
+"""The stages that are jobs of their own, and what each waits for; `gates` are trained by `router`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +45,7 @@ class Family:
         router: that of phase II, made from it.
         data: folder of what the routers have learnt from.
         facts: recipe, seed, versions, and losses and seconds by stage.
+        variants: model folders by name, of those that were asked for.
     """
 
     folder: Path
@@ -78,6 +55,7 @@ class Family:
     router: Path
     data: Path
     facts: dict[str, Any]
+    variants: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
     def at(cls, folder: Path) -> Family:
@@ -105,185 +83,229 @@ def build(
     recipe: Recipe | None = None,
     wait_seconds: float = 3600.0,
 ) -> Family:
-    """The family of this size and seed: from the cache, or trained now.
+    """The family of this size and seed: from the cache, or trained now. Arguments and errors as of `build_all`.
 
-    On one machine the same arguments give the same weights, byte for byte. Demo size takes about two CPU
-    minutes.
+    Demo size takes about two CPU minutes.
+    """
+    return build_all(
+        size, (seed,), (), cache_dir, processes, progress, recipe=recipe, wait_seconds=wait_seconds
+    )[0]
+
+
+def build_all(
+    size: str = "demo",
+    seeds: Sequence[int] = (0,),
+    names: Sequence[str] = (),
+    cache_dir: Path | str | None = None,
+    processes: int = 2,
+    progress: ProgressCallback | None = None,
+    *,
+    recipe: Recipe | None = None,
+    wait_seconds: float = 3600.0,
+) -> list[Family]:
+    """Families of one size, each with the same variants: from the cache, or trained now.
+
+    The stages of all of them share one pool of workers. On one machine the same arguments give the same weights, byte
+    for byte, whatever else is built beside.
 
     Args:
         size: a key of `RECIPES`, ``demo`` or ``full``; just a name where `recipe` is given.
-        seed: of initial weights and data.
+        seeds: of initial weights and data, one for each family.
+        names: keys of `VARIANTS`.
         cache_dir: instead of ``$FUSIONROUTE_CACHE_DIR`` or ``~/.cache/fusionroute``.
-        processes: worker processes; more than three are of no use.
+        processes: worker processes.
         progress: called now and then; None for silence; `shown()` gives one with progress bars.
         recipe: instead of the one that `size` names.
-        wait_seconds: how long to wait for another process that builds the same.
+        wait_seconds: how long to wait for another process that builds one of them.
 
     Raises:
-        ValueError: no recipe has this name, or `processes` is below one.
-        FamilyIsBusy: another process builds the same and is not done after `wait_seconds`.
-        WorkerFailed: training failed; nothing is left that looks complete.
+        ValueError: no recipe has this name, or `processes` is below one, or a seed is there twice.
+        InvalidRequest: INVALID_FIELD, a variant's name is unknown.
+        FamilyIsBusy: another process builds one of them and is not done after `wait_seconds`.
+        WorkerFailed: training failed; nothing is left that looks complete and is not.
     """
     if recipe is None and size not in RECIPES:
         raise ValueError(f"size = {size!r} is not allowed: {' or '.join(RECIPES)}")
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds = {list(seeds)} is not allowed: each once")
+    chosen = recipe or RECIPES[size]
+    wanted = [_Wanted(family_folder(chosen, size, seed, cache_dir), chosen, size, seed) for seed in seeds]
+    return _build_wanted(wanted, names, processes, progress, wait_seconds)
+
+
+def build_variants(
+    family: Family,
+    names: Sequence[str],
+    processes: int = 2,
+    progress: ProgressCallback | None = None,
+    *,
+    wait_seconds: float = 3600.0,
+) -> Family:
+    """The same family with these variants: from the cache, or trained now, beside the family's folder.
+
+    Arguments and errors as of `build_all`.
+    """
+    facts = family.facts
+    wanted = _Wanted(family.folder, Recipe.from_json(facts["recipe"]), facts["size"], facts["seed"])
+    return _build_wanted([wanted], names, processes, progress, wait_seconds)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A family that is to be there in the end."""
+
+    folder: Path
+    recipe: Recipe
+    size: str
+    seed: int
+
+
+def _build_wanted(
+    wanted: Sequence[_Wanted],
+    names: Sequence[str],
+    processes: int,
+    progress: ProgressCallback | None,
+    wait_seconds: float,
+) -> list[Family]:
     if processes < 1:
         raise ValueError(f"processes = {processes} is not allowed: at least 1")
-    chosen = recipe or RECIPES[size]
-    folder = family_folder(chosen, size, seed, cache_dir)
-    if is_complete(folder):
-        return Family.at(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _only_builder(folder, wait_seconds, progress):
-        if not is_complete(folder):
-            _remove_remains(folder)
-            _build(folder, chosen, size, seed, min(processes, len(EXPERT_SLOTS)), progress)
-    return Family.at(folder)
+    needed = variants.with_needed(names)
+    missing = [each for each in wanted if not _is_there(each, needed)]
+    with ExitStack() as locks:
+        for each in sorted(missing, key=lambda each: each.folder):
+            each.folder.parent.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(
+                cache.only_builder(each.folder, wait_seconds, lambda: _tell_waiting(progress))
+            )
+        missing = [each for each in missing if not _is_there(each, needed)]
+        if missing:
+            _Build(missing, needed, progress, prefixed=len(wanted) > 1).run(processes)
+    return [_found(each, names) for each in wanted]
 
 
-def family_folder(recipe: Recipe, size: str, seed: int, cache_dir: Path | str | None = None) -> Path:
-    """Where the family of this recipe and seed lies, or will lie."""
-    decisive = {
-        "recipe": recipe.to_json(),
-        "size": size,
-        "seed": seed,
-        "code": _source_digest(),
-        "torch": metadata.version("torch"),
-        "transformers": metadata.version("transformers"),
-    }
-    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
-    return _cache_root(cache_dir) / "lab" / f"{size}-{seed}-{digest}"
+def _is_there(wanted: _Wanted, needed: Sequence[str]) -> bool:
+    folders = (variants.variant_folder(wanted.folder, name) for name in needed)
+    return is_complete(wanted.folder) and all(is_complete(folder) for folder in folders)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a whole family lies there."""
-    return (folder / COMPLETE_FILE).is_file()
+def _found(wanted: _Wanted, names: Sequence[str]) -> Family:
+    made = {name: variants.variant_folder(wanted.folder, name) / name for name in names}
+    return dataclasses.replace(Family.at(wanted.folder), variants=made)
 
 
-def _cache_root(cache_dir: Path | str | None) -> Path:
-    chosen = cache_dir or os.environ.get(CACHE_VARIABLE) or Path("~/.cache/fusionroute")
-    return Path(chosen).expanduser().resolve()
+def _tell_waiting(progress: ProgressCallback | None) -> None:
+    if progress is not None:
+        progress(Progress(WAITING, 0, 1, 0.0, 0.0))
 
 
-_parsing = threading.Lock()
-"""CPython 3.11 may fail to build a syntax tree while another thread builds one."""
+class _Build:
+    """One run of a pool over everything that is missing."""
 
+    def __init__(
+        self,
+        missing: Sequence[_Wanted],
+        needed: Sequence[str],
+        progress: ProgressCallback | None,
+        *,
+        prefixed: bool,
+    ) -> None:
+        self._start = time.perf_counter()
+        self._tasks: list[Task] = []
+        self._jobs: dict[str, Job] = {}
+        self._done: dict[str, Callable[[dict[str, Any]], None]] = {}
+        self._partial: list[Path] = []
+        self._report = _Reporter(progress)
+        for each in missing:
+            prefix = f"seed {each.seed}: " if prefixed else ""
+            if not is_complete(each.folder):
+                self._add_family(each, prefix)
+            for name in needed:
+                if not is_complete(variants.variant_folder(each.folder, name)):
+                    self._add_variant(each, name, prefix)
 
-def _source_digest() -> str:
-    with _parsing:
-        return _digest_of_sources()
+    def run(self, processes: int) -> None:
+        """Build it all, each folder complete as soon as it is."""
+        try:
+            graph = TaskGraph(self._tasks)
+            with worker_pool(min(processes, len(self._tasks))) as pool:
+                pool.run(graph, self._jobs, self._report, lambda key, facts: self._done[key](facts))
+        finally:
+            for partial in self._partial:
+                shutil.rmtree(partial, ignore_errors=True)
 
-
-def _digest_of_sources() -> str:
-    hasher = hashlib.sha256()
-    for package, names in _SOURCES.items():
-        root = Path(package.__path__[0])
-        paths = [root / name for name in names]
-        files = sorted(file for path in paths for file in ([path] if path.is_file() else path.glob("*.py")))
-        for file in files:
-            if file.name not in _SOURCES_WITHOUT_EFFECT:
-                hasher.update(f"{file.relative_to(root)}\n".encode())
-                # the syntax tree: a comment or a line break should not cost a new build
-                hasher.update(ast.dump(ast.parse(file.read_bytes())).encode())
-    return hasher.hexdigest()
-
-
-def _build(
-    folder: Path, recipe: Recipe, size: str, seed: int, processes: int, progress: ProgressCallback | None
-) -> None:
-    """Train into a folder of another name, then give it its name, then declare it complete."""
-    start = time.perf_counter()
-    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
-    report = _Reporter(recipe, progress)
-    try:
+    def _add_family(self, wanted: _Wanted, prefix: str) -> None:
+        partial = self._begin(wanted.folder)
         stages: dict[str, Any] = {}
-        with worker_pool(processes) as pool:
-            for group in (("base",), ("format", "math", "strings"), ("router",), ("preferences",)):
-                jobs = [Job(stage, recipe, seed, partial) for stage in group]
-                stages |= pool.run(jobs, report)
-        facts = {
-            "size": size,
-            "seed": seed,
-            "recipe": recipe.to_json(),
+
+        def done(stage: str, facts: dict[str, Any]) -> None:
+            stages[stage] = facts
+            if len(stages) == len(_AFTER):
+                cache.finish(partial, wanted.folder, self._family_facts(wanted, stages))
+
+        for stage, after in _AFTER.items():
+            counted = (stage, "gates") if stage == "router" else (stage,)
+            seconds = 0.0
+            for name in counted:
+                steps = wanted.recipe.stage(name).num_steps
+                cost = steps * _SECONDS_PER_STEP.get(name, _SECONDS_PER_EXPERT_STEP)
+                self._report.expect(prefix, name, steps, cost)
+                seconds += cost
+            key = f"{prefix}{stage}"
+            self._tasks.append(Task(key, seconds, frozenset(f"{prefix}{name}" for name in after)))
+            self._jobs[key] = Job(stage, wanted.recipe, wanted.seed, partial)
+            self._done[key] = lambda facts, stage=stage: done(stage, facts)  # type: ignore[misc]
+
+    def _add_variant(self, wanted: _Wanted, name: str, prefix: str) -> None:
+        folder = variants.variant_folder(wanted.folder, name)
+        partial = self._begin(folder)
+        key, cost = f"{prefix}{name}", variants.seconds(name, wanted.recipe)
+        known = {task.key for task in self._tasks}
+        waits_for = {f"{prefix}preferences", f"{prefix}{variants.needs(name)}"}
+        self._report.expect(prefix, name, variants.num_steps(name, wanted.recipe), cost)
+        self._tasks.append(Task(key, cost, frozenset(waits_for & known)))
+        self._jobs[key] = Job(name, wanted.recipe, wanted.seed, wanted.folder, partial)
+        self._done[key] = lambda facts: cache.finish(
+            partial, folder, {"name": name, "seed": wanted.seed, **facts}
+        )
+
+    def _begin(self, folder: Path) -> Path:
+        partial = cache.begin(folder)
+        self._partial.append(partial)
+        return partial
+
+    def _family_facts(self, wanted: _Wanted, stages: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "size": wanted.size,
+            "seed": wanted.seed,
+            "recipe": wanted.recipe.to_json(),
             "code_version": fusionroute.__version__,
             "torch": metadata.version("torch"),
             "transformers": metadata.version("transformers"),
             "stages": stages,
-            "wall_seconds": round(time.perf_counter() - start, 1),
+            "wall_seconds": round(time.perf_counter() - self._start, 1),
         }
-        (partial / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        _settle_tree(partial)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync(folder.parent)
-    (folder / COMPLETE_FILE).touch()
-    _sync(folder)
 
 
 class _Reporter:
-    """Turns steps of stages into `Progress`."""
+    """Turns steps of jobs into `Progress`."""
 
-    def __init__(self, recipe: Recipe, progress: ProgressCallback | None) -> None:
+    def __init__(self, progress: ProgressCallback | None) -> None:
         self._progress = progress
-        self._num_steps = {name: recipe.stage(name).num_steps for name in STAGES}
-        self._seconds = {
-            name: steps * _SECONDS_PER_STEP.get(name, _SECONDS_PER_EXPERT_STEP)
-            for name, steps in self._num_steps.items()
-        }
-        self._shares = dict.fromkeys(STAGES, 0.0)
+        self._num_steps: dict[str, int] = {}
+        self._seconds: dict[str, float] = {}
+        self._shares: dict[str, float] = {}
+        self._prefixes: dict[str, str] = {}
 
-    def __call__(self, stage: str, step: int, loss: float) -> None:
-        num_steps = self._num_steps[stage]
-        self._shares[stage] = step / num_steps
+    def expect(self, prefix: str, name: str, num_steps: int, seconds: float) -> None:
+        """A stage or variant that will be reported."""
+        key = f"{prefix}{name}"
+        self._prefixes[key] = prefix
+        self._num_steps[key], self._seconds[key], self._shares[key] = num_steps, seconds, 0.0
+
+    def __call__(self, job: str, name: str, step: int, loss: float) -> None:
+        key = f"{self._prefixes[job]}{name}"
+        num_steps = self._num_steps[key]
+        self._shares[key] = step / num_steps
         if self._progress is not None:
             done = sum(self._seconds[name] * share for name, share in self._shares.items())
-            self._progress(Progress(stage, step, num_steps, loss, done / sum(self._seconds.values())))
-
-
-@contextmanager
-def _only_builder(folder: Path, wait_seconds: float, progress: ProgressCallback | None) -> Iterator[None]:
-    """Hold the family's lock; the kernel frees it when its holder dies."""
-    deadline = time.monotonic() + wait_seconds
-    told = False
-    with Path(f"{folder}.lock").open("a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise FamilyIsBusy(
-                        f"another process builds {folder} and was not done after {wait_seconds:.0f} s"
-                    ) from None
-            if progress is not None and not told:
-                progress(Progress(WAITING, 0, 1, 0.0, 0.0))
-                told = True
-            time.sleep(LOCK_POLL_SECONDS)
-        yield
-
-
-def _remove_remains(folder: Path) -> None:
-    """Remove what killed builds have left: whoever holds the lock is the only builder."""
-    for remains in (folder, *folder.parent.glob(f"{folder.name}.partial-*")):
-        if remains.exists():
-            shutil.rmtree(remains)
-
-
-def _settle_tree(folder: Path) -> None:
-    """Everything safe on disk, and weights, which come readable for us alone, as readable as other files."""
-    ordinary_mode = (folder / FACTS_FILE).stat().st_mode
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            path.chmod(ordinary_mode)
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            self._progress(Progress(key, step, num_steps, loss, done / sum(self._seconds.values())))

@@ -1,4 +1,4 @@
-"""Answers of the family's fused policy (rule `sum`) for many prompts at once, decoded here without services."""
+"""Answers for many prompts at once, decoded here without services: of the fused policy (`sum`), or of one model."""
 
 from __future__ import annotations
 
@@ -19,18 +19,15 @@ if TYPE_CHECKING:
 BATCH_PROMPTS = 256
 
 
-class FusedPolicy:
-    """Router and experts, loaded.
+class SingleModel:
+    """One model, loaded.
 
     Args:
-        router: folder of a router checkpoint.
-        experts: folders in the order of its heads.
+        folder: of a causal LM.
     """
 
-    def __init__(self, router: Path, experts: Sequence[Path]) -> None:
-        heads = load_checkpoint(router).heads
-        self._routing = (heads.routing_weight, heads.routing_bias)
-        self._models = [load(str(folder)).eval() for folder in (router, *experts)]
+    def __init__(self, folder: Path) -> None:
+        self._models = [load(str(folder)).eval()]
 
     @torch.no_grad()
     def answers(
@@ -60,21 +57,25 @@ class FusedPolicy:
         temperature: float,
         generator: torch.Generator,
     ) -> list[list[int]]:
-        """Padded on the left, so that all rows continue at the same column; rows that ended run on unheard."""
+        """Padded on the left, so that all rows continue at the same column; rows that have ended leave the batch."""
         width = max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[PAD_ID] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         caches: list[Any] = [None] * len(self._models)
         answers: list[list[int]] = [[] for _ in prompts]
-        ended = torch.zeros(len(prompts), dtype=torch.bool)
+        running = list(range(len(prompts)))
         for _ in range(max_new_tokens):
             chosen = self._next(ids, mask, caches, temperature, generator)
-            for index, token in enumerate(chosen.tolist()):
-                if not ended[index]:
-                    answers[index].append(token)
-            ended |= chosen == EOS_ID
-            if bool(ended.all()):
+            for index, token in zip(running, chosen.tolist(), strict=True):
+                answers[index].append(token)
+            goes_on = torch.nonzero(chosen != EOS_ID)[:, 0]
+            if len(goes_on) == 0:
                 break
+            if len(goes_on) < len(running):
+                running = [running[place] for place in goes_on.tolist()]
+                chosen, mask = chosen[goes_on], mask[goes_on]
+                for cache in caches:
+                    cache.batch_select_indices(goes_on)
             ids = chosen[:, None]
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         return answers
@@ -88,14 +89,17 @@ class FusedPolicy:
             for index, model in enumerate(self._models)
         ]
         rows = [model.lm_head(states) for model, states in zip(self._models, hidden, strict=True)]
-        routes = torch.nn.functional.linear(hidden[0], *self._routing).argmax(dim=1)
-        fused = torch.stack(rows[1:])[routes, torch.arange(len(routes))] + rows[0]
+        scores = self._scores(hidden, rows)
         if temperature == 0.0:
-            best: Tensor = fused.argmax(dim=1)
+            best: Tensor = scores.argmax(dim=1)
             return best
-        shares = torch.softmax(fused / temperature, dim=1)
+        shares = torch.softmax(scores / temperature, dim=1)
         drawn: Tensor = torch.multinomial(shares, 1, generator=generator)[:, 0]
         return drawn
+
+    def _scores(self, hidden: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+        """Scores ``[B, V]`` of the next token, of each model's last hidden states ``[B, H]`` and logits ``[B, V]``."""
+        return rows[0]
 
     @staticmethod
     def _last_hidden(
@@ -111,3 +115,22 @@ class FusedPolicy:
         caches[index] = output.past_key_values
         states: Tensor = output.last_hidden_state[:, -1]
         return states
+
+
+class FusedPolicy(SingleModel):
+    """Router and experts, loaded.
+
+    Args:
+        router: folder of a router checkpoint.
+        experts: folders in the order of its heads.
+    """
+
+    def __init__(self, router: Path, experts: Sequence[Path]) -> None:
+        super().__init__(router)
+        heads = load_checkpoint(router).heads
+        self._routing = (heads.routing_weight, heads.routing_bias)
+        self._models += [load(str(folder)).eval() for folder in experts]
+
+    def _scores(self, hidden: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+        routes = torch.nn.functional.linear(hidden[0], *self._routing).argmax(dim=1)
+        return torch.stack(list(rows[1:]))[routes, torch.arange(len(routes))] + rows[0]

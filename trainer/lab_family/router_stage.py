@@ -1,8 +1,9 @@
 """The routers of the family, made by the same jobs that users submit: SFT with its gates, pairs, CDPO.
 
-    data/router.jsonl.gz   gold answers over all tasks     ->  router_sft/   phase I and gates
-    data/prompts.jsonl.gz  fresh ones with their gold answers
-    data/pairs.jsonl.gz    wrong answers of router_sft     ->  router/       phase II, its own gates
+data/router.jsonl.gz   gold answers over all tasks     ->  router_sft/   phase I and gates
+data/prompts.jsonl.gz  fresh ones with their gold answers
+data/pairs.jsonl.gz    wrong answers of router_sft     ->  router/       phase II, its own gates
+labels/                what the experts say about both; kept for variants
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,6 +29,8 @@ ROUTER_STARTS_FROM = "format"
 MAX_ANSWER_TOKENS = 24
 MAX_ROW_TOKENS = 96
 SAMPLE_TEMPERATURE = 1.0
+LABELS = "labels"
+LABEL_BATCH_TOKENS = 2048  # small enough for a core's cache: half the time of 16384
 
 
 def train_sft(recipe: Recipe, seed: int, folder: Path, report: StageReport) -> dict[str, Any]:
@@ -38,63 +41,78 @@ def train_sft(recipe: Recipe, seed: int, folder: Path, report: StageReport) -> d
     write_rows(data, _written(items))
     config = SftJob.from_values(
         {
-            **_experts_and_data(folder, data),
+            **experts_and_data(folder, [data], folder / LABELS),
             "router": str(folder / "experts" / ROUTER_STARTS_FROM),
-            "training": {**_training(recipe.router, seed), "max_steps": recipe.router.num_steps},
+            "training": {**training_of(recipe.router, seed), "max_steps": recipe.router.num_steps},
             "gates": _gates(recipe.gates),
         }
     )
     stages = {"training": ("router", recipe.router), "gates": ("gates", recipe.gates)}
-    return _run(config, folder, "router_sft", report, stages)
+    return run_job(config, folder, "router_sft", report, stages)
 
 
 def train_cdpo(recipe: Recipe, seed: int, folder: Path, report: StageReport) -> dict[str, Any]:
     """Pairs from the mistakes of the fused phase-I policy, then phase II: `router`."""
     seed_torch(f"{seed}/preferences")
     pairs = folder / "data" / "pairs.jsonl.gz"
-    items = _items(f"{seed}/pairs", recipe.num_pair_prompts)
+    items = pair_items(recipe, seed)
     write_rows(folder / "data" / "prompts.jsonl.gz", _written(items))
     policy = FusedPolicy(folder / "router_sft", [folder / "experts" / slot for slot in EXPERT_SLOTS])
     found = wrong_answers(policy, items, seed)
     write_rows(pairs, found)
-    stage = recipe.preferences
-    training = {
-        **_training(stage, seed),
-        "batch_rows": 3 * stage.batch_size,  # a pair is two rows, and beside it stands a gold answer
-        "epochs": recipe.preference_epochs,
-    }
-    config = CdpoJob.from_values(
-        {
-            **_experts_and_data(folder, folder / "data" / "router.jsonl.gz"),
-            "router": str(folder / "router_sft"),
-            "pairs": {"files": [str(pairs)], "max_tokens": MAX_ROW_TOKENS},
-            "training": training,
-            "gates": _gates(recipe.gates),
-        }
-    )
-    facts = _run(config, folder, "router", report, {"training": ("preferences", stage)})
-    shutil.rmtree(folder / "labels")
+    values = cdpo_values(recipe, seed, folder, folder / LABELS) | {"gates": _gates(recipe.gates)}
+    stages = {"training": ("preferences", recipe.preferences)}
+    facts = run_job(CdpoJob.from_values(values), folder, "router", report, stages)
     return {"num_pairs": len(found), **facts}
+
+
+def cdpo_values(recipe: Recipe, seed: int, folder: Path, labels: Path) -> dict[str, Any]:
+    """Phase II of a family as a configuration's plain values, without its gates."""
+    stage = recipe.preferences
+    return {
+        **experts_and_data(folder, [folder / "data" / "router.jsonl.gz"], labels),
+        "router": str(folder / "router_sft"),
+        "pairs": {"files": [str(folder / "data" / "pairs.jsonl.gz")], "max_tokens": MAX_ROW_TOKENS},
+        "training": {
+            **training_of(stage, seed),
+            "batch_rows": 3 * stage.batch_size,  # a pair is two rows, and beside it stands a gold answer
+            "epochs": recipe.preference_epochs,
+        },
+    }
 
 
 def wrong_answers(policy: FusedPolicy, items: list[Item], seed: int) -> list[dict[str, Any]]:
     """Pairs of gold answer and the policy's own wrong one: the greedy one, else one drawn at temperature 1."""
-    prompts = [encode(item.prompt) for item in items]
-    greedy = policy.answers(prompts, MAX_ANSWER_TOKENS)
-    drawn = policy.answers(prompts, MAX_ANSWER_TOKENS, SAMPLE_TEMPERATURE, seed)
+    prompts, golds = [encode(item.prompt) for item in items], [gold_ids(item) for item in items]
+    answers = policy.answers(prompts, MAX_ANSWER_TOKENS)
+    right = [place for place, gold in enumerate(golds) if answers[place] == gold]
+    drawn = policy.answers([prompts[place] for place in right], MAX_ANSWER_TOKENS, SAMPLE_TEMPERATURE, seed)
+    for place, answer in zip(right, drawn, strict=True):
+        answers[place] = answer
+    return pairs_of(items, answers)
+
+
+def pairs_of(items: Iterable[Item], answers: Iterable[list[int]]) -> list[dict[str, Any]]:
+    """Rows of pairs: each item's gold answer and the given one where that is another and can be written as text."""
     tokenizer = build_tokenizer()
     pairs: list[dict[str, Any]] = []
-    for item, *answers in zip(items, greedy, drawn, strict=True):
-        gold = [*encode(item.answer), EOS_ID]
-        wrong = next((answer for answer in answers if answer != gold), None)
-        if wrong is None:
-            continue
-        ended = wrong[-1] == EOS_ID
-        written = wrong[:-1] if ended else wrong
-        if written and PAD_ID not in written:
+    for item, answer in zip(items, answers, strict=True):
+        ended = answer[-1] == EOS_ID
+        written = answer[:-1] if ended else answer
+        if answer != gold_ids(item) and written and PAD_ID not in written:
             pair = {"prompt": item.prompt, "chosen": item.answer, "rejected": tokenizer.decode(written)}
             pairs.append(pair if ended else {**pair, "rejected_ended": False})
     return pairs
+
+
+def gold_ids(item: Item) -> list[int]:
+    """The right answer as tokens, with its end."""
+    return [*encode(item.answer), EOS_ID]
+
+
+def pair_items(recipe: Recipe, seed: int) -> list[Item]:
+    """The items of `data/prompts.jsonl.gz`."""
+    return _items(f"{seed}/pairs", recipe.num_pair_prompts)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -113,18 +131,20 @@ def _written(items: Iterable[Item]) -> list[dict[str, Any]]:
     return [{"prompt": item.prompt, "completion": item.answer} for item in items]
 
 
-def _experts_and_data(folder: Path, data: Path) -> dict[str, Any]:
+def experts_and_data(folder: Path, data: Sequence[Path], labels: Path) -> dict[str, Any]:
+    """What all jobs of a family have in common, as a configuration's plain values."""
     return {
         "experts": {
             slot: {"model": str(folder / "experts" / slot), "name": f"lab-{slot}"} for slot in EXPERT_SLOTS
         },
-        "data": {"files": [str(data)], "max_tokens": MAX_ROW_TOKENS},
-        "labels": {"folder": str(folder / "labels")},
+        "data": {"files": [str(path) for path in data], "max_tokens": MAX_ROW_TOKENS},
+        "labels": {"folder": str(labels), "batch_tokens": LABEL_BATCH_TOKENS},
         "report": {"enabled": False},
     }
 
 
-def _training(stage: Stage, seed: int) -> dict[str, Any]:
+def training_of(stage: Stage, seed: int) -> dict[str, Any]:
+    """The loop of a stage, as a configuration's plain values."""
     return {
         "batch_rows": stage.batch_size,
         "learning_rate": stage.learning_rate,
@@ -145,7 +165,7 @@ def _gates(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _run(
+def run_job(
     config: JobConfig,
     folder: Path,
     name: str,

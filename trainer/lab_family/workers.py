@@ -1,4 +1,4 @@
-"""Worker processes that train stages: spawned, one thread of torch each, gone when their parent is gone.
+"""Worker processes that train stages and variants: spawned, one thread of torch each, gone when their parent is gone.
 
 Parent and worker talk JSON over a pipe. The pipe also is the worker's lifeline: when the parent dies,
 however it dies, the worker's next message finds the pipe closed and it ends.
@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -19,12 +19,17 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from trainer.lab_family.graph import TaskGraph
 from trainer.lab_family.recipe import Recipe
 
 SILENCE_LIMIT_SECONDS = 600.0
 STOP_SECONDS = 5.0
 
-StepReport = Callable[[str, int, float], None]
+StepReport = Callable[[str, str, int, float], None]
+"""Told (key of the job, name of what is trained, steps taken, loss)."""
+
+Done = Callable[[str, dict[str, Any]], None]
+"""Told the key of a job and its facts, before what waits for it begins."""
 
 
 class WorkerFailed(RuntimeError):
@@ -33,12 +38,19 @@ class WorkerFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One stage to be run by a worker."""
+    """One stage or variant to be run by a worker.
+
+    Attributes:
+        stage: a stage's name, or that of a variant.
+        folder: of the family.
+        output: of a variant, where it is written; None = a stage, which writes into the family's folder.
+    """
 
     stage: str
     recipe: Recipe
     seed: int
     folder: Path
+    output: Path | None = None
 
     def to_bytes(self) -> bytes:
         """The job as a message."""
@@ -47,6 +59,7 @@ class Job:
             "recipe": self.recipe.to_json(),
             "seed": self.seed,
             "folder": str(self.folder),
+            "output": None if self.output is None else str(self.output),
         }
         return json.dumps(values).encode()
 
@@ -54,55 +67,58 @@ class Job:
     def from_bytes(cls, message: bytes) -> Job:
         """The job of a message."""
         values = json.loads(message)
-        return cls(
-            values["stage"], Recipe.from_json(values["recipe"]), values["seed"], Path(values["folder"])
-        )
+        output = None if values["output"] is None else Path(values["output"])
+        recipe = Recipe.from_json(values["recipe"])
+        return cls(values["stage"], recipe, values["seed"], Path(values["folder"]), output)
 
 
 @dataclass(slots=True)
 class _Worker:
     process: SpawnProcess
     connection: Connection
-    job: Job | None = None
+    key: str | None = None
 
 
 class WorkerPool:
-    """Runs groups of jobs on a fixed number of workers."""
+    """Runs jobs that wait for each other on a fixed number of workers."""
 
     def __init__(self, workers: Sequence[_Worker]) -> None:
         self._workers = list(workers)
 
-    def run(self, jobs: Sequence[Job], report: StepReport) -> dict[str, dict[str, Any]]:
-        """Run independent jobs, as many at once as there are workers.
+    def run(self, graph: TaskGraph, jobs: Mapping[str, Job], report: StepReport, done: Done) -> None:
+        """Run all tasks of the graph, as many at once as there are workers.
 
-        Returns:
-            Facts of every job by its stage.
+        Args:
+            jobs: by the key of their task.
 
         Raises:
-            WorkerFailed: a job failed, its worker died, or a worker said nothing for ten minutes.
+            WorkerFailed: a job failed, its worker died, or no worker said anything for ten minutes.
         """
-        waiting, facts = list(jobs), dict[str, dict[str, Any]]()
-        while len(facts) < len(jobs):
-            for worker in self._workers:
-                if worker.job is None and waiting:
-                    worker.job = waiting.pop(0)
-                    worker.connection.send_bytes(worker.job.to_bytes())
+        while not graph.is_done:
+            self._hand_out(graph, jobs)
             for worker in self._talking():
+                assert worker.key is not None
                 message = _received(worker)
                 if message["kind"] == "step":
-                    report(message["stage"], message["step"], message["loss"])
+                    report(worker.key, message["stage"], message["step"], message["loss"])
                 elif message["kind"] == "failed":
-                    raise WorkerFailed(f"stage {_stage(worker)} failed:\n{message['traceback']}")
+                    raise WorkerFailed(f"stage {worker.key} failed:\n{message['traceback']}")
                 else:
-                    facts[_stage(worker)] = message["facts"]
-                    worker.job = None
-        return facts
+                    done(worker.key, message["facts"])
+                    graph.finish(worker.key)
+                    worker.key = None
+
+    def _hand_out(self, graph: TaskGraph, jobs: Mapping[str, Job]) -> None:
+        for worker in self._workers:
+            if worker.key is None and (key := graph.begin()) is not None:
+                worker.key = key
+                worker.connection.send_bytes(jobs[key].to_bytes())
 
     def _talking(self) -> list[_Worker]:
-        busy = {worker.connection: worker for worker in self._workers if worker.job is not None}
+        busy = {worker.connection: worker for worker in self._workers if worker.key is not None}
         ready = wait(list(busy), timeout=SILENCE_LIMIT_SECONDS)
         if not ready:
-            stages = ", ".join(_stage(worker) for worker in busy.values())
+            stages = ", ".join(str(worker.key) for worker in busy.values())
             raise WorkerFailed(f"no sign of life for {SILENCE_LIMIT_SECONDS:.0f} s from stage {stages}")
         return [busy[connection] for connection in ready if isinstance(connection, Connection)]
 
@@ -143,13 +159,9 @@ def _received(worker: _Worker) -> dict[str, Any]:
     except (EOFError, ConnectionError) as error:
         worker.process.join(STOP_SECONDS)
         raise WorkerFailed(
-            f"the worker of stage {_stage(worker)} died with exit code {worker.process.exitcode}"
+            f"the worker of stage {worker.key} died with exit code {worker.process.exitcode}"
         ) from error
     return message
-
-
-def _stage(worker: _Worker) -> str:
-    return worker.job.stage if worker.job is not None else "none"
 
 
 def _serve(connection: Connection) -> None:
@@ -164,7 +176,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _run(job: Job, connection: Connection) -> None:
-    from trainer.lab_family import stages
+    from trainer.lab_family import stages, variant_stage
 
     def send(**message: Any) -> None:
         connection.send_bytes(json.dumps(message).encode())
@@ -173,7 +185,10 @@ def _run(job: Job, connection: Connection) -> None:
         send(kind="step", stage=stage, step=step, loss=loss)
 
     try:
-        facts = stages.run(job.stage, job.recipe, job.seed, job.folder, report)
+        if job.output is None:
+            facts = stages.run(job.stage, job.recipe, job.seed, job.folder, report)
+        else:
+            facts = variant_stage.run(job.stage, job.recipe, job.seed, job.folder, job.output, report)
     except ConnectionError:
         raise
     except Exception:
