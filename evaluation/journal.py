@@ -57,6 +57,12 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
 
+    @staticmethod
+    def read(path: Path) -> dict[str, dict[str, Any]]:
+        """The entries of a journal by id. Raises FileNotFoundError."""
+        whole, _ = _lines(path)
+        return _by_id(whole[1:])
+
     def add(self, id_: str, entry: dict[str, Any]) -> None:
         """Remembers an entry. Raises OSError: the disk is full."""
         self._file.write(json.dumps({"id": id_, **entry}, ensure_ascii=False) + "\n")
@@ -75,9 +81,7 @@ def _begin(path: Path, what: Mapping[str, Any]) -> None:
 
 def _read(path: Path, what: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
     """The entries, the torn rest cut off; None where not even the first line is whole."""
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    lines = whole.decode("utf-8").splitlines()
+    lines, num_torn_bytes = _lines(path)
     if not lines:
         return None
     found = json.loads(lines[0])
@@ -88,11 +92,22 @@ def _read(path: Path, what: Mapping[str, Any]) -> dict[str, dict[str, Any]] | No
             f"{path} holds answers to something else: {', '.join(differing)} differ; choose another folder",
             metadata={"field": "output"},
         )
-    if len(whole) < len(content):
+    if num_torn_bytes:
         with path.open("r+b") as file:
-            file.truncate(len(whole))
+            file.truncate(path.stat().st_size - num_torn_bytes)
+    return _by_id(lines[1:])
+
+
+def _lines(path: Path) -> tuple[list[str], int]:
+    """The whole lines, and how many bytes of a torn one follow."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    return whole.decode("utf-8").split("\n")[:-1], len(content) - len(whole)
+
+
+def _by_id(lines: list[str]) -> dict[str, dict[str, Any]]:
     entries = {}
-    for line in lines[1:]:
+    for line in lines:
         entry = json.loads(line)
         entries[entry.pop("id")] = entry
     return entries

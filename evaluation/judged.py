@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from evaluation.questions import RIGHT, Answer, Verdict
 from evaluation.systems.ways import Way
@@ -28,6 +28,23 @@ class Opinion:
     best_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     experts: tuple[str, ...]
+
+
+class Overruled(NamedTuple):
+    """A token in which an expert took part: the gold one, the fused first choice, and the expert's."""
+
+    gold: int
+    fused: int
+    by_expert: int
+
+    @property
+    def kinds(self) -> list[str]:
+        """What happened: nothing, or that the expert was overruled, and whether that mended or spoiled the token."""
+        if self.fused == self.by_expert:
+            return []
+        if self.fused == self.gold:
+            return ["overruled", "mended"]
+        return ["overruled", "spoiled" if self.by_expert == self.gold else "neither"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +79,13 @@ class JudgedText:
         """Exact match of the way's greedy answer."""
         return _verdict(self.rights(way))
 
-    def overruled(self, way: str, alone: Mapping[str, str]) -> list[tuple[bool, bool]]:
-        """For each token in which an expert took part: whether the way chose otherwise than that expert would have,
-        and whether the way's choice was right.
+    def with_opinions_of(self, other: JudgedText) -> JudgedText:
+        """With those opinions of the other, about the same tokens, that are missing here."""
+        assert self.ids == other.ids, "another gold answer"
+        return JudgedText(self.ids, {**other.opinions, **self.opinions})
+
+    def overruled(self, way: str, alone: Mapping[str, str]) -> list[Overruled]:
+        """One for each token in which an expert took part.
 
         Args:
             way: one that adds to an expert's scores.
@@ -72,8 +93,10 @@ class JudgedText:
         """
         opinion = self.opinions[way]
         return [
-            (best != self.opinions[alone[expert]].best_ids[place], best == self.ids[place])
-            for place, (best, expert) in enumerate(zip(opinion.best_ids, opinion.experts, strict=True))
+            Overruled(gold, best, self.opinions[alone[expert]].best_ids[place])
+            for place, (gold, best, expert) in enumerate(
+                zip(self.ids, opinion.best_ids, opinion.experts, strict=True)
+            )
             if expert
         ]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,19 +31,28 @@ class RouterWriter:
     verify: Verify
     sampling: Options = field(default_factory=lambda: Options(temperature=0.0))
 
-    async def answer(self, question: Question) -> Answer:
+    async def complete(self, question: Question) -> Completion:
         """What the services write. Raises FusionRouteError as they do."""
         options: Any = {**self.way.options(), **self.sampling, "max_tokens": question.max_tokens}
         if question.stop:
             options["stop"] = list(question.stop)
         prompt = question.prompt if isinstance(question.prompt, str) else list(question.prompt)
-        return answer_of(await self.router.complete(prompt, **options))
+        return await self.router.complete(prompt, **options)
 
     async def ask(self, question: Question) -> dict[str, Any]:
         """The answer and what the verifier says of it, as JSON has it."""
-        answer = await self.answer(question)
+        completion = await self.complete(question)
+        answer = answer_of(completion)
         verdict = await asyncio.to_thread(self.verify, question, answer)
-        return to_json(answer, verdict)
+        entropies = [
+            round(entropy(token.routing_weights), 4) for token in completion.tokens if token.routing_weights
+        ]
+        return {**to_json(answer, verdict), "entropies": entropies}
+
+
+def entropy(weights: Sequence[float]) -> float:
+    """Of probabilities, in nats."""
+    return -sum(weight * math.log(weight) for weight in weights if weight > 0.0)
 
 
 def answer_of(completion: Completion) -> Answer:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from evaluation.findings import SystemNote
 from fusionroute.questions import ScoringOptions
+from fusionroute.v1.router_pb2 import CombineRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +85,8 @@ def available_ways(slots: Sequence[str], rules: Iterable[str]) -> list[Way]:
     known = set(rules)
     ways = [ROUTER_ALONE, ROUTING_ONLY, SUM, *GATED, ENSEMBLE, PROXY, RANDOM]
     return [*expert_ways(slots), *(way for way in ways if way.combine in known), *fixed_ways(slots)]
+
+
+def rule_names(rules: Iterable[CombineRule.ValueType]) -> list[str]:
+    """As requests name them, from the wire."""
+    return [CombineRule.Name(rule).removeprefix("COMBINE_RULE_").lower() for rule in rules]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from evaluation.questions import Question
+from evaluation.questions import RIGHT, Answer, Question, Verdict
 from fusionroute.lab.tasks import TASKS, Group, Item, Split, evaluation_items, fact_of
 
 PAYLOAD = {Split.TEST: "held-out", Split.TRAIN: "seen"}
@@ -47,6 +47,13 @@ def lab_questions(
 def cluster_of(item: Item) -> str:
     """What items share that are right and wrong together: the fact they ask for, else the whole prompt."""
     return fact_of(item.prompt) or item.prompt
+
+
+def verify(question: Question, answer: Answer) -> Verdict:
+    """Exact match, the end included."""
+    if answer.is_complete and answer.text == question.reference:
+        return RIGHT
+    return Verdict(0.0, "another answer" if answer.is_complete else "does not end")
 
 
 def _question(item: Item, split: Split, number: int) -> Question:

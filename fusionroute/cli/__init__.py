@@ -19,6 +19,7 @@ main = CommandGroup(
         "checkpoints": "fusionroute.cli.checkpoints:checkpoints",
         "models": "fusionroute.cli.model_folders:models",
         "lab": "fusionroute.cli.lab:lab",
+        "eval": "fusionroute.cli.eval:evaluation_group",
         "bench": "fusionroute.cli.bench:bench",
         "doctor": "fusionroute.cli.doctor:doctor",
     },
