@@ -7,8 +7,9 @@ from typing import get_args
 
 import pytest
 
+from fusionroute.answer_forms import first_number, last_choice, last_number
 from trainer.config import PairsJob
-from trainer.verifiers import VERIFIERS, last_choice, last_number, same_choice, same_number, same_text
+from trainer.verifiers import VERIFIERS, same_choice, same_number, same_text
 
 
 def test_every_verifier_that_can_be_configured_exists():
@@ -44,6 +45,15 @@ def test_exact_forgives_white_space_around_and_nothing_else():
 )
 def test_the_last_number_is_read_as_people_write_it(text: str, number: Fraction):
     assert last_number(text) == number
+
+
+def test_the_first_number_is_read_like_the_last():
+    assert first_number("-1,250.5 of 7") == Fraction(-2501, 2)
+    assert first_number("none") is None
+
+
+def test_digits_without_end_are_no_number():
+    assert last_number("it is " + "7" * 5000) is None
 
 
 def test_a_fraction_is_not_its_denominator():
