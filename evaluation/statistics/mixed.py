@@ -14,15 +14,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def crossed_mean(values: npt.ArrayLike, confidence: float = 0.95) -> Estimate:
-    """The grand mean of seeds x clusters, where every seed was asked every cluster.
-
-    The model is value = mean + seed + cluster + rest, all but the mean random. Of balanced data the analysis of
-    variance gives the REML estimates:
-
-        variance of the mean = (MS_seed + MS_cluster - MS_rest) / (S K)
-
-    where an effect whose mean square is below that of the rest is none and is pooled with it. The interval is
-    Student's with Satterthwaite's degrees of freedom, rounded down (Clark 1973 has the same for words and readers).
+    """The grand mean of seeds x clusters, where every seed was asked every cluster, with Student's interval.
 
     Args:
         values: [S, K], at least two of each; equal weights.
@@ -32,19 +24,37 @@ def crossed_mean(values: npt.ArrayLike, confidence: float = 0.95) -> Estimate:
         ValueError: another shape.
     """
     table = np.asarray(values, dtype=np.float64)
-    if table.ndim != 2 or min(table.shape) < 2:
-        raise ValueError(f"values of shape {table.shape} are not allowed: at least 2 seeds by 2 clusters")
-    num_seeds, num_clusters = table.shape
+    variance, freedom = variance_of_crossed_mean(table)
     mean = float(table.mean())
-    by_seed, by_cluster = table.mean(axis=1) - mean, table.mean(axis=0) - mean
-    rest = table - mean - by_seed[:, None] - by_cluster[None, :]
+    half = student.quantile(confidence, freedom) * math.sqrt(variance)
+    return Estimate(mean, mean - half, mean + half)
+
+
+def variance_of_crossed_mean(values: Floats) -> tuple[float, int]:
+    """Squared standard error of the grand mean of [S, K], and its degrees of freedom.
+
+    The model is value = mean + seed + cluster + rest, all but the mean random. Of balanced data the analysis of
+    variance gives the REML estimates:
+
+        variance of the mean = (MS_seed + MS_cluster - MS_rest) / (S K)
+
+    where an effect whose mean square is below that of the rest is none and is pooled with it. The degrees of freedom
+    are Satterthwaite's, rounded down (Clark 1973 has the same for words and readers).
+
+    Raises:
+        ValueError: fewer than two seeds or clusters.
+    """
+    if values.ndim != 2 or min(values.shape) < 2:
+        raise ValueError(f"values of shape {values.shape} are not allowed: at least 2 seeds by 2 clusters")
+    num_seeds, num_clusters = values.shape
+    mean = float(values.mean())
+    by_seed, by_cluster = values.mean(axis=1) - mean, values.mean(axis=0) - mean
+    rest = values - mean - by_seed[:, None] - by_cluster[None, :]
     seeds = _Square(num_clusters * float(by_seed @ by_seed), num_seeds - 1)
     clusters = _Square(num_seeds * float(by_cluster @ by_cluster), num_clusters - 1)
-    square, freedom = _of_the_mean(
-        seeds, clusters, _Square(float(np.sum(rest * rest)), seeds.freedom * clusters.freedom)
-    )
-    half = student.quantile(confidence, freedom) * math.sqrt(square / table.size)
-    return Estimate(mean, mean - half, mean + half)
+    others = _Square(float(np.sum(rest * rest)), seeds.freedom * clusters.freedom)
+    square, freedom = _of_the_mean(seeds, clusters, others)
+    return square / values.size, freedom
 
 
 def nested_mean(means: npt.ArrayLike, variances: npt.ArrayLike, confidence: float = 0.95) -> Estimate:
