@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from fusionroute.lab.tokenizer import EOS_ID, encode
 from fusionroute.questions import Options
 
 NUM_CONCURRENT = 32
+EXAMPLES = "examples.json"
 
 OnProgress = Callable[[str, int], None]
 """Told what is asked and how many more questions are done."""
@@ -61,6 +63,22 @@ class SeedFolder:
     def written(self, system: str) -> Path:
         """Of a system that writes."""
         return self.folder / f"written-{system.replace('/', '+')}.jsonl"
+
+    def keep_examples(self, examples: Sequence[TracedAnswer]) -> None:
+        """Answers token by token, for the report."""
+        values = [asdict(example) for example in examples]
+        (self.folder / EXAMPLES).write_text(
+            json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
+
+    def examples(self) -> list[TracedAnswer]:
+        """Those that were kept."""
+        path = self.folder / EXAMPLES
+        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return [
+            TracedAnswer(**{**each, "tokens": tuple(TracedToken(**token) for token in each["tokens"])})
+            for each in values
+        ]
 
     def what(self, who: str, ways: Iterable[str], questions: Sequence[Question]) -> dict[str, Any]:
         """The first line of a journal: whatever decides its answers."""
@@ -139,6 +157,8 @@ def is_known(place: SeedFolder, checkpoint: str, slots: Sequence[str]) -> bool:
         (place.judged(checkpoint), place.questions),
         *((place.written(name), questions) for name in names),
     ]
+    if checkpoint == CDPO and not (place.folder / EXAMPLES).exists():
+        return False
     return all(
         path.exists() and Journal.read(path).keys() >= {question.id for question in asked}
         for path, asked in wanted

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -59,11 +60,16 @@ class Gathered:
     seen: Sequence[Outcome]
     partial: Sequence[Outcome]
 
+    def outcomes(self) -> Iterator[Outcome]:
+        """All of them."""
+        return chain(self.held_out, self.seen, self.partial)
+
 
 def findings_of(
     plan: LabPlan,
     questions: Sequence[Question],
     seeds: Sequence[SeedRecords],
+    gathered: Gathered,
     examples: Sequence[TracedAnswer],
     facts: Mapping[str, object],
 ) -> Findings:
@@ -73,10 +79,10 @@ def findings_of(
         plan: what was asked.
         questions: all of them, held-out ones and seen ones.
         seeds: what was heard, at least one.
+        gathered: what `gather` makes of it.
         examples: answers token by token, to be drawn.
         facts: what decides the outcome besides the plan.
     """
-    gathered = gather(questions, seeds)
     whole = [note.name for note in gathered.notes if not _is_partial(gathered, note.name)]
     some = [note.name for note in gathered.notes if _is_partial(gathered, note.name)]
     found = cells(gathered.held_out, whole, (*HELD_OUT, *TASK_STRATA))

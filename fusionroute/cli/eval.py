@@ -12,7 +12,6 @@ from fusionroute.cli.target import json_option
 
 if TYPE_CHECKING:
     from evaluation.lab.plan import LabPlan
-    from evaluation.scores import Scores
 
 evaluation_group = CommandGroup(
     name="eval",
@@ -73,9 +72,7 @@ def run(
     if as_json:
         click.echo((output / "report.json").read_text(encoding="utf-8"), nl=False)
         return
-    print_main_table(console(), findings)
-    for line in findings.summary:
-        click.echo(line)
+    print_main_table(findings, console())
     click.echo(f"\nreport: {output / 'report.md'}")
 
 
@@ -86,7 +83,7 @@ def run(
 @click.option("--with", "other", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="DIR",
               help="Another evaluation of the same questions, in which SECOND is found.")  # fmt: skip
 @click.option("--stratum", "strata", multiple=True, metavar="DIVISION=PART",
-              help="Compare on these questions; repeatable.  [default: all, and every part of every division]")  # fmt: skip
+              help="On these questions; repeatable.  [default: all, and every part of every division]")  # fmt: skip
 @json_option
 def compare(
     folder: Path, first: str, second: str, other: Path | None, strata: tuple[str, ...], as_json: bool

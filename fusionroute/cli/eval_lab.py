@@ -17,11 +17,11 @@ from fusionroute.cli.group import Failure
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from evaluation.findings import Findings, TracedAnswer
     from evaluation.lab.asking import SeedFolder
     from evaluation.lab.plan import LabPlan
+    from evaluation.lab.systems import SeedRecords
     from evaluation.questions import Question
     from fusionroute.stack_state import StackState
     from trainer.lab_family import Family
@@ -53,14 +53,16 @@ def run_lab(plan: LabPlan, output: Path, console: Console) -> Findings:
         Failure: a model cannot be trained or served, or written answers are not those that were judged.
     """
     from evaluation.lab.asking import disagreements, judge_by_model, read_seed
-    from evaluation.lab.results import findings_of
+    from evaluation.lab.results import findings_of, gather
     from evaluation.report import write_report
+    from evaluation.scores import Scores
 
     questions = plan.questions()
     clock = _Clock(output / TIMINGS)
     with clock.stage("training"):
         seeds = _train(plan)
-    records, examples = [], []
+    records: list[SeedRecords] = []
+    examples: list[TracedAnswer] = []
     for models in seeds:
         place = _place(output, plan, questions, models)
         slots = list(models.family.experts)
@@ -68,7 +70,7 @@ def run_lab(plan: LabPlan, output: Path, console: Console) -> Findings:
             clock.stage(f"asking the services, seed {models.seed}"),
             _bars(console, models.seed) as on_progress,
         ):
-            examples = _ask_services(place, models, on_progress) or examples
+            _ask_services(place, models, on_progress)
         with (
             clock.stage(f"asking single models, seed {models.seed}"),
             _bars(console, models.seed) as on_progress,
@@ -76,6 +78,7 @@ def run_lab(plan: LabPlan, output: Path, console: Console) -> Findings:
             for name, folder in models.models.items():
                 judge_by_model(place, name, folder, on_progress)
         records.append(read_seed(place, models.seed, slots, list(models.routers), list(models.models)))
+        examples = place.examples() or examples
     compared, differing = 0, list[str]()
     for record in records:
         num, names = disagreements(record)
@@ -85,8 +88,10 @@ def run_lab(plan: LabPlan, output: Path, console: Console) -> Findings:
         raise Failure(f"{len(differing)} of {compared} written answers are not what was judged: {shown}")
     with clock.stage("statistics and report"):
         facts = {**_facts(seeds), "written_answers": compared, "written_answers_that_differ": len(differing)}
-        findings = findings_of(plan, questions, records, examples, facts)
+        gathered = gather(questions, records)
+        findings = findings_of(plan, questions, records, gathered, examples, facts)
         write_report(findings, output)
+        Scores.of(questions, gathered.notes, gathered.outcomes()).write(output)
     return findings
 
 
@@ -110,16 +115,14 @@ def _place(output: Path, plan: LabPlan, questions: Sequence[Question], models: S
     return SeedFolder(output / "answers" / f"seed-{models.seed}", plan, questions, digest)
 
 
-def _ask_services(
-    place: SeedFolder, models: SeedModels, on_progress: Callable[[str, int], None]
-) -> list[TracedAnswer]:
+def _ask_services(place: SeedFolder, models: SeedModels, on_progress: Callable[[str, int], None]) -> None:
     """Serves one router checkpoint after the other and asks it; nothing is started where all is known."""
     from fusionroute.cli.stack import temporary_stack
     from fusionroute.local_stack import StackPlan
 
     missing = _missing(place, models)
     if not missing:
-        return []
+        return
     plan = StackPlan(
         router_checkpoint=str(models.routers[missing[0]]),
         experts={
@@ -133,7 +136,7 @@ def _ask_services(
         trainer=len(missing) > 1,
     )
     with temporary_stack(plan) as (state, folder):
-        return asyncio.run(_ask_all(place, models, missing, state, folder, on_progress))
+        asyncio.run(_ask_all(place, models, missing, state, folder, on_progress))
 
 
 async def _ask_all(
@@ -143,14 +146,13 @@ async def _ask_all(
     state: StackState,
     folder: Path,
     on_progress: Callable[[str, int], None],
-) -> list[TracedAnswer]:
+) -> None:
     from evaluation.lab.asking import judge_by_router, trace_examples, ways_of, write_by_router, written_ways
     from evaluation.lab.plan import CDPO
     from evaluation.lab.systems import FUSIONROUTE
     from evaluation.systems.ways import SUM, rule_names
     from fusionroute.client import RouterClient
 
-    examples: list[TracedAnswer] = []
     slots = list(models.family.experts)
     for number, checkpoint in enumerate(checkpoints):
         if number > 0:
@@ -160,8 +162,7 @@ async def _ask_all(
             await judge_by_router(router, place, checkpoint, ways, on_progress)
             await write_by_router(router, place, checkpoint, written_ways(checkpoint, slots), on_progress)
             if checkpoint == CDPO:
-                examples = await trace_examples(router, FUSIONROUTE, SUM)
-    return examples
+                place.keep_examples(await trace_examples(router, FUSIONROUTE, SUM))
 
 
 def _missing(place: SeedFolder, models: SeedModels) -> list[str]:
