@@ -60,7 +60,11 @@ def language_of(text: str) -> str | None:
 
 def check_installed() -> None:
     """Raises InvalidRequest, INVALID_FIELD: langdetect is not installed."""
-    if find_spec("langdetect") is None:
+    try:
+        found = find_spec("langdetect")
+    except ValueError:  # what stands for it was put there by hand, without a place that it was loaded from
+        found = None
+    if found is None:
         raise _not_installed()
 
 
