@@ -67,7 +67,10 @@ def large_findings(num_systems: int = 30, tasks: int = 23) -> Findings:
             cells.append(made_cell(note.name, stratum, size, share, draw))
         for note, share in zip(systems[1:], shares[1:], strict=True):
             comparisons.append(made_comparison("system0", note.name, stratum, size, shares[0] - share, draw))
-        comparisons.append(made_comparison("system2", "system3", stratum, size, shares[2] - shares[3], draw))
+        if num_systems > 2:
+            comparisons.append(
+                made_comparison("system1", "system2", stratum, size, shares[1] - shares[2], draw)
+            )
     routed = [note.name for note in systems if note.kind == "served"]
     return Findings(
         name="lab",

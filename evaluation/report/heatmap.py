@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from evaluation.report.paper import (
@@ -66,7 +67,8 @@ def _draw(view: View, name: str, strata: list[str]) -> Sheet:
         sheet.text(left + (column + 0.5) * width / len(strata), top - 0.05, head, size=SMALL, rotation=90,
                    va="bottom", ha="center")  # fmt: skip
         for row, note in enumerate(view.systems):
-            if cell := view.cell(note.name, stratum):
+            cell = view.cell(note.name, stratum)
+            if cell is not None and math.isfinite(cell.estimate.value):
                 _draw_cell(axes, row, column, cell.estimate.value)
     return sheet
 

@@ -11,6 +11,7 @@ from evaluation.report.pictures import Chapter, Picture
 from evaluation.report.tables import (
     comparisons_table,
     escaped,
+    is_unsure_over_seeds,
     main_table,
     null_sentence,
     parts_table,
@@ -19,6 +20,7 @@ from evaluation.report.tables import (
 )
 from evaluation.report.view import NOT_IN_COMPETITION, View
 
+MOST_OPEN_ROWS = 40
 COMMAND = "command"
 """The fact that says how to make the report again."""
 
@@ -58,7 +60,9 @@ def _reading(view: View) -> str:
     sentences = ["Mean score with its 95 % interval."]
     if len(view.seeds) > 1:
         sentences.append(f"All {len(view.seeds)} training seeds together; n is of each seed.")
-    sentences.append("Bold: ahead of the runner-up, significant at 5 % after Holm.")
+    sentences.append(
+        "Bold: ahead of the runner-up, where the two were compared and differ significantly at 5 % after Holm."
+    )
     if any(note.kind == NOT_IN_COMPETITION for note in view.systems):
         sentences.append("† is given gold prefixes, and therefore not comparable with the others.")
     return " ".join(sentences) + "\n"
@@ -80,7 +84,15 @@ def _differences(view: View, pictures: Sequence[Picture]) -> Iterator[str]:
     for columns in view.narrow:
         yield from _shown(pictures, Chapter.DIFFERENCES, columns.name)
     if main:
-        yield comparisons_table(view, _ordered(view, main)).to_markdown()
+        table = comparisons_table(view, _ordered(view, main)).to_markdown()
+        yield from (
+            [table] if len(main) <= MOST_OPEN_ROWS else _folded(f"All {len(main):,} comparisons", table)
+        )
+    if any(is_unsure_over_seeds(each) for each in found):
+        yield (
+            "‡ significant on these questions with these seeds, but the interval over the seeds' differences "
+            "(Student's) holds zero: other seeds may show none.\n"
+        )
     if nulls := [each for each in _ordered(view, main) if not each.is_significant]:
         yield "### What is not shown\n"
         yield from _list([null_sentence(view, each) for each in nulls])
@@ -158,7 +170,8 @@ def _list(sentences: Sequence[str]) -> Iterator[str]:
 def _shown(pictures: Sequence[Picture], chapter: Chapter, about: str | None = None) -> Iterator[str]:
     for picture in pictures:
         if picture.chapter is chapter and about in (None, picture.about):
-            yield f"![{escaped(picture.told)}]({picture.file})\n"
+            told = escaped(picture.told).replace("[", "\\[").replace("]", "\\]")
+            yield f"![{told}]({picture.file})\n"
 
 
 def _folded(title: str, content: str) -> Iterator[str]:

@@ -48,13 +48,14 @@ def draw_pictures(view: View, folder: Path) -> list[Picture]:
     """Draws what there is into a folder, each file written whole or not at all."""
     drawn = []
     with fixed_style():
-        for picture, sheet in _sheets(view):
+        for picture, sheet in sheets(view):
             sheet.write(folder / picture.file)
             drawn.append(picture)
     return drawn
 
 
-def _sheets(view: View) -> Iterator[tuple[Picture, Sheet]]:
+def sheets(view: View) -> Iterator[tuple[Picture, Sheet]]:
+    """Every picture, drawn but not written; to be used within `fixed_style`."""
     for columns in view.narrow:
         yield from _named(Chapter.RESULTS, "forest", "Forest plot: mean score with its interval of every system",
                           columns, [draw_forest(view, columns)])  # fmt: skip

@@ -89,7 +89,11 @@ def draw_overruled(view: View, columns: Columns) -> list[Sheet]:
 
 def draw_entropy(view: View, columns: Columns) -> list[Sheet]:
     """How the entropy of the routing weights is spread over tokens."""
-    found = {(each.system, each.stratum): each for each in view.findings.entropies if sum(each.counts)}
+    found = {
+        (each.system, each.stratum): each
+        for each in view.findings.entropies
+        if sum(each.counts) and each.most > 0
+    }
     most = max((each.most for each in found.values()), default=1.0)
     sheets = []
     for grid in _grids(view, columns, list(found)):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MISSING = "–"
+UNSURE_MARK = " ‡"
+"""Beside a difference that is significant on these questions, but not beyond the seeds that were tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def comparisons_table(view: View, comparisons: Sequence[Comparison]) -> TextTabl
         rows.append((
             f"{view.label(each.first)} {MINUS} {view.label(each.second)}",
             f"{part_of(each.stratum)}, {each.num_questions:,}",
-            shown(each.difference, plus=True),
+            shown(each.difference, plus=True) + (UNSURE_MARK if is_unsure_over_seeds(each) else ""),
             *(over if several else ()),
             f"{each.only_first:,}, {each.only_second:,}",
             probability(each.p_adjusted),
@@ -121,13 +123,20 @@ def comparisons_table(view: View, comparisons: Sequence[Comparison]) -> TextTabl
     return TextTable(heads, tuple(rows), bold)
 
 
+def is_unsure_over_seeds(comparison: Comparison) -> bool:
+    """Whether it is significant, and yet the interval over its seeds holds zero."""
+    over = comparison.over_seeds
+    return comparison.is_significant and over is not None and not over.excludes_zero
+
+
 def null_sentence(view: View, comparison: Comparison) -> str:
     """What a null result says, with no more certainty than it has."""
-    where = "all questions" if "=" not in comparison.stratum else f"{comparison.stratum.replace('=', ' ')}"
+    division, _, part = comparison.stratum.partition("=")
+    where = f"where {division} is {part}" if part else "on all questions"
     return (
-        f"{view.label(comparison.first)} against {view.label(comparison.second)} on {where}: no difference shown "
+        f"{view.label(comparison.first)} against {view.label(comparison.second)} {where}: no difference shown "
         f"({shown(comparison.difference, plus=True)}, p = {probability(comparison.p_adjusted)} after Holm); "
-        f"these {comparison.num_questions:,} questions would show one of {comparison.detectable:.3f} or more."
+        f"these {comparison.num_questions:,} questions would show one of {comparison.detectable:.3f} with 80 % power."
     )
 
 
@@ -175,13 +184,7 @@ def _rich_table(table: TextTable) -> Table:
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is, in one line of a table."""
     in_a_line = " ".join(text.split())
-    return "".join(
-        f"\\{each}" if each in "\\|*_`<>[]#~" and not _is_plain(in_a_line) else each for each in in_a_line
-    )
-
-
-def _is_plain(text: str) -> bool:
-    return not any(each in text for each in "\\|*_`<>#~")
+    return "".join(f"\\{each}" if each in "\\|*_`<>#~" else each for each in in_a_line).replace("](", "]\\(")
 
 
 def _line(cells: Iterable[str]) -> str:
