@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from evaluation.statistics.intervals import Estimate, paired_difference, wilson_interval
+from evaluation import questions
 from evaluation.items import cluster_of, is_covered
 from evaluation.runner import Outcome
+from evaluation.statistics.cells import cells
+from evaluation.statistics.comparing import compare as compare_pairs
+from evaluation.statistics.intervals import Estimate
 from evaluation.systems.served import System
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+COVERED, GAP = STRATA = ("coverage=covered", "coverage=gap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +53,19 @@ def scores(outcomes: Sequence[Outcome]) -> list[Score]:
         ValueError: a system has no covered or no gap items.
     """
     systems = list(dict.fromkeys(outcome.system for outcome in outcomes))
-    return [
-        Score(system, _share(outcomes, system, covered=True), _share(outcomes, system, covered=False))
-        for system in systems
-    ]
+    found = cells(_judged(outcomes), [system.name for system in systems], STRATA)
+    estimates = {(cell.system, cell.stratum): cell.estimate for cell in found}
+    return [Score(system, estimates[system.name, COVERED], estimates[system.name, GAP]) for system in systems]
 
 
 def compare(outcomes: Sequence[Outcome], first: System, second: System) -> Comparison:
-    """The paired difference of two systems that answered the same items in the same order."""
+    """The paired difference of two systems that answered the same items in the same order.
 
-    def difference(covered: bool) -> Estimate:
-        mine = _of(outcomes, first, covered)
-        theirs = _of(outcomes, second, covered)
-        return paired_difference(
-            [float(outcome.is_right) for outcome in mine],
-            [float(outcome.is_right) for outcome in theirs],
-            [cluster_of(outcome.item) for outcome in mine],
-        )
-
-    return Comparison(first, second, difference(True), difference(False))
+    Raises:
+        ValueError: one of them has answered an item that the other has not.
+    """
+    covered, gap = compare_pairs(_judged(outcomes), [(first.name, second.name)], STRATA)
+    return Comparison(first, second, covered.difference, gap.difference)
 
 
 def score_table(rows: Iterable[Score], num_covered: int, num_gap: int) -> Table:
@@ -101,7 +101,9 @@ def price_sentence(against_routing_only: Comparison) -> str:
     covered = against_routing_only.covered
     if not covered.excludes_zero:
         difference = shown(covered, signed=True)
-        return f"Whether the complement costs anything on covered tasks these items do not tell ({difference})."
+        return (
+            f"Whether the complement costs anything on covered tasks these items do not tell ({difference})."
+        )
     if covered.value > 0:
         return f"The complement costs nothing on covered tasks; it gains ({shown(covered, signed=True)})."
     return (
@@ -129,13 +131,25 @@ def to_json(rows: Iterable[Score], comparisons: Iterable[Comparison]) -> dict[st
     }
 
 
-def _of(outcomes: Iterable[Outcome], system: System, covered: bool) -> list[Outcome]:
-    return [each for each in outcomes if each.system == system and is_covered(each.item) == covered]
-
-
-def _share(outcomes: Iterable[Outcome], system: System, covered: bool) -> Estimate:
-    chosen = _of(outcomes, system, covered)
-    return wilson_interval(sum(outcome.is_right for outcome in chosen), len(chosen))
+def _judged(outcomes: Iterable[Outcome]) -> list[questions.Outcome]:
+    """The same as statistics know them; item number i of every system is the same question."""
+    numbers: Counter[str] = Counter()
+    judged = []
+    for outcome in outcomes:
+        system, item = outcome.system.name, outcome.item
+        question = questions.Question(
+            id=f"{item.task}/{numbers[system]}",
+            task=item.task,
+            prompt=item.prompt,
+            reference=item.answer,
+            cluster=cluster_of(item),
+            strata={"coverage": "covered" if is_covered(item) else "gap"},
+        )
+        numbers[system] += 1
+        answer = questions.Answer(outcome.answer.text, outcome.answer.is_complete)
+        verdict = questions.RIGHT if outcome.is_right else questions.Verdict(0.0)
+        judged.append(questions.Outcome(question, system, 0, answer, verdict))
+    return judged
 
 
 def _verb(difference: Estimate) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from evaluation.statistics.intervals import paired_difference, wilson_interval
+from evaluation.statistics.intervals import paired_difference, wilson_interval, wilson_of_share
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,14 @@ def test_less_confidence_makes_a_narrower_interval() -> None:
 def test_a_share_that_cannot_be_is_refused(num_right: int, num_items: int) -> None:
     with pytest.raises(ValueError, match="no share"):
         wilson_interval(num_right, num_items)
+
+
+def test_a_share_of_half_as_many_items_is_known_less_well():
+    whole, half = wilson_of_share(0.7, 50.0), wilson_of_share(0.7, 25.0)
+    assert whole == wilson_interval(35, 50)
+    assert half.low < whole.low < whole.high < half.high
+    with pytest.raises(ValueError, match="no interval"):
+        wilson_of_share(1.1, 5)
 
 
 def test_a_confidence_of_one_is_refused() -> None:

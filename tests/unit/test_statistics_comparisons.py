@@ -116,6 +116,14 @@ def test_swapping_the_systems_turns_everything_around():
     assert (back.only_first, back.only_second) == (there.only_second, there.only_first)
 
 
+def test_a_constant_difference_has_an_interval_of_no_width():
+    clusters = ["x", "x", "y"]
+    found = one(
+        [*scored("a", [1.0, 0.5, 0.75], clusters=clusters), *scored("b", [0.5, 0.0, 0.25], clusters=clusters)]
+    )
+    assert (found.difference.value, found.difference.low, found.difference.high) == (0.5, 0.5, 0.5)
+
+
 def test_with_many_clusters_the_interval_is_that_of_the_plain_paired_bootstrap():
     first, second = coins(400, 0.7, 1), coins(400, 0.6, 2)
     clusters = [f"c{at % 150}" for at in range(400)]
@@ -123,6 +131,26 @@ def test_with_many_clusters_the_interval_is_that_of_the_plain_paired_bootstrap()
     plain = paired_difference(first, second, clusters)
     assert found.difference.value == pytest.approx(plain.value)
     assert (found.difference.low, found.difference.high) == pytest.approx((plain.low, plain.high), abs=0.006)
+
+
+def test_repeating_every_question_within_its_cluster_adds_no_certainty_to_a_difference():
+    first, second, clusters = coins(40, 0.7, 1), coins(40, 0.5, 2), [f"c{at}" for at in range(40)]
+    once = one([*scored("a", first, clusters=clusters), *scored("b", second, clusters=clusters)])
+    thrice = one(
+        [*scored("a", first * 3, clusters=clusters * 3), *scored("b", second * 3, clusters=clusters * 3)]
+    )
+    alone = one([*scored("a", first * 3), *scored("b", second * 3)])
+    assert thrice.difference == once.difference
+    assert (thrice.p_value, thrice.detectable) == pytest.approx((once.p_value, once.detectable))
+    assert alone.difference.high - alone.difference.low < thrice.difference.high - thrice.difference.low
+    assert alone.detectable < thrice.detectable
+
+
+def test_pairing_cancels_what_both_systems_find_hard():
+    easy_or_hard = [float(at % 2) for at in range(100)]
+    found = one([*scored("a", easy_or_hard), *scored("b", easy_or_hard)])
+    assert (found.difference.low, found.difference.high) == (0.0, 0.0)
+    assert not found.difference.excludes_zero
 
 
 def test_identical_systems_differ_by_nothing_and_have_no_evidence():
