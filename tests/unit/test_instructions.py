@@ -329,7 +329,7 @@ def test_the_same_text_has_the_same_language_every_time():
     assert len({language_of(unclear) for _ in range(20)}) == 1
 
 
-def test_without_langdetect_instructions_of_language_name_the_extra_when_they_are_read_and_when_they_are_judged(
+def test_without_langdetect_the_error_names_the_extra_when_rows_are_read_and_when_answers_are_judged(
     tmp_path,
 ):
     """In a process of its own, in which langdetect cannot be imported."""
