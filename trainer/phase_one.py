@@ -63,4 +63,4 @@ def run_sft(config: SftJob, context: RunContext) -> RunResult:
 
 
 def _switches(config: SftJob, heads: Heads) -> dict[str, object]:
-    return {**switches_of(config, "sft", "training"), "gates": gate_facts(config.gates, heads)}
+    return {**switches_of(config, "sft", "training", "routing"), "gates": gate_facts(config.gates, heads)}

@@ -22,7 +22,9 @@ import psutil
 import pytest
 
 from fusionroute.engine.model import weights_fingerprint
+from fusionroute.errors import InvalidRequest
 from fusionroute.fusion import CombineRule
+from fusionroute.lab.tokenizer import EOS_ID, encode
 from fusionroute.router_model import load_checkpoint
 from fusionroute.vocabulary import load_tokenizer, tokenizer_fingerprint
 from trainer.lab_family import (
@@ -34,9 +36,13 @@ from trainer.lab_family import (
     Stage,
     WorkerFailed,
     build,
+    build_all,
+    build_variants,
     family_folder,
     is_complete,
 )
+from trainer.lab_family.policy import SingleModel
+from trainer.lab_family.router_stage import MAX_ANSWER_TOKENS
 from trainer.lab_family.training import load
 
 MICRO = Recipe(
@@ -53,6 +59,14 @@ MICRO = Recipe(
     preferences=Stage(4, 4, 1e-3, 2),
     preference_epochs=1,
 )
+VARIANTS = (
+    "cdpo_expert_pairs",
+    "sft_continued",
+    "single_all_gold_from_math",
+    "single_dpo",
+    "merge_dare",
+)
+REBUILT = ("merge_dare", "cdpo_expert_pairs")
 ENDLESS = dataclasses.replace(MICRO, base=Stage(5_000, 8, 1e-3))
 
 pytestmark = pytest.mark.timeout(240)
@@ -74,7 +88,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     families: list[Family] = []
 
     def run(report: list[Progress]) -> None:
-        families.append(build("micro", 5, cache, 1, report.append, recipe=MICRO))
+        families.extend(build_all("micro", (5,), VARIANTS, cache, 1, report.append, recipe=MICRO))
 
     threads = [threading.Thread(target=run, args=(report,)) for report in reports]
     for thread in threads:
@@ -86,35 +100,45 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 
 def digests(family: Family) -> dict[str, str]:
-    """Digest of every file that a model is loaded from."""
-    paths = [
-        path for path in sorted(family.folder.rglob("*")) if path.is_file() and path.name != "facts.json"
-    ]
-    return {
-        str(path.relative_to(family.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
+    """Digest of every file that a model is loaded from, those of variants too."""
+    paths = {
+        f"{name}/{path.relative_to(folder)}": path
+        for name, folder in {"": family.folder, **family.variants}.items()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "facts.json"
     }
+    return {name: hashlib.sha256(paths[name].read_bytes()).hexdigest() for name in sorted(paths)}
 
 
 def test_of_two_builders_at_once_one_trains_and_both_get_the_family(outcome: Outcome) -> None:
     stages = [{progress.stage for progress in report} for report in outcome.reports]
-    assert sorted(stages, key=len) == [{"waiting"}, {"base", *EXPERT_SLOTS, "router", "gates", "preferences"}]
+    of_family = {"base", *EXPERT_SLOTS, "router", "gates", "preferences"}
+    needed = {"all_gold_labels", "single_from_format"}
+    assert sorted(stages, key=len) == [{"waiting"}, of_family | set(VARIANTS) | needed]
     assert outcome.families[0] == outcome.families[1]
 
 
 @pytest.fixture(scope="module")
 def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """The same family once more, elsewhere, by two processes, where killed builds have left their remains."""
+    """The same family once more, elsewhere, beside another one, where killed builds have left their remains."""
     cache = tmp_path_factory.mktemp("littered")
     folder = family_folder(MICRO, "micro", 5, cache)
     (folder / "router").mkdir(parents=True)
     (folder / "router" / "config.json").write_text("{}")
     (folder.parent / f"{folder.name}.partial-abc").mkdir()
-    return build("micro", 5, cache, 2, recipe=MICRO)
+    other, same = build_all("micro", (6, 5), REBUILT, cache, 2, recipe=MICRO)
+    assert (other.facts["seed"], same.facts["seed"]) == (6, 5)
+    assert digests(other).keys() == digests(same).keys()
+    assert digests(other)["/base/model.safetensors"] != digests(same)["/base/model.safetensors"]
+    return same
 
 
-def test_the_same_seed_gives_the_same_bytes_however_many_processes(outcome: Outcome, rebuilt: Family) -> None:
-    assert digests(rebuilt) == digests(outcome.families[0])
-    assert "router/model.safetensors" in digests(rebuilt)
+def test_the_same_seed_gives_the_same_bytes_whatever_is_built_beside(
+    outcome: Outcome, rebuilt: Family
+) -> None:
+    first, second = digests(outcome.families[0]), digests(rebuilt)
+    assert {"/router/model.safetensors", "cdpo_expert_pairs/model.safetensors"} <= second.keys()
+    assert second == {name: first[name] for name in second}
 
 
 def test_what_killed_builds_left_is_cleared_away_by_the_next(rebuilt: Family) -> None:
@@ -189,13 +213,56 @@ def test_progress_counts_every_stage_to_its_end(outcome: Outcome) -> None:
 def test_a_complete_family_is_found_again_without_training(outcome: Outcome) -> None:
     report: list[Progress] = []
     found = build("micro", 5, outcome.cache, 2, report.append, recipe=MICRO)
-    assert found == outcome.families[0]
+    assert found == dataclasses.replace(outcome.families[0], variants={})
+    again = build_variants(found, VARIANTS[:2], 2, report.append)
+    assert again.variants == {name: outcome.families[0].variants[name] for name in VARIANTS[:2]}
     assert report == []
+
+
+def test_single_models_are_plain_folders_that_learnt_from_the_lm_loss_alone(outcome: Outcome) -> None:
+    for name in ("single_all_gold_from_math", "single_dpo"):
+        folder = outcome.families[0].variants[name]
+        assert {path.name for path in folder.iterdir()} == {
+            path.name for path in outcome.families[0].base.iterdir()
+        }
+        assert load_checkpoint(folder.parent / "checkpoint").heads.routing_weight.abs().max() == 0
+
+
+def test_a_continued_sft_starts_with_the_routing_head_and_takes_as_many_steps_as_cdpo(
+    outcome: Outcome,
+) -> None:
+    family = outcome.families[0]
+    first, second = load_checkpoint(family.router_sft), load_checkpoint(family.variants["sft_continued"])
+    parent = weights_fingerprint(load(str(family.router_sft)))
+    assert second.manifest.lineage["parent_weights_fingerprint"] == parent
+    assert second.manifest.switches["routing"] == "kept"
+    assert second.manifest.switches["training"]["max_steps"] == family.facts["stages"]["preferences"]["steps"]
+    moved = (second.heads.routing_weight - first.heads.routing_weight).norm()
+    assert 0 < moved < second.heads.routing_weight.norm()
+
+
+def test_pairs_of_experts_are_their_own_mistakes_and_as_many_at_most(outcome: Outcome) -> None:
+    family = outcome.families[0]
+    folder = family.variants["cdpo_expert_pairs"]
+    lines = gzip.decompress((folder.parent / "pairs.jsonl.gz").read_bytes()).decode().splitlines()
+    assert 0 < len(lines) <= family.facts["stages"]["preferences"]["num_pairs"]
+    row = json.loads(lines[0])
+    answers = [
+        SingleModel(path).answers([encode(row["prompt"])], MAX_ANSWER_TOKENS)[0]
+        for path in family.experts.values()
+    ]
+    assert encode(row["rejected"]) in [[id for id in answer if id != EOS_ID] for answer in answers]
+    assert row["rejected"] != row["chosen"]
+
+
+def test_a_variant_that_is_not_known_is_refused_by_name(outcome: Outcome) -> None:
+    with pytest.raises(InvalidRequest, match="variants = 'cdpo' is not allowed: one of cdpo_bias0"):
+        build_variants(outcome.families[0], ("cdpo",))
 
 
 def test_the_cache_variable_says_where(outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSIONROUTE_CACHE_DIR", str(outcome.cache))
-    assert build("micro", 5, recipe=MICRO) == outcome.families[0]
+    assert build("micro", 5, recipe=MICRO).folder == outcome.families[0].folder
 
 
 def test_recipe_seed_and_size_have_folders_of_their_own(tmp_path: Path) -> None:

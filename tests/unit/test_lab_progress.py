@@ -16,9 +16,9 @@ STEPS = [
 ]
 
 
-def output_of(*, terminal: bool) -> str:
+def output_of(*, terminal: bool, one_bar: bool = False) -> str:
     text = io.StringIO()
-    with shown(Console(file=text, force_terminal=terminal, width=120)) as callback:
+    with shown(Console(file=text, force_terminal=terminal, width=120), one_bar=one_bar) as callback:
         for progress in STEPS:
             callback(progress)
     return text.getvalue()
@@ -36,3 +36,9 @@ def test_on_a_terminal_stage_step_and_loss_are_shown_in_bars() -> None:
     text = output_of(terminal=True)
     for part in ("build", "base", "step 20/20  loss 1.250", "step 30/30  loss 0.500", "100%"):
         assert part in text
+
+
+def test_of_many_stages_one_bar_tells_the_share_and_the_last_one() -> None:
+    text = output_of(terminal=True, one_bar=True)
+    assert "router, step 30/30, loss 0.500" in text and "100%" in text
+    assert "base, step 20/20" in text and "build" not in text

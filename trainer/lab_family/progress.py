@@ -21,8 +21,8 @@ class Progress:
     """How far one stage is.
 
     Attributes:
-        stage: ``base``, an expert's slot, ``router``, ``gates`` or ``preferences``; ``waiting`` while another process
-            builds the same.
+        stage: ``base``, an expert's slot, ``router``, ``gates``, ``preferences`` or a variant's name; of several
+            families after ``seed N: ``; ``waiting`` while another process builds the same.
         step: steps taken.
         num_steps: steps of the stage.
         loss: of the last step.
@@ -40,11 +40,14 @@ ProgressCallback = Callable[[Progress], None]
 
 
 @contextmanager
-def shown(console: Console | None = None) -> Iterator[ProgressCallback]:
-    """A callback for `build` that shows progress on standard error, or on `console`.
+def shown(console: Console | None = None, *, one_bar: bool = False) -> Iterator[ProgressCallback]:
+    """A callback for `build` and `build_all` that shows progress on standard error, or on `console`.
 
     with shown() as progress:
         family = build("demo", progress=progress)
+
+    Args:
+        one_bar: for the whole build, which names what has been heard of last; else one more for each stage.
     """
     from rich.console import Console
 
@@ -52,7 +55,7 @@ def shown(console: Console | None = None) -> Iterator[ProgressCallback]:
     if not screen.is_terminal:
         yield _lines(screen)
         return
-    with _bars(screen) as callback:
+    with _bar(screen) if one_bar else _bars(screen) as callback:
         yield callback
 
 
@@ -96,5 +99,27 @@ def _bars(screen: Console) -> Iterator[ProgressCallback]:
             loss = f"step {progress.step}/{progress.num_steps}  loss {progress.loss:.3f}"
             bars.update(tasks[progress.stage], completed=progress.step, loss=loss)
             bars.update(whole, completed=progress.build_share)
+
+        yield show
+
+
+@contextmanager
+def _bar(screen: Console) -> Iterator[ProgressCallback]:
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.description}"),
+    )
+    with Bars(*columns, console=screen) as bars:
+        whole = bars.add_task("", total=1.0)
+
+        def show(progress: Progress) -> None:
+            text = f"{progress.stage}, step {progress.step}/{progress.num_steps}, loss {progress.loss:.3f}"
+            bars.update(whole, completed=progress.build_share, description=text)
 
         yield show
