@@ -37,6 +37,7 @@ from fusionroute.lab.tokenizer import EOS_ID, encode
 from fusionroute.questions import Options
 
 NUM_CONCURRENT = 32
+_TRACED = {"routing_weights": True, "num_candidates": 1, "temperature": 0.0, "exact": True}
 EXAMPLES = "examples.json"
 
 OnProgress = Callable[[str, int], None]
@@ -170,13 +171,7 @@ async def trace_examples(router: RouterClient, system: str, way: Way) -> list[Tr
     slots = [slot.slot for slot in (await router.info()).slots]
     traced = []
     for item in examples():
-        options = {
-            **way.options(),
-            "routing_weights": True,
-            "num_candidates": 1,
-            "temperature": 0.0,
-            "exact": True,
-        }
+        options: Any = {**way.options(), **_TRACED}
         completion = await router.complete(item.prompt, max_tokens=len(item.answer) + 8, **options)
         tokens = tuple(
             TracedToken(
