@@ -6,6 +6,7 @@ equals what a test expects. What is no plain data stays where it is and is spoke
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 from collections.abc import Callable
@@ -89,12 +90,17 @@ def _pack_container(value: object, keep: Keep) -> Any:
         return {"t": "dict", "v": [[pack(key, keep), pack(item, keep)] for key, item in value.items()]}  # type: ignore[attr-defined]
     if kind is bytes or kind is bytearray:
         return {"t": kind.__name__, "v": value.hex()}  # type: ignore[attr-defined]
+    if kind is type and value in _BUILT_IN_TYPES:
+        return {"t": "type", "v": _BUILT_IN_TYPES[value]}
     parts = _PARTS.get((kind.__module__, kind.__name__))
     if parts is not None:
         return {"t": f"{kind.__module__}.{kind.__name__}", "v": [pack(part, keep) for part in parts(value)]}
     return keep(value)
 
 
+_BUILT_IN_TYPES: dict[object, str] = {
+    value: name for name, value in vars(builtins).items() if isinstance(value, type)
+}
 _PARTS: dict[tuple[str, str], Callable[[Any], tuple[object, ...]]] = {
     ("builtins", "complex"): lambda value: (value.real, value.imag),
     ("builtins", "range"): lambda value: (value.start, value.stop, value.step),
@@ -107,10 +113,18 @@ _PARTS: dict[tuple[str, str], Callable[[Any], tuple[object, ...]]] = {
 }
 _PLAIN_KINDS: dict[str, Callable[[Any], object]] = {
     "int": lambda value: int(value, 16),
+    "type": lambda name: _built_in_type(name),
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
 }
 _COLLECTIONS: dict[str, Callable[[Any], object]] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+
+
+def _built_in_type(name: str) -> type:
+    found = getattr(builtins, name, None)
+    if not isinstance(found, type):
+        raise TypeError(f"Python has no type {name!r}")
+    return found
 
 
 def unpack(packed: Any, find: Find) -> Any:
