@@ -40,11 +40,11 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     ),
     "keywords:forbidden_words": (
         {"forbidden_words": ["rock", "it's"]},
-        ["A rocket and rocks", "its rock_2"],
+        ["A rocket and a shamrock", "its rock_2"],
         ["Rock!", "a *rock* band", "IT'S fine", "naïve rock"],
     ),
     "keywords:letter_frequency": (
-        {"letter": "ö", "let_frequency": 2, "let_relation": "less than"},
+        {"letter": "Ö", "let_frequency": 2, "let_relation": "less than"},
         ["schön", "o o o"],
         ["Öl und Wörter", "öö"],
     ),
@@ -59,7 +59,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "length_constraints:number_paragraphs": (
         {"num_paragraphs": 2},
         ["one\n***\ntwo", "***\n1. one\n***\n2. two\n***", "a *** b"],
-        ["one", "one\n\ntwo", "one\n***\n***\ntwo", "1\n***\n2\n***\n3"],
+        ["one", "one\n\ntwo", "one\n***\n***", "one\n***\n***\ntwo", "1\n***\n2\n***\n3"],
     ),
     "length_constraints:number_words": (
         {"num_words": 4, "relation": "at least"},
@@ -78,7 +78,12 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     ),
     "length_constraints:nth_paragraph_first_word": (
         {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "weekend"},
-        ["Hello.\n\nWeekend: at last", 'Hello\n \n\n\n"Weekend" it is', "\n\na\nb\n\nweekend\n\n"],
+        [
+            "Hello.\n\nWeekend: at last",
+            'Hello\n \n"Weekend" it is',
+            "Hello\n\n\n\nWeekend",
+            "\n\na\nb\n\nweekend\n\n",
+        ],
         [
             "Weekend.\n\nHello",
             "a\n\nb\n\nweekend",
@@ -191,12 +196,15 @@ def test_any_text_is_judged_without_an_error_and_loosely_no_worse_than_strictly(
     assert all(loosely or not strictly for strictly, loosely in zip(strict, loose, strict=True))
 
 
-@pytest.mark.parametrize("piece", ["[", "<<", "*", " ", "a\n", "a.", '"', "p.", "SECTION", "。"])
-def test_fifty_thousand_signs_are_judged_too(piece):
+@pytest.mark.parametrize(("piece", "num_followed"), [("[", 4), ("<<", 4), (" ", 4), ("a\n", 5)])
+def test_two_hundred_thousand_signs_are_judged_too(piece, num_followed):
     """What takes quadratic time does not end before the suite's timeout."""
-    text = piece * 50_000 + "a"
-    given = [instruction(name, arguments, "x") for name, (arguments, _, _) in EXAMPLES.items()]
-    assert len(followed(given, text, Strictness.STRICT)) == len(KINDS)
+    given = [
+        instruction(name, arguments, "x")
+        for name, (arguments, _, _) in EXAMPLES.items()
+        if not name.startswith(("language:", "change_case:english"))  # langdetect reads no more than 10,000
+    ]
+    assert sum(followed(given, piece * 200_000 + "a", Strictness.STRICT)) == num_followed
 
 
 ARGUMENT_FAULTS = [

@@ -52,7 +52,10 @@ class ForbiddenWords:
 
 @dataclass(frozen=True, slots=True)
 class LetterFrequency:
-    """A character, in the data set also "#" or "!", occurs at least, or less than, so many times."""
+    """A character, in the data set also "#" or "!", occurs at least, or less than, so many times.
+
+    Differs: the usual check puts a random letter in the place of "#" and "!".
+    """
 
     name: ClassVar[str] = "keywords:letter_frequency"
     letter: Character

@@ -62,7 +62,7 @@ class NthParagraphFirstWord:
     """Exactly so many paragraphs, blank lines between them, and one of them starts with a given word.
 
     Quotation marks before the word and punctuation after it do not matter. Differs: several blank lines divide
-    like one, and the word may be followed by any sign, "Summary:" for example.
+    like one, a line of spaces is blank, and the word may be followed by any sign, "Summary:" for example.
     """
 
     name: ClassVar[str] = "length_constraints:nth_paragraph_first_word"
