@@ -77,7 +77,7 @@ class StackPlan:
     """What to start."""
 
     router_checkpoint: str
-    # path or hub id by slot
+    # path or hub id by slot, of a base model too
     experts: Mapping[str, str]
     host: str = "127.0.0.1"
     # of the first router; 0 = any free one, which the others take anyway
@@ -97,6 +97,8 @@ class StackPlan:
     watch: bool = False
     # of the first router, for applications over HTTP; 0 = any free one, which the others take anyway; None = none
     http_port: int | None = None
+    # slot among `experts` whose model is not an expert but the base of the rule proxy; empty = none
+    base_slot: str = ""
     # further environment of the daemons, for example settings by their variables
     variables: Mapping[str, str] = field(default_factory=dict)
 
@@ -244,6 +246,8 @@ class _Launch:
             options = {"checkpoint": self.plan.router_checkpoint, "port": str(port)}
             if self.plan.http_port is not None:
                 options["http-port"] = str(self.plan.http_port if name == ROUTER else 0)
+            if self.plan.base_slot:
+                options["base-slot"] = self.plan.base_slot
             if self.plan.trainer:
                 options["checkpoints-dir"] = str(self.folder / CHECKPOINTS)
             self._spawn(name, self.programs.router, {**options, **self._model_options(name)})

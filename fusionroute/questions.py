@@ -12,6 +12,7 @@ from fusionroute.v1.router_pb2 import (
     CombineRule,
     Constraint,
     Drafting,
+    ExpertChoice,
     GenerateRequest,
     OnExpertUnavailable,
     SamplingParameters,
@@ -22,7 +23,7 @@ from fusionroute.v1.router_pb2 import (
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or messages ``{"role": "user", "content": "..."}`` for the chat template."""
 
-Rule = Literal["sum", "gated_sum", "mixture", "select", "route", "router"]
+Rule = Literal["sum", "gated_sum", "mixture", "select", "route", "router", "ensemble", "proxy"]
 
 
 class ScoringOptions(TypedDict, total=False):
@@ -31,12 +32,16 @@ class ScoringOptions(TypedDict, total=False):
     Attributes:
         combine: how scores are fused.
         expert: slot of the expert that is always used.
+        expert_choice: "random" = a drawn expert at every token.
+        seed: of an answer: the same one gives the same answer; of a prompt: of the draws.
         exact: the same bits however scores are computed; slower.
         num_candidates: the best candidates are shown beside each token, at most 20.
     """
 
     combine: Rule
     expert: str
+    expert_choice: Literal["routed", "random"]
+    seed: int
     exact: bool
     num_candidates: int
 
@@ -50,7 +55,6 @@ class Options(ScoringOptions, total=False):
         top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, ignore_eos: as in
             SamplingParameters of the contract.
         stop: the answer ends before the first of these.
-        seed: the same one gives the same answer.
         json_schema: the answer is JSON of this schema; ``{}`` = any JSON.
         regex, grammar: the answer matches; a Lark grammar as llguidance reads it.
         on_expert_unavailable: what becomes of tokens whose expert is not there.
@@ -70,7 +74,6 @@ class Options(ScoringOptions, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float]
     stop: str | Sequence[str]
-    seed: int
     ignore_eos: bool
     json_schema: str | Mapping[str, Any]
     regex: str
@@ -101,9 +104,11 @@ _NAMES_OF_FIELDS = {
     "routing_weights": "return_routing_weights",
     "session_id": "session_id",
     "exact": "exact",
+    "seed": "seed",
 }
 _ENUMS: dict[str, tuple[Any, str]] = {
     "combine": (CombineRule, "COMBINE_RULE_"),
+    "expert_choice": (ExpertChoice, "EXPERT_CHOICE_"),
     "on_expert_unavailable": (OnExpertUnavailable, "ON_EXPERT_UNAVAILABLE_"),
     "drafting": (Drafting, "DRAFTING_"),
 }

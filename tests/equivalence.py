@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fusionroute.fusion import CombineRule, Sampling
-from fusionroute.v1.router_pb2 import GenerateRequest, SamplingParameters
+from fusionroute.v1.router_pb2 import ExpertChoice, GenerateRequest, SamplingParameters
 from router_service.turn_request import RULE_MESSAGES
 from tests.reference import Reference, ReferenceToken
 from tests.served_stack import Answer
@@ -32,6 +32,7 @@ class Case:
     wanted: list[ReferenceToken]
     max_tokens: int = MAX_TOKENS
     ignore_eos: bool = False
+    draws_experts: bool = False
 
     def request(self) -> GenerateRequest:
         """As an application would ask."""
@@ -39,6 +40,7 @@ class Case:
         return GenerateRequest(
             token_ids={"ids": self.prompt},
             combine=RULE_MESSAGES[CombineRule(self.rule)],
+            expert_choice=ExpertChoice.EXPERT_CHOICE_RANDOM if self.draws_experts else None,
             sampling=SamplingParameters(
                 max_tokens=self.max_tokens,
                 ignore_eos=self.ignore_eos,
@@ -56,9 +58,15 @@ class Case:
 
 
 def make_cases(
-    reference: Reference, count: int = NUM_PROMPTS, *, max_tokens: int = MAX_TOKENS, seed: int = 7
+    reference: Reference,
+    count: int = NUM_PROMPTS,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    seed: int = 7,
+    rules: Sequence[str] = RULES,
+    draws_experts: bool = False,
 ) -> list[Case]:
-    """Half greedy, half sampled with all kinds of filters and penalties, over all rules.
+    """Half greedy, half sampled with all kinds of filters and penalties, over some rules.
 
     A reference without end ids makes cases that go on after the end of sequence, all of the same length.
     """
@@ -80,9 +88,10 @@ def make_cases(
                 logit_bias=rng.choice([{}, {5: 2.0, 9: -100.0}]),
                 seed=rng.getrandbits(64),
             )
-        rule = RULES[number // 2 % len(RULES)]
-        wanted = reference.write(prompt, rule, sampling, max_tokens)
-        cases.append(Case(prompt, rule, sampling, wanted, max_tokens, ignore_eos=not reference.end_ids))
+        rule = rules[number // 2 % len(rules)]
+        wanted = reference.write(prompt, rule, sampling, max_tokens, draws_experts=draws_experts)
+        ignore_eos = not reference.end_ids
+        cases.append(Case(prompt, rule, sampling, wanted, max_tokens, ignore_eos, draws_experts))
     return cases
 
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from fusionroute.errors import FusionRouteError
     from fusionroute.v1.router_pb2 import GenerateRequest, GenerationEvent, Started
 
-RULES = ("sum", "gated_sum", "mixture", "select", "route", "router")
+RULES = ("sum", "gated_sum", "mixture", "select", "route", "router", "ensemble", "proxy")
+EXPERT_CHOICES = ("routed", "random")
 POLICIES = ("wait", "next_best", "router_only", "fail")
 DRAFTING = ("auto", "off", "router", "expert", "lookup")
 TRACE_CANDIDATES = 3
@@ -63,6 +64,11 @@ class Output:
     "--combine", type=click.Choice(RULES), help="How scores are fused; else as the checkpoint says."
 )
 @click.option("--expert", metavar="SLOT", help="Always use this expert instead of the routed one.")
+@click.option(
+    "--expert-choice",
+    type=click.Choice(EXPERT_CHOICES),
+    help="Who says which expert takes part; random = a draw at every token, by the seed.",
+)
 @click.option(
     "--on-expert-unavailable",
     "policy",
@@ -106,6 +112,7 @@ def build_request(
     trace: bool = False,
     combine: str | None = None,
     expert: str | None = None,
+    expert_choice: str | None = None,
     policy: str | None = None,
     exact: bool = False,
     drafting: str | None = None,
@@ -126,6 +133,7 @@ def build_request(
         ChatMessages,
         CombineRule,
         Drafting,
+        ExpertChoice,
         GenerateRequest,
         OnExpertUnavailable,
     )
@@ -137,6 +145,8 @@ def build_request(
         request.text = prompt
     if combine:
         request.combine = CombineRule.Value(f"COMBINE_RULE_{combine.upper()}")
+    if expert_choice:
+        request.expert_choice = ExpertChoice.Value(f"EXPERT_CHOICE_{expert_choice.upper()}")
     if policy:
         request.on_expert_unavailable = OnExpertUnavailable.Value(f"ON_EXPERT_UNAVAILABLE_{policy.upper()}")
     if drafting:
@@ -252,10 +262,13 @@ class TerminalPrinter:
     def show(self, event: GenerationEvent) -> None:
         """Prints an event."""
         from fusionroute.cli.render import legend_text, summary_text, trace_text
+        from fusionroute.v1.router_pb2 import COMBINE_RULE_ENSEMBLE
 
         kind = event.WhichOneof("event")
         if kind == "started":
             self._started = event.started
+            if event.started.combine == COMBINE_RULE_ENSEMBLE:
+                self._palette.nobody = "all experts"
             if self._output.trace or self._answer.is_terminal:
                 self._remarks.print(legend_text(self._palette))
         elif kind == "token" and self._output.trace:

@@ -11,6 +11,9 @@ import click
 import fusionroute
 from fusionroute.cli.group import Failure
 
+BASE_SLOT = "base"
+"""Of the model that the rule `proxy` takes away."""
+
 
 def models_to_serve(
     experts: tuple[str, ...], router: str | None, lab: str | None, preset: str | None
@@ -33,6 +36,18 @@ def models_to_serve(
         why = "is not a complete router checkpoint" if checkpoint.is_dir() else "does not exist"
         raise Failure(f"--router {router} {why}")
     return str(checkpoint.resolve()), {slot: _model(slot, model) for slot, model in models.items()}
+
+
+def base_to_serve(base: str, models: Mapping[str, str]) -> dict[str, str]:
+    """The base model by its slot.
+
+    Raises:
+        click.UsageError: an expert has that slot.
+        Failure: a folder that is named does not exist.
+    """
+    if BASE_SLOT in models:
+        raise click.UsageError(f"--base serves its model in slot {BASE_SLOT!r}, which an expert has")
+    return {BASE_SLOT: _model(BASE_SLOT, base)}
 
 
 def parse_experts(experts: tuple[str, ...]) -> dict[str, str]:

@@ -51,9 +51,14 @@ class Look:
 
 
 class Palette:
-    """A style and a mark for each expert slot, in the order of the checkpoint; more as they appear."""
+    """A style and a mark for each expert slot, in the order of the checkpoint; more as they appear.
+
+    Attributes:
+        nobody: who wrote tokens in which no single expert took part.
+    """
 
     def __init__(self, slots: Iterable[str] = ()) -> None:
+        self.nobody = "router alone"
         self._looks: dict[str, Look] = {"": Look(ROUTER_STYLE, ROUTER_MARK)}
         for slot in slots:
             self.look(slot)
@@ -111,7 +116,7 @@ def legend_text(palette: Palette, *, with_router: bool = True) -> Text:
     legend = Text()
     for slot in [*palette.slots, *([""] if with_router else [])]:
         look = palette.look(slot)
-        legend.append(f"{look.mark} {slot or 'router alone'}", style=look.style)
+        legend.append(f"{look.mark} {slot or palette.nobody}", style=look.style)
         legend.append("   ")
     legend.rstrip()
     return legend
@@ -123,7 +128,7 @@ def trace_text(token: Token, slots: Sequence[str], palette: Palette) -> Text:
     line = Text(f"{token.index:4d}  ")
     line.append(f"{quoted(token.text):<12}", style=_style(token, palette))
     logprob = f"{token.logprob:z8.3f}" if token.HasField("logprob") else "unknown"
-    line.append(f" id {token.id:<7d} {look.mark} {token.expert or 'router alone':<14} logprob {logprob}")
+    line.append(f" id {token.id:<7d} {look.mark} {token.expert or palette.nobody:<14} logprob {logprob}")
     if token.degraded:
         line.append("  degraded", style="bold")
     if token.routing_weights:

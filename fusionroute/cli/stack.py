@@ -34,6 +34,11 @@ WATCH_SECONDS = 0.5
 )
 @click.option("--router", metavar="FOLDER", help="The router checkpoint.")
 @click.option(
+    "--base",
+    metavar="MODEL",
+    help="Also serve this model, the experts' base, which --combine proxy takes away.",
+)
+@click.option(
     "--lab",
     is_flag=False,
     flag_value="demo",
@@ -94,6 +99,7 @@ WATCH_SECONDS = 0.5
 def up(
     experts: tuple[str, ...],
     router: str | None,
+    base: str | None,
     lab: str | None,
     preset: str | None,
     port: int,
@@ -119,11 +125,14 @@ def up(
       fusionroute up --router ckpt --experts math=models/math --experts code=models/code
     """
     from fusionroute import local_stack
-    from fusionroute.cli.models import models_to_serve
+    from fusionroute.cli.models import BASE_SLOT, base_to_serve, models_to_serve
     from fusionroute.local_stack import StackPlan, threads_for
 
     folder = folder_of(name)
     checkpoint, models = models_to_serve(experts, router, lab, preset)
+    num_experts = len(models)
+    if base is not None:
+        models = {**models, **base_to_serve(base, models)}
     plan = StackPlan(
         router_checkpoint=checkpoint,
         experts=models,
@@ -135,13 +144,15 @@ def up(
         threads=threads or threads_for(routers + len(models)),
         trainer=trainer,
         watch=watch,
+        base_slot=BASE_SLOT if base is not None else "",
     )
     if foreground:
         _stay_attached(plan, folder)
         return
     state = start_stack(plan, folder)
     behind = "the router" if routers == 1 else f"{routers} routers"
-    click.echo(f"up: {len(models)} experts behind {behind} on {state.router_address}")
+    beside = " and a base model" if base is not None else ""
+    click.echo(f"up: {num_experts} experts{beside} behind {behind} on {state.router_address}")
     for url in state.http_urls.values():
         click.echo(f"    {url}/ in a browser, {url}/v1 for OpenAI's clients")
     if trainer:

@@ -38,6 +38,7 @@ PARAMETERS = {
     "token_ids": "prompt",
     "fixed_expert": "fusionroute.expert",
     "combine": "fusionroute.combine",
+    "expert_choice": "fusionroute.expert_choice",
     "num_top_candidates": "fusionroute.num_candidates",
     "session_id": "fusionroute.session_id",
     "drafting": "fusionroute.drafting",

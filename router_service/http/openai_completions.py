@@ -96,7 +96,7 @@ async def _echoes(
         if body.logprobs is None:
             return Echo(shown), len(ids)
         async with places:
-            return Echo(shown, await _scored(request, ids, api)), len(ids)
+            return Echo(shown, await _scored(request, ids, api, body.seed or 0)), len(ids)
 
     tasks = [asyncio.ensure_future(echo(*each)) for each in zip(prompts, prompted, strict=True)]
     try:
@@ -111,13 +111,15 @@ def _decoded(api: RouterApi, ids: list[int]) -> str:
 
 
 async def _scored(
-    request: router_pb2.GenerateRequest, ids: list[int], api: RouterApi
+    request: router_pb2.GenerateRequest, ids: list[int], api: RouterApi, seed: int
 ) -> tuple[router_pb2.PromptToken, ...]:
     """A prompt's tokens with their log-probabilities, under the rule that continues it."""
     wanted = router_pb2.ScorePromptRequest(
         token_ids=router_pb2.TokenIds(ids=ids),
         combine=request.combine,
         fixed_expert=request.fixed_expert,
+        expert_choice=request.expert_choice,
+        seed=seed,
         num_top_candidates=request.num_top_candidates,
         exact=request.exact,
     )

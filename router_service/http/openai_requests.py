@@ -18,7 +18,9 @@ MAX_TOP = 20
 
 Stop: TypeAlias = str | list[str]
 Prompt: TypeAlias = str | list[str] | list[int] | list[list[int]]
-CombineName: TypeAlias = Literal["sum", "gated_sum", "mixture", "select", "route", "router"]
+CombineName: TypeAlias = Literal[
+    "sum", "gated_sum", "mixture", "select", "route", "router", "ensemble", "proxy"
+]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
@@ -38,6 +40,9 @@ class Extension(BaseModel):
     )
     expert: str | None = Field(
         default=None, description="Slot of the expert to use always; absent = the routed one."
+    )
+    expert_choice: Literal["routed", "random"] | None = Field(
+        default=None, description="Who says which expert takes part: the router, or a draw at every token."
     )
     details: bool = Field(
         default=False, description="Whether answers tell of each token who wrote it and how."

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from fusionroute.errors import InvalidRequest, Reason, invalid
 from fusionroute.v1 import router_pb2
-from router_service.http.openai_requests import MAX_CHOICES, Extension, Sampled, Stop, one_of
+from router_service.http.openai_requests import MAX_CHOICES, CombineName, Extension, Sampled, Stop, one_of
 from router_service.http.service import RouterApi
 
 ROUTER_MODEL = "router"
@@ -17,8 +18,7 @@ SMALLEST_TOP_P = 1e-6
 DEFAULT_TEMPERATURE = 1.0
 
 _COMBINE = {
-    name: router_pb2.CombineRule.Value(f"COMBINE_RULE_{name.upper()}")
-    for name in ("sum", "gated_sum", "mixture", "select", "route", "router")
+    name: router_pb2.CombineRule.Value(f"COMBINE_RULE_{name.upper()}") for name in get_args(CombineName)
 }
 
 
@@ -76,6 +76,10 @@ def turn_request(body: Sampled, api: RouterApi, max_tokens: int, num_top: int) -
         request.combine = _COMBINE[extension.combine]
     if extension.expert is not None:
         request.fixed_expert = extension.expert
+    if extension.expert_choice is not None:
+        request.expert_choice = router_pb2.ExpertChoice.Value(
+            f"EXPERT_CHOICE_{extension.expert_choice.upper()}"
+        )
     if extension.drafting is not None:
         request.drafting = router_pb2.Drafting.Value(f"DRAFTING_{extension.drafting.upper()}")
     if (policy := extension.on_expert_unavailable) is not None:
