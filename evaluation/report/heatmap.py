@@ -78,7 +78,7 @@ def _draw_cell(axes: Axes, row: int, column: int, value: float) -> None:
 
     depth = min(max(value, 0.0), 1.0)
     red, green, blue = (low + (high - low) * depth for low, high in zip(LIGHT, DARK, strict=True))
-    axes.add_patch(Rectangle((column + 0.03, row + 0.03), 0.94, 0.94, linewidth=0,
+    axes.add_artist(Rectangle((column + 0.03, row + 0.03), 0.94, 0.94, linewidth=0,
                              facecolor=(red / 255, green / 255, blue / 255)))  # fmt: skip
     axes.text(column + 0.5, row + 0.5, drawable(f"{100 * value:.0f}"), ha="center", va="center_baseline",
               fontsize=SMALL, color="white" if depth > 0.54 else INK)  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,12 @@ def fixed_style() -> Iterator[None]:
     """The same letters and lines whatever a user has set for other pictures."""
     import matplotlib as mpl
 
-    own = {"text.parse_math": False, "hatch.linewidth": 0.5, "axes.grid": False, "savefig.bbox": None}
+    own = {
+        "text.parse_math": False,
+        "text.hinting": "force_autohint",
+        "hatch.linewidth": 0.5,
+        "axes.grid": False,
+    }
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(PICTURE_RC | own)
@@ -146,14 +152,14 @@ def _fitting(text: str, width: float, size: float, weight: str) -> int:
     return low
 
 
+@lru_cache(maxsize=20_000)
 def text_inches(text: str, size: float, weight: str = "normal") -> float:
     """How wide a line is, as it is drawn at this resolution."""
-    from matplotlib.backends import backend_agg
+    from matplotlib.ft2font import LoadFlags
 
-    hinting: Any = backend_agg
     font = _font(weight)
     font.set_size(size, DOTS_PER_INCH)
-    font.set_text(drawable(text), 0.0, flags=hinting.get_hinting_flag())
+    font.set_text(drawable(text), 0.0, flags=LoadFlags.FORCE_AUTOHINT)
     return float(font.get_width_height()[0]) / 64.0 / DOTS_PER_INCH
 
 

@@ -41,7 +41,7 @@ class Sign:
             axes.plot([left], [top], self.marker, color=self.edge, markerfacecolor=face, markersize=5,
                       markeredgewidth=1.2)  # fmt: skip
             return
-        axes.add_patch(Rectangle((left - 0.07, top - 0.07), 0.14, 0.14, facecolor=face,
+        axes.add_artist(Rectangle((left - 0.07, top - 0.07), 0.14, 0.14, facecolor=face,
                                  edgecolor=INK if self.dashes else "white", hatch=self.hatch,
                                  linewidth=0.8 if self.dashes else 0, linestyle=(0, (2.5, 1.8))))  # fmt: skip
         axes.text(left, top, drawable(self.letter), ha="center", va="center_baseline", fontsize=SMALL,

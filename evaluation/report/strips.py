@@ -142,8 +142,8 @@ def _draw_line(axes: Axes, strip: _Strip, line: Sequence[_Cell]) -> None:
             colour = ROUTER_COLOUR if slot == GATE else strip.signs[slot].edge
             place = (left + 0.015, top + CELL_INCHES + MARK_INCHES + row * WEIGHT_INCHES + 0.01)
             size = (cell.width - 0.03, WEIGHT_INCHES - 0.02)
-            axes.add_patch(Rectangle(place, *size, facecolor="white", edgecolor=FAINT, linewidth=0.5))
-            axes.add_patch(Rectangle(place, *size, facecolor=colour, alpha=weight, linewidth=0))
+            axes.add_artist(Rectangle(place, *size, facecolor="white", edgecolor=FAINT, linewidth=0.5))
+            axes.add_artist(Rectangle(place, *size, facecolor=colour, alpha=weight, linewidth=0))
     for row, slot in enumerate(strip.weights):
         middle = top + CELL_INCHES + MARK_INCHES + (row + 0.5) * WEIGHT_INCHES
         axes.text(strip.label_inches - 0.07, middle, drawable(shortened(slot, MOST_LABEL_INCHES, SMALL)),
@@ -156,7 +156,7 @@ def _draw_token(axes: Axes, strip: _Strip, cell: _Cell, left: float, top: float)
 
     token, middle = cell.token, left + cell.width / 2
     sign = strip.signs[token.expert]
-    axes.add_patch(
+    axes.add_artist(
         Rectangle((left + 0.015, top), cell.width - 0.03, CELL_INCHES, facecolor=to_rgba(sign.edge, 0.25),
                   edgecolor=INK if token.is_overruled else sign.edge, linewidth=1.8 if token.is_overruled else 0.9)
     )  # fmt: skip
@@ -167,7 +167,7 @@ def _draw_token(axes: Axes, strip: _Strip, cell: _Cell, left: float, top: float)
     if token.is_overruled:
         text = _shown(token.by_expert)
         width = max(text_inches(text, SMALL) + 0.08, 0.16)
-        axes.add_patch(Rectangle((middle - width / 2, 0.01), width, OVER_INCHES - 0.04, facecolor="white",
+        axes.add_artist(Rectangle((middle - width / 2, 0.01), width, OVER_INCHES - 0.04, facecolor="white",
                                  edgecolor=INK, linewidth=0.8, linestyle=(0, (2.5, 1.8))))  # fmt: skip
         axes.text(middle, OVER_INCHES / 2 - 0.01, drawable(text), ha="center", va="center_baseline",
                   fontsize=SMALL)  # fmt: skip
