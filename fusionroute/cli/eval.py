@@ -19,6 +19,8 @@ evaluation_group = CommandGroup(
         "run": "fusionroute.cli.eval:run",
         "compare": "fusionroute.cli.eval:compare",
         "list": "fusionroute.cli.eval:list_suites",
+        "judge": "fusionroute.cli.eval_judge:judge",
+        "harness": "fusionroute.cli.eval_harness:harness",
     },
     help="""How well systems answer, with intervals, and whether one is better than another.
 
