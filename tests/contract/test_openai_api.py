@@ -53,6 +53,44 @@ async def grpc_ids(stack: Stack, **fields: Any) -> list[int]:
 # --- the same tokens ---------------------------------------------------------------------------------------------
 
 
+async def test_baselines_are_asked_for_in_the_extension(stack: Stack, api: Api) -> None:
+    ways: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"combine": "ensemble"}, {"combine": router_pb2.COMBINE_RULE_ENSEMBLE}),
+        ({"expert_choice": "random"}, {"expert_choice": router_pb2.EXPERT_CHOICE_RANDOM}),
+    ]
+    for extension, fields in ways:
+        wanted = await grpc_ids(stack, text=PROMPT, sampling=SAMPLED, **fields)
+        answer = await api.whole(
+            TEXT, prompt=PROMPT, **SAMPLED, **SAMPLING, fusionroute={"details": True, **extension}
+        )
+        assert ids_of(answer["choices"][0]) == wanted
+    told = answer["choices"][0]["fusionroute"]["tokens"]
+    assert len({token["expert"] for token in told}) > 1
+    prompt = [5, 9, 20, *(token["id"] for token in told)]
+    drawn = {"expert_choice": "random"}
+    echo = await api.whole(
+        TEXT, prompt=prompt, echo=True, logprobs=1, max_tokens=0, seed=SAMPLED["seed"], fusionroute=drawn
+    )
+    scored = echo["choices"][0]["logprobs"]["token_logprobs"][3:]
+    assert scored == pytest.approx([token["logprob"] for token in told], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("extension", "param"),
+    [
+        ({"combine": "proxy"}, "fusionroute.combine"),
+        ({"expert_choice": "random", "expert": "math"}, "fusionroute.expert_choice"),
+        ({"combine": "ensemble", "expert": "math"}, "fusionroute.expert"),
+    ],
+)
+async def test_baselines_that_cannot_be_had_are_refused_by_the_extensions_names(
+    api: Api, extension: dict[str, str], param: str
+) -> None:
+    response = await api.post(TEXT, {"model": "fusionroute", "prompt": PROMPT, "fusionroute": extension})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
 async def test_tokens_are_those_of_grpc_for_the_same_seed(stack: Stack, api: Api) -> None:
     wanted = await grpc_ids(stack, text=PROMPT, sampling=SAMPLED)
     answer = await api.whole(TEXT, prompt=PROMPT, **SAMPLED, **SAMPLING, fusionroute={"details": True})

@@ -18,12 +18,13 @@ from click.testing import CliRunner, Result
 
 from fusionroute.cli import main
 from fusionroute.cli.generate import build_request
-from fusionroute.cli.models import models_to_serve, parse_experts
+from fusionroute.cli.group import Failure
+from fusionroute.cli.models import BASE_SLOT, base_to_serve, models_to_serve, parse_experts
 from fusionroute.cli.stack import read_on
 from fusionroute.cli.status import describe
 from fusionroute.local_stack import Programs, StackPlan, start, stop
 from fusionroute.stack_state import load_state
-from fusionroute.v1.router_pb2 import CombineRule, OnExpertUnavailable
+from fusionroute.v1.router_pb2 import CombineRule, ExpertChoice, OnExpertUnavailable
 from tests.unit.fake_router import ANSWER, SLOTS, FakeRouter, serving
 
 TEXT = "".join(text for text, _ in ANSWER)
@@ -125,6 +126,14 @@ def test_every_sampling_option_arrives_in_the_request(router: FakeRouter, addres
     assert request.combine == CombineRule.COMBINE_RULE_GATED_SUM
     assert (request.fixed_expert, request.session_id) == ("math", "mine")
     assert request.on_expert_unavailable == OnExpertUnavailable.ON_EXPERT_UNAVAILABLE_ROUTER_ONLY
+
+
+def test_baselines_are_asked_for_by_name() -> None:
+    request = build_request("x", combine="ensemble")
+    assert request.combine == CombineRule.COMBINE_RULE_ENSEMBLE
+    request = build_request("x", combine="proxy", expert_choice="random")
+    assert request.combine == CombineRule.COMBINE_RULE_PROXY
+    assert request.expert_choice == ExpertChoice.EXPERT_CHOICE_RANDOM
 
 
 def test_a_seed_of_zero_is_a_seed() -> None:
@@ -289,6 +298,14 @@ def test_up_without_models_is_wrong_usage() -> None:
     result = run("up")
     assert result.exit_code == 2
     assert "--lab" in result.stderr
+
+
+def test_a_base_model_has_a_slot_that_no_expert_may_have(tmp_path: Path) -> None:
+    assert base_to_serve(str(tmp_path), {"math": "m"}) == {BASE_SLOT: str(tmp_path.resolve())}
+    with pytest.raises(click.UsageError, match=BASE_SLOT):
+        base_to_serve(str(tmp_path), {BASE_SLOT: "m"})
+    with pytest.raises(Failure, match="does not exist"):
+        base_to_serve(str(tmp_path / "nowhere"), {})
 
 
 def test_up_refuses_a_router_that_is_no_checkpoint(tmp_path: Path) -> None:

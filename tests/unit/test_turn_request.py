@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fusionroute.errors import FusionRouteError, Reason
-from fusionroute.fusion import CombineRule, OnExpertUnavailable, Sampling
+from fusionroute.fusion import CombineRule, ExpertChoice, OnExpertUnavailable, drawn_expert
+from fusionroute.sampling import Sampling
 from fusionroute.v1.router_pb2 import ChatMessage, ChatMessages, GenerateRequest
 from router_service.stored_session import TurnParameters
 from router_service.turn_request import LONG_TEXT_CHARACTERS, Offer, Turn, read_prompt, read_turn
@@ -37,6 +39,7 @@ TURNS = st.builds(
     checkpoint=st.just("checkpoint"),
     slots=st.lists(st.text(min_size=1, max_size=9)).map(tuple),
     on_expert_unavailable=st.sampled_from(OnExpertUnavailable),
+    expert_choice=st.sampled_from(ExpertChoice),
 )
 
 
@@ -81,11 +84,77 @@ def test_there_is_no_next_best_of_a_fixed_expert() -> None:
     assert by_default.on_expert_unavailable is OnExpertUnavailable.WAIT
 
 
-def test_an_unknown_choice_is_refused() -> None:
+@pytest.mark.parametrize("field", ["on_expert_unavailable", "expert_choice", "combine"])
+def test_an_unknown_choice_is_refused(field: str) -> None:
     request = GenerateRequest(text="w5")
-    request.on_expert_unavailable = 77  # type: ignore[assignment]
-    with pytest.raises(FusionRouteError, match="77"):
+    setattr(request, field, 77)
+    with pytest.raises(FusionRouteError, match=f"{field} = 77"):
         read_turn(request, OFFER)
+
+
+ALL_RULES = replace(OFFER, rules=tuple(CombineRule))
+RANDOM = "EXPERT_CHOICE_RANDOM"
+
+
+def test_an_expert_is_given_where_one_is_fixed_or_drawn() -> None:
+    routed = read_turn(GenerateRequest(text="w5"), OFFER)
+    fixed = read_turn(GenerateRequest(text="w5", fixed_expert="code"), OFFER)
+    drawn = read_turn(GenerateRequest(text="w5", expert_choice=RANDOM, sampling={"seed": 9}), OFFER)
+    assert [turn.given_expert(40) for turn in (routed, fixed)] == [None, 1]
+    assert [drawn.given_expert(p) for p in range(40)] == [drawn_expert(9, p, 2) for p in range(40)]
+    assert [turn.is_usual for turn in (routed, fixed, drawn)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "limit"),
+    [
+        ({"expert_choice": RANDOM, "fixed_expert": "math"}, "expert_choice", "fixed_expert"),
+        ({"expert_choice": RANDOM, "combine": "COMBINE_RULE_ENSEMBLE"}, "expert_choice", "ensemble"),
+        ({"expert_choice": RANDOM, "combine": "COMBINE_RULE_ROUTER"}, "expert_choice", "router"),
+        ({"expert_choice": RANDOM, "on_expert_unavailable": 2}, "on_expert_unavailable", "next best"),
+        ({"fixed_expert": "math", "combine": "COMBINE_RULE_ENSEMBLE"}, "fixed_expert", "ensemble"),
+        (
+            {"combine": "COMBINE_RULE_ENSEMBLE", "on_expert_unavailable": 2},
+            "on_expert_unavailable",
+            "wait or fail",
+        ),
+        (
+            {"combine": "COMBINE_RULE_PROXY", "on_expert_unavailable": 3},
+            "on_expert_unavailable",
+            "wait or fail",
+        ),
+    ],
+)
+def test_what_cannot_be_together_is_refused_by_name(fields: dict[str, Any], field: str, limit: str) -> None:
+    with pytest.raises(FusionRouteError, match=limit) as caught:
+        read_turn(GenerateRequest(text="w5", **fields), ALL_RULES)
+    assert caught.value.reason is Reason.INVALID_FIELD
+    assert caught.value.metadata["field"] == field
+
+
+@pytest.mark.parametrize("rule", ["COMBINE_RULE_ENSEMBLE", "COMBINE_RULE_PROXY"])
+def test_a_default_that_a_rule_cannot_have_becomes_waiting(rule: str) -> None:
+    offer = replace(ALL_RULES, default_policy=OnExpertUnavailable.ROUTER_ONLY)
+    turn = read_turn(GenerateRequest(text="w5", combine=rule), offer)
+    assert turn.on_expert_unavailable is OnExpertUnavailable.WAIT
+    failing = replace(ALL_RULES, default_policy=OnExpertUnavailable.FAIL)
+    turn = read_turn(GenerateRequest(text="w5", combine=rule), failing)
+    assert turn.on_expert_unavailable is OnExpertUnavailable.FAIL
+
+
+def test_proxy_tuning_without_a_base_model_says_what_it_lacks() -> None:
+    with pytest.raises(
+        FusionRouteError, match=r"'proxy' needs a base model.*available: sum, route"
+    ) as caught:
+        read_turn(GenerateRequest(text="w5", combine="COMBINE_RULE_PROXY"), OFFER)
+    assert caught.value.reason is Reason.RULE_NOT_AVAILABLE
+
+
+def test_a_turn_stored_before_experts_were_drawn_is_routed() -> None:
+    stored = read_turn(GenerateRequest(text="w5"), OFFER).to_stored()
+    old = {name: value for name, value in stored.sampling.items() if name != "expert_choice"}
+    turn = Turn.from_stored(TurnParameters(stored.seed, stored.combine, stored.checkpoint, old))
+    assert turn.expert_choice is ExpertChoice.ROUTED
 
 
 def messages(*pairs: tuple[str, str]) -> GenerateRequest:
