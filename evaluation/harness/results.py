@@ -59,8 +59,8 @@ def collect(told: Mapping[str, Any], system: str) -> Collected:
     """Reads what the worker wrote.
 
     Each document makes a question for every metric and filter of its task, under the task TASK/METRIC, or
-    TASK/METRIC/FILTER where answers were filtered. Documents with the same `cluster` are resampled as one. Metrics whose score is not the mean of the documents' are kept as
-    they are.
+    TASK/METRIC/FILTER where answers were filtered. Documents with the same `cluster` are resampled as one. Metrics
+    whose score is not the mean of the documents' are kept as they are.
 
     Raises:
         ValueError: it is not of the form that the harness writes.

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from fusionroute.errors import InvalidRequest, Reason
+from evaluation.tasks.json_lines import Row, read_rows
+from fusionroute.errors import invalid
 
 MAX_TEXT_CHARACTERS = 200_000
 
@@ -58,25 +56,24 @@ class ReadPairs:
 def read_answer_pairs(first: Path, second: Path) -> ReadPairs:
     """Pairs of answers with the same id, in the order of the first file.
 
-    A row is JSON with `id`, `prompt` (text, or messages with `role` and `content`) and `answer`. Files whose names
-    end in .gz are unpacked.
+    A row is JSON with `id`, `prompt` (text, or messages with `role` and `content`) and `answer`.
 
     Raises:
         InvalidRequest: a bad row, by file, line and field; an id twice; two prompts for one id; no id in common.
     """
-    ours, theirs = _answers(first), _answers(second)
+    ours, theirs = _by_id(first), _by_id(second)
     pairs = []
-    for key, (prompt, answer, line) in ours.items():
-        if key not in theirs:
+    for key, row in ours.items():
+        other = theirs.get(key)
+        if other is None:
             continue
-        other_prompt, other_answer, other_line = theirs[key]
+        prompt, other_prompt = _prompt(row), _prompt(other)
         if prompt != other_prompt:
-            raise _bad(
-                second, other_line, "prompt", other_prompt, f"the prompt of {key!r} in {first}, line {line}"
-            )
-        pairs.append(AnswerPair(key, prompt, answer, other_answer))
+            limit = f"the prompt of {key!r} in {first}, line {row.line}"
+            raise other.fault(invalid("prompt", other_prompt, limit))
+        pairs.append(AnswerPair(key, prompt, _answer(row, "answer"), _answer(other, "answer")))
     if not pairs:
-        raise _bad(second, 1, "id", next(iter(theirs)), f"at least one id that {first} has too")
+        raise invalid("second", str(second), f"at least one id that {first} has too")
     return ReadPairs(tuple(pairs), len(ours) - len(pairs), len(theirs) - len(pairs))
 
 
@@ -90,82 +87,69 @@ def read_labelled_pairs(file: Path) -> ReadPairs:
         InvalidRequest: a bad row, by file, line and field; an id twice; chosen equal to rejected; no rows.
     """
     pairs: dict[str, AnswerPair] = {}
-    for line, row in _rows(file):
-        key = _text(file, line, row, "id") if "id" in row else str(line)
+    for row in _rows(file):
+        key = row.text("id") if "id" in row.content else str(row.line)
         if key in pairs:
-            raise _bad(file, line, "id", key, "an id that no row before has")
-        chosen, rejected = (_text(file, line, row, name, allow_empty=True) for name in ("chosen", "rejected"))
+            raise row.fault(invalid("id", key, "an id that no row before has"))
+        chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
         if chosen == rejected:
-            raise _bad(file, line, "chosen", chosen, "another text than rejected")
-        group = _text(file, line, row, "source") if "source" in row else ""
-        pairs[key] = AnswerPair(key, _prompt(file, line, row), chosen, rejected, group)
+            raise row.fault(invalid("chosen", chosen, "another text than rejected"))
+        group = row.text("source") if "source" in row.content else ""
+        pairs[key] = AnswerPair(key, _prompt(row), chosen, rejected, group)
     return ReadPairs(tuple(pairs.values()))
 
 
-def _answers(file: Path) -> dict[str, tuple[str, str, int]]:
-    """Prompt, answer and line by id."""
-    found: dict[str, tuple[str, str, int]] = {}
-    for line, row in _rows(file):
-        key = _text(file, line, row, "id")
+def _by_id(file: Path) -> dict[str, Row]:
+    found: dict[str, Row] = {}
+    for row in _rows(file):
+        key = row.text("id")
         if key in found:
-            raise _bad(file, line, "id", key, f"an id that no row before has; line {found[key][2]} has it")
-        found[key] = (_prompt(file, line, row), _text(file, line, row, "answer", allow_empty=True), line)
+            raise row.fault(
+                invalid("id", key, f"an id that no row before has; line {found[key].line} has it")
+            )
+        _prompt(row), _answer(row, "answer")  # a row that is wrong is wrong without a counterpart too
+        found[key] = row
     return found
 
 
-def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Each row with the number of its line. Raises InvalidRequest: no file, no JSON object, no rows."""
-    line, num_rows = 0, 0
-    try:
-        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
-            for line, text in enumerate(lines, 1):
-                if text.strip():
-                    row = json.loads(text)
-                    if not isinstance(row, dict):
-                        raise _bad(file, line, "row", row, "a JSON object")
-                    num_rows += 1
-                    yield line, row
-    except (OSError, EOFError, zlib.error) as error:
-        raise _bad(
-            file, line + 1, "file", type(error).__name__, f"a file that can be read: {error}"
-        ) from None
-    except ValueError as error:
-        raise _bad(file, line, "row", text, f"JSON in UTF-8: {error}") from None
-    if not num_rows:
-        raise _bad(file, max(line, 1), "row", "", "at least one row")
+def _rows(file: Path) -> Iterator[Row]:
+    """At least one."""
+    is_empty = True
+    for row in read_rows(file):
+        is_empty = False
+        yield row
+    if is_empty:
+        raise invalid("path", str(file), "a file with at least one row")
 
 
-def _text(file: Path, line: int, row: Mapping[str, Any], name: str, *, allow_empty: bool = False) -> str:
-    value = row.get(name)
-    if not isinstance(value, str) or not (value.strip() or allow_empty):
-        raise _bad(file, line, name, value, "text" if allow_empty else "text that is not empty")
-    if len(value) > MAX_TEXT_CHARACTERS:
-        raise _bad(file, line, name, f"{len(value)} characters", f"at most {MAX_TEXT_CHARACTERS}")
-    return value
+def _answer(row: Row, field: str) -> str:
+    """Which may be empty."""
+    value = row.content.get(field)
+    if not isinstance(value, str):
+        raise row.fault(invalid(field, value, "a text"))
+    return _bounded(row, field, value)
 
 
-def _prompt(file: Path, line: int, row: Mapping[str, Any]) -> str:
+def _prompt(row: Row) -> str:
     """A text as it is; messages with their roles before them."""
-    messages = row.get("prompt")
+    messages = row.content.get("prompt")
     if not isinstance(messages, list):
-        return _text(file, line, row, "prompt")
+        return _bounded(row, "prompt", row.text("prompt"))
     told = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not all(
-            isinstance(message.get(k), str) for k in ("role", "content")
+            isinstance(message.get(each), str) for each in ("role", "content")
         ):
-            raise _bad(file, line, f"prompt[{number}]", message, "an object with role and content, both text")
+            raise row.fault(
+                invalid(f"prompt[{number}]", message, "an object with role and content, both text")
+            )
         told.append(f"{message['role']}: {message['content']}")
     if not told:
-        raise _bad(file, line, "prompt", messages, "text, or at least one message")
-    return "\n\n".join(told)
+        raise row.fault(invalid("prompt", messages, "a text, or at least one message"))
+    return _bounded(row, "prompt", "\n\n".join(told))
 
 
-def _bad(file: Path, line: int, field: str, value: object, limit: str) -> InvalidRequest:
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    return InvalidRequest(
-        Reason.DATA_INVALID,
-        f"{file}, line {line}: {field} = {shown} is not allowed: {limit}",
-        metadata={"file": str(file), "line": str(line), "field": field, "limit": limit},
-    )
+def _bounded(row: Row, field: str, text: str) -> str:
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise row.fault(invalid(field, f"{len(text)} characters", f"at most {MAX_TEXT_CHARACTERS}"))
+    return text

@@ -68,37 +68,36 @@ GOOD = {"id": "1", "prompt": "p", "answer": "a"}
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        ("{", "line 2: row = "),
-        ("[1]", "line 2: row = [1] is not allowed: a JSON object"),
-        ({"id": 7, "prompt": "p", "answer": "a"}, "line 2: id = 7 is not allowed: text"),
+        ("{", "not JSON"),
+        ("[1]", "'[1]' is not a JSON object"),
+        ({"id": 7, "prompt": "p", "answer": "a"}, "id = 7 is not allowed: a text"),
+        ({"id": "2", "prompt": " ", "answer": "a"}, "prompt = ' ' is not allowed: a text that is not empty"),
+        ({"id": "2", "prompt": [{"role": "user"}], "answer": "a"}, "prompt[0] = "),
         (
-            {"id": "2", "prompt": " ", "answer": "a"},
-            "line 2: prompt = ' ' is not allowed: text that is not empty",
+            {"id": "2", "prompt": [], "answer": "a"},
+            "prompt = [] is not allowed: a text, or at least one message",
         ),
-        ({"id": "2", "prompt": [{"role": "user"}], "answer": "a"}, "line 2: prompt[0] = "),
-        ({"id": "2", "prompt": "p"}, "line 2: answer = None is not allowed: text"),
-        ({"id": "2", "prompt": "p", "answer": "x" * 200_001}, "line 2: answer = '200001 characters'"),
-        (GOOD, "line 2: id = '1' is not allowed: an id that no row before has; line 1 has it"),
+        ({"id": "2", "prompt": "p"}, "answer = None is not allowed: a text"),
+        ({"id": "2", "prompt": "p", "answer": "x" * 200_001}, "answer = '200001 characters'"),
+        (GOOD, "id = '1' is not allowed: an id that no row before has; line 1 has it"),
     ],
 )
 def test_a_bad_row_is_named_by_file_line_field_value_and_limit(tmp_path, bad, says):
     file = rows(tmp_path / "bad.jsonl", GOOD, bad)
     with pytest.raises(InvalidRequest) as raised:
         read_answer_pairs(rows(tmp_path / "good.jsonl", GOOD), file)
-    assert f"{file}, {says}" in raised.value.message
+    assert f"{file}: line 2: {says}" in raised.value.message
     assert raised.value.reason is Reason.DATA_INVALID
 
 
 def test_another_prompt_under_the_same_id_no_common_id_and_no_rows_are_refused(tmp_path):
     good = rows(tmp_path / "good.jsonl", GOOD)
-    with pytest.raises(InvalidRequest, match=r"prompt = 'other' .* the prompt of '1' in"):
+    with pytest.raises(InvalidRequest, match=r"line 1: prompt = 'other' .* the prompt of '1' in"):
         read_answer_pairs(good, rows(tmp_path / "b.jsonl", {**GOOD, "prompt": "other"}))
     with pytest.raises(InvalidRequest, match="at least one id"):
         read_answer_pairs(good, rows(tmp_path / "c.jsonl", {**GOOD, "id": "9"}))
     with pytest.raises(InvalidRequest, match="at least one row"):
         read_answer_pairs(good, rows(tmp_path / "d.jsonl", ""))
-    with pytest.raises(InvalidRequest, match="a file that can be read"):
-        read_labelled_pairs(rows(tmp_path / "e.jsonl", GOOD).rename(tmp_path / "e.gz"))
 
 
 def test_labelled_pairs_have_the_better_answer_first_and_their_source_as_group(tmp_path):
