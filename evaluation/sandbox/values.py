@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-MAX_FRAME_BYTES = 64 << 20
+MAX_FRAME_BYTES = 16 << 20
 _LARGEST_PLAIN_INTEGER = 1 << 60
 
 Keep = Callable[[object], dict[str, Any]]

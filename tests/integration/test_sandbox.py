@@ -1,0 +1,201 @@
+"""What programs want of the sandbox, and do not get; with all that this kernel offers, and with less."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from evaluation.sandbox.box import Sandbox, Status
+from evaluation.sandbox.protection import Limits, Measure
+from fusionroute.errors import Unavailable
+from tests.hostile_programs import ENDLESS, FORGERS, NAMES, NEED_NO_SYSCALL, TRIES
+
+KERNELS = {
+    "all that is here": frozenset(),
+    "a container's, without namespaces": frozenset({Measure.NAMESPACES}),
+    "an old one, without Landlock": frozenset({Measure.LANDLOCK}),
+}
+SHORT = Limits(wall_seconds=2.0, cpu_seconds=1, memory_bytes=256 << 20)
+FIVE = "assert isinstance(f(), int)\nassert abs(f() - 5) < 1e-9\nassert f() == 5\nassert 5 in [f()]"
+
+
+def _sandbox(limits: Limits | None = None, without: frozenset[Measure] = frozenset()) -> Sandbox:
+    sandbox = Sandbox(limits, without=without)
+    if missing := sandbox.protection.missing:
+        pytest.skip(f"this kernel does not offer enough: {'; '.join(missing)}")
+    return sandbox
+
+
+@pytest.fixture
+def targets(tmp_path: Path) -> Iterator[str]:
+    """The first line of `TRIES`: what is there to be touched."""
+    existing = tmp_path / "existing"
+    existing.write_text("secret")
+    existing.chmod(0o644)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
+        local.bind("\0fusionroute-probe")
+        local.listen()
+        facts = {
+            "TARGET": str(tmp_path / "target"),
+            "EXISTING": str(existing),
+            "PROJECT": str(Path(__file__).parents[2]),
+            "PORT": server.getsockname()[1],
+            "EVALUATION": os.getpid(),
+        }
+        yield "".join(f"{name} = {value!r}\n" for name, value in facts.items())
+    assert existing.read_text() == "secret"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["existing"]
+
+
+def _sandbox_processes(of: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+        except psutil.Error:
+            continue
+        if (
+            command
+            and "evaluation.sandbox.inside" in " ".join(command)
+            and json.loads(command[-1])["parent"] == of
+        ):
+            found.append(process)
+    return found
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_program_reaches_nothing(kernel: str, targets: str):
+    sandbox = _sandbox(without=KERNELS[kernel])
+    names = list(NAMES)
+    result = sandbox.check(targets + TRIES, f"found = reached({names})\nassert not found, found", ["reached"])
+    assert result.is_passed, result.note
+
+
+def test_what_programs_try_works_where_nothing_holds_them(targets: str):
+    """Else a sandbox that reaches nothing would prove nothing."""
+    command = targets + TRIES + f"\nprint({_HARMLESS!r} == reached({_HARMLESS!r}))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "True", (done.stdout, done.stderr)
+
+
+# those that leave nothing behind and need no rights
+_HARMLESS = [
+    *(
+        "thread",
+        "program",
+        "append",
+        "memory_file",
+        "read_users",
+        "read_project",
+        "list_processes",
+        "read_own_memory",
+    ),
+    *(
+        "tcp_loopback",
+        "udp",
+        "unix_socket",
+        "pair_of_sockets",
+        "kill_evaluation",
+        "environment",
+        "outlive_parent",
+    ),
+]
+
+
+@pytest.mark.parametrize("aim", FORGERS)
+def test_a_wrong_program_is_not_taken_for_a_right_one(aim: str, short: Sandbox):
+    result = short.check(FORGERS[aim], FIVE, ["f"])
+    assert result.status is not Status.PASSED
+    assert result.note
+
+
+@pytest.fixture(scope="module")
+def short() -> Sandbox:
+    return _sandbox(SHORT)
+
+
+def test_a_right_program_passes(short: Sandbox):
+    assert short.check("def f():\n    print('noise')\n    return 5", FIVE, ["f"]).is_passed
+
+
+def test_a_program_that_never_ends_is_ended_with_all_it_started():
+    sandbox = _sandbox(Limits(wall_seconds=1.5, cpu_seconds=1, memory_bytes=256 << 20))
+    with ThreadPoolExecutor(len(ENDLESS)) as threads:
+        results = dict(
+            zip(
+                ENDLESS,
+                threads.map(lambda name: sandbox.check(ENDLESS[name], FIVE, ["f"]), ENDLESS),
+                strict=True,
+            )
+        )
+    assert all(result.status is not Status.PASSED and result.note for result in results.values()), results
+    assert results["sleeps"].status is Status.TIMED_OUT
+    assert not _sandbox_processes(os.getpid())
+
+
+def test_a_program_that_computes_too_long_is_told_so():
+    sandbox = _sandbox(Limits(wall_seconds=60, cpu_seconds=1))
+    assert "processor time" in sandbox.check(ENDLESS["loops"], FIVE, ["f"]).note
+
+
+def test_tests_that_never_end_are_ended(short: Sandbox):
+    result = short.check("def f(): return 5", "while True: f()", ["f"])
+    assert result.status is not Status.PASSED
+
+
+def test_everything_ends_with_the_evaluation_that_started_it():
+    _sandbox()
+    program = (
+        "from evaluation.sandbox.box import Sandbox\n"
+        "Sandbox().check('import time\\ndef f(): time.sleep(1000)', 'f()', ['f'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2]) as evaluation:
+        _until(lambda: len(_sandbox_processes(evaluation.pid)) >= 3)
+        evaluation.send_signal(signal.SIGKILL)
+    _until(lambda: not _sandbox_processes(evaluation.pid))
+
+
+def _until(condition) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_without_protection_of_files_no_program_runs():
+    sandbox = Sandbox(without=frozenset({Measure.LANDLOCK, Measure.MOUNTS}))
+    with pytest.raises(Unavailable, match="read your files"):
+        sandbox.check("def f(): return 5", FIVE, ["f"])
+
+
+def test_without_a_filter_no_program_runs():
+    sandbox = Sandbox(without=frozenset({Measure.SYSCALLS}))
+    with pytest.raises(Unavailable, match="reach the network"):
+        sandbox.check("def f(): return 5", FIVE, ["f"])
+
+
+def test_a_weak_sandbox_runs_programs_where_that_is_allowed(targets: str):
+    sandbox = Sandbox(allow_weak=True, without=frozenset({Measure.LANDLOCK, Measure.MOUNTS}))
+    assert sandbox.check("def f(): return 5", FIVE, ["f"]).is_passed
+    names = [*NEED_NO_SYSCALL, "read_project", "read_users", "udp"]
+    seen = sandbox.check(
+        targets + TRIES, f"assert reached({names}) == ['read_project', 'read_users']", ["reached"]
+    )
+    assert seen.is_passed, seen.note
+
+
+def test_what_keeps_programs_in_can_be_read():
+    text = str(_sandbox().protection)
+    assert "filtered" in text
+    assert "OPEN" not in text
