@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from fusionroute.cli import main
 from fusionroute.errors import FusionRouteError, InvalidRequest, ModelRejected, Reason
 from tests.tiny_models import save_tiny_model, tiny_model, word_tokenizer
 from trainer.merging import MergeMethod, MergeProgress, MergeSettings, merge, methods
@@ -234,3 +236,19 @@ def test_wishes_that_do_not_fit_are_refused(base, experts, tmp_path) -> None:
     assert "exists already" in refusal(experts, tmp_path, task, base).message
     with pytest.raises(ModelRejected, match="does not exist"):
         merge([tmp_path / "nowhere"], tmp_path / "out", MergeSettings(MergeMethod.AVERAGE))
+
+
+def test_the_command_merges_and_tells_what_it_did(base, experts, tmp_path) -> None:
+    output = tmp_path / "merged"
+    options = ["--method", "task", "--scale", "0.5", "--scale", "0.25", "--base", str(base), "--json"]
+    command = ["models", "merge", *options, "--output", str(output), *map(str, experts)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {
+        "folder": str(output),
+        **json.loads((output / "merge.json").read_text()),
+    }
+    wanted = MergeSettings(MergeMethod.TASK, scales=(0.5, 0.25))
+    assert same(tensors(output), tensors(merge(experts, tmp_path / "out", wanted, base)))
+    again = CliRunner().invoke(main, command)
+    assert again.exit_code == 4 and "exists already" in again.stderr
