@@ -23,7 +23,7 @@ from evaluation.verifiers.instructions.judging import (
 from evaluation.verifiers.instructions.language import LANGUAGES, language_of
 from evaluation.verifiers.instructions.registry import KINDS, instruction
 from fusionroute.errors import InvalidRequest, Reason
-from tests.instruction_answers import SPOILERS, follow
+from tests.instruction_answers import OTHERS, SPOILERS, follow
 
 ENGLISH = "The children went down to the river in the morning and came back late."
 
@@ -49,12 +49,9 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ["Öl und Wörter", "öö"],
     ),
     "language:response_language": (
-        {"language": "de"},
-        [
-            "Die Kinder gingen am Morgen zum Fluss hinunter.",
-            "DIE KINDER GINGEN AM MORGEN ZUM FLUSS HINUNTER.",
-        ],
-        [ENGLISH, "12345", "私は毎日電車で会社に行きます。"],
+        {"language": "fi"},
+        [OTHERS["fi"], OTHERS["fi"].upper(), f"**{OTHERS['fi']}** 12345"],
+        [ENGLISH, "12345", "私は毎日電車で会社に行きます。", OTHERS["de"].upper()],
     ),
     "length_constraints:number_paragraphs": (
         {"num_paragraphs": 2},
@@ -333,7 +330,7 @@ def test_the_languages_are_those_that_langdetect_knows():
 
 
 def test_the_same_text_has_the_same_language_every_time():
-    unclear = "no problem amigo via taxi"
+    unclear = "radio hotel"  # without a seed it is Portuguese, Italian or Spanish
     assert len({language_of(unclear) for _ in range(20)}) == 1
 
 

@@ -17,15 +17,14 @@ WORD = re.compile(r"\w+(?:['’.&-]\w+)*")
 class EnglishCapital:
     """English, and no letter that has a capital form is small.
 
-    Differs: the language is found in the small letters of the same text. langdetect passes over words in capitals,
-    so that the usual check lets every language through.
+    Differs: the language is found in the small letters of the same text, see `language_of`.
     """
 
     name: ClassVar[str] = "change_case:english_capital"
 
     def is_followed(self, text: str) -> bool:
         """Whether it is."""
-        return text.isupper() and language_of(text.lower()) == "en"
+        return text.isupper() and language_of(text) == "en"
 
 
 @dataclass(frozen=True, slots=True)
