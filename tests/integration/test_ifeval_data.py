@@ -71,6 +71,11 @@ def test_answers_built_to_follow_all_instructions_are_right_unless_these_contrad
     assert strict.instructions.value == pytest.approx(829 / 834)
 
 
+def test_loosely_all_of_them_are_right_because_the_repeated_prompt_may_be_left_out(questions, answers):
+    loose = accuracy(zip(questions, answers, strict=True), Strictness.LOOSE)
+    assert loose.prompts.value == loose.instructions.value == 1.0
+
+
 def test_each_instruction_alone_can_be_spoiled(questions, answers):
     left = [
         (question.id, name)
@@ -91,7 +96,7 @@ def test_answers_to_questions_of_other_kinds_are_nearly_never_right(questions, a
             tried += 1
             right += verify(question, answers[other]).is_right
     assert tried > 300
-    assert right <= 0.03 * tried
+    assert right <= 0.02 * tried
 
 
 def _demands(question):

@@ -315,7 +315,7 @@ def test_there_are_eight_variants_of_an_answer():
 
 
 @pytest.mark.parametrize(
-    "facts", [{}, {"instructions": []}, {"instructions": ["x"]}, {"instructions": [{"name": 1}]}]
+    "facts", [{}, {"instructions": []}, {"instructions": ["x"]}, {"instructions": [{"name": []}]}]
 )
 def test_a_question_without_readable_instructions_is_refused(facts):
     broken = Question(id="q", task="ifeval", prompt="p", facts=facts)
