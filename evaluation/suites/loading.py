@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from evaluation.questions import Question, check_unique
-from evaluation.suites.config import Suite, TaskKind, TaskTable
+from evaluation.suites.config import Suite, TaskTable
 from evaluation.suites.texts import Text, load_texts
 from evaluation.systems.answering import Verify
 

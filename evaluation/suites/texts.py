@@ -1,4 +1,4 @@
-"""Held-out texts as token ids, to be judged: how probable a system finds each token, and whether it is its first choice."""
+"""Held-out texts as token ids, to be judged: how probable a system finds each token, whether it is its first choice."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def _texts(
 
 
 def outcome_of(text: Text, judged: JudgedText, way: str, seed: int = 0) -> Outcome:
-    """A system's view of a text: the sum of log-probabilities, and as score the share of tokens it would have written."""
+    """A system's view of a text: the sum of log-probabilities; the score is the share of tokens it would have written."""
     opinion = judged.opinions[way]
     rights = judged.rights(way)
-    answer = Answer("", is_complete=True, num_tokens=len(rights), logprob=sum(opinion.logprobs), experts=opinion.experts)
+    answer = Answer("", True, len(rights), sum(opinion.logprobs), opinion.experts)
     return Outcome(text.question, way, seed, answer, Verdict(sum(rights) / len(rights)))
 
 
