@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from evaluation.findings import Comparison
-from evaluation.report.paper import MUTED, SERVED_COLOUR, SMALL, Sheet, signed
+from evaluation.report.paper import MUTED, SERVED_COLOUR, SMALL, WIDTH_INCHES, Sheet, signed, text_inches
 from evaluation.report.rows import Head, Plan, RowPage
 from evaluation.report.signs import Sign
 from evaluation.report.view import Columns, View, numbered, part_of
@@ -171,13 +172,23 @@ def _write_number(axes: Axes, row: int, number: str, weight: str = "normal") -> 
 
 
 def _settle(axes: Axes, low: float, high: float) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    """Limits, and as many ticks as have room for their numbers."""
+    from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(low, high)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2))
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: signed(value, 6).lstrip("+").rstrip("0").rstrip("."))
-    )
+    inches = axes.get_position().width * WIDTH_INCHES / (high - low)
+    for most_steps in (4, 3, 2, 1):
+        found = MaxNLocator(most_steps, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1).tick_values(low, high)
+        ticks = [float(tick) for tick in found if low <= tick <= high]
+        halves = [text_inches(_tick_label(tick), SMALL) / 2 for tick in ticks]
+        gaps = [(after - before) * inches for before, after in pairwise(ticks)]
+        if all(gap >= one + other + 0.05 for gap, (one, other) in zip(gaps, pairwise(halves), strict=True)):
+            break
+    axes.set_xticks(ticks, [_tick_label(tick) for tick in ticks])
+
+
+def _tick_label(tick: float) -> str:
+    return signed(tick, 6).lstrip("+").rstrip("0").rstrip(".")
 
 
 def _limits(values: Iterable[float], least: tuple[float, float]) -> tuple[float, float]:

@@ -43,7 +43,8 @@ def draw_heatmap(view: View, columns: Columns) -> list[Sheet]:
 
 def _draw(view: View, name: str, strata: list[str]) -> Sheet:
     title = f"How systems did, by {name}"
-    told = f"Mean score in per cent; n = {_numbers(view, strata)} each. Intervals are in report.json."
+    of_each = " of each seed" if len(view.seeds) > 1 else ""
+    told = f"Mean score in per cent; n = {_numbers(view, strata)}{of_each}. Intervals are in report.json."
     widest = max(text_inches(note.label, NORMAL) for note in view.systems)
     label_inches = min(widest, MOST_LABEL_INCHES) + 0.01
     labels = [wrapped(note.label, label_inches, NORMAL, 2) for note in view.systems]
@@ -86,4 +87,4 @@ def _draw_cell(axes: Axes, row: int, column: int, value: float) -> None:
 
 def _numbers(view: View, strata: list[str]) -> str:
     numbers = {view.num_questions(stratum) for stratum in strata}
-    return numbers.pop() if len(numbers) == 1 else "several numbers"
+    return numbers.pop() if len(numbers) == 1 else "different numbers"

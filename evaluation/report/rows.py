@@ -24,7 +24,8 @@ from fusionroute.looks import FAINT
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_LABEL_INCHES = 2.35
+MOST_LABEL_INCHES, MOST_LABEL_BESIDE_MANY_INCHES = 2.35, 1.9
+MANY_COLUMNS = 5
 ROW_INCHES, TALL_ROW_INCHES = 0.27, 0.36
 HEAD_INCHES, FOOT_INCHES, LINE_INCHES = 0.38, 0.34, 0.17
 GAP_INCHES = 0.16
@@ -67,7 +68,9 @@ class RowPage:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         widest = max((text_inches(label, NORMAL, "bold") for label in plan.labels), default=0.0)
-        self._label_inches = min(widest, MOST_LABEL_INCHES)
+        is_narrow = len(plan.heads) >= MANY_COLUMNS
+        most = MOST_LABEL_BESIDE_MANY_INCHES if is_narrow else MOST_LABEL_INCHES
+        self._label_inches = min(widest, most)
         self._lines = [
             wrapped(label, self._label_inches + 0.01, NORMAL, 2, "bold" if row in plan.bold else "normal")
             for row, label in enumerate(plan.labels)

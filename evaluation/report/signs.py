@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evaluation.report.paper import HATCHES, MARGIN, MUTED, SMALL, WIDTH_INCHES, Sheet, drawable, text_inches
-from fusionroute.looks import INK, ROUTER_COLOUR, slot_colours, slot_marks
+from fusionroute.looks import INK, ROUTER_COLOUR, SLOT_COLOURS, slot_colours, slot_marks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,12 +58,17 @@ def slot_signs(slots: Sequence[str]) -> dict[str, Sign]:
     experts = [slot for slot in slots if slot]
     colours, marks = slot_colours(experts), slot_marks(experts)
     signs = {
-        slot: Sign(slot, colours[slot], hatch=HATCHES[place % len(HATCHES)], letter=marks[slot])
+        slot: Sign(slot, colours[slot], hatch=_hatch(place), letter=marks[slot])
         for place, slot in enumerate(experts)
     }
     if "" in slots:
         signs[""] = Sign("router alone", ROUTER_COLOUR, letter=marks[""])
     return signs
+
+
+def _hatch(place: int) -> str:
+    """Colours come round again after eight slots; the hatches by then are others."""
+    return HATCHES[(place + place // len(SLOT_COLOURS)) % len(HATCHES)]
 
 
 def draw_signs(sheet: Sheet, top: float, signs: Sequence[Sign]) -> None:

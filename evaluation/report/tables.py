@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MISSING = "–"
+LEAST_NAME_CELLS = 20
+MEAN_WITH_INTERVAL = "0.953 [0.941, 0.964]"
 UNSURE_MARK = " ‡"
 """Beside a difference that is significant on these questions, but not beyond the seeds that were tried."""
 
@@ -160,21 +162,25 @@ def print_main_table(findings: Findings, console: Console | None = None) -> None
     console = console or Console()
     view = View(findings)
     for columns in view.narrow[:1]:
-        console.print(_rich_table(main_table(view, columns)))
+        console.print(_rich_table(main_table(view, columns), console.width))
     for sentence in findings.summary:
         console.print(Text(f"\n{sentence}"))
 
 
-def _rich_table(table: TextTable) -> Table:
+def _rich_table(table: TextTable, width: int) -> Table:
+    """Intervals stand below their means where they do not fit beside them."""
     from rich.table import Table
     from rich.text import Text
 
     made = Table(box=None, pad_edge=False)
+    needed = LEAST_NAME_CELLS + sum(2 + len(MEAN_WITH_INTERVAL) for _ in table.heads[1:])
+    below = "\n[" if needed > width else " ["
     for column, head in enumerate(table.heads):
         made.add_column(
-            Text(head.replace(" (", "\n(")), justify="right" if column else "left", no_wrap=column > 0
+            Text(head.replace(" (", "\n(")), justify="right" if column else "left", overflow="fold"
         )
-    for row, cells in enumerate(table.rows):
+    for row, (name, *numbers) in enumerate(table.rows):
+        cells = [name, *(number.replace(" [", below) for number in numbers)]
         made.add_row(*(
             Text(cell, style="bold" if (row, column) in table.bold else "") for column, cell in enumerate(cells)
         ))  # fmt: skip
