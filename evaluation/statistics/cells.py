@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -89,20 +90,19 @@ def _intervals(part: Part, measure: Measure, num_resamples: int, seed: int) -> l
     if is_score and part.num_clusters == 1:
         return [_wilson(totals.mean(axis=0), part.weights.mean(axis=0)) for totals in part.totals]
     resamples = resampled_means(part, num_resamples=num_resamples, seed=seed)
-    values = part.means.mean(axis=1)
     return [
-        _bootstrapped(float(value), drawn, part, is_score=is_score)
-        for value, drawn in zip(values, resamples.T, strict=True)
+        _bootstrapped(means, drawn, part, is_score=is_score)
+        for means, drawn in zip(part.means, resamples.T, strict=True)
     ]
 
 
-def _bootstrapped(value: float, resamples: Floats, part: Part, *, is_score: bool) -> Estimate:
+def _bootstrapped(means: Floats, resamples: Floats, part: Part, *, is_score: bool) -> Estimate:
+    value = float(means.mean())
     if is_score and value in (0.0, 1.0):  # resamples of equal answers are equal: they say nothing
         return wilson_of_share(value, part.num_clusters)
-    interval = percentile_interval(value, resamples, part.num_clusters)
-    if not is_score:
-        return interval
-    return Estimate(value, max(0.0, interval.low), min(1.0, interval.high))
+    interval = percentile_interval(means, resamples, part.num_clusters)
+    most = 1.0 if is_score else math.inf
+    return Estimate(value, max(0.0, interval.low), min(most, interval.high))
 
 
 def _wilson(amounts: Floats, sizes: Floats) -> Estimate:

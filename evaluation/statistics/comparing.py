@@ -122,9 +122,7 @@ def _compared(panel: Panel, part: Part, pair: Pair, resamples: Floats, measure: 
         stratum=part.name,
         num_questions=part.num_questions,
         num_clusters=part.num_clusters,
-        difference=_interval(
-            float(per_seed.mean()), resamples[:, first] - resamples[:, second], part, measure
-        ),
+        difference=_interval(per_seed, resamples[:, first] - resamples[:, second], part, measure),
         over_seeds=student.mean_interval(per_seed.tolist()) if several else None,
         mixed=_mixed(part, between, per_seed) if several else None,
         only_first=only_first,
@@ -138,12 +136,13 @@ def _compared(panel: Panel, part: Part, pair: Pair, resamples: Floats, measure: 
     )
 
 
-def _interval(value: float, resamples: Floats, part: Part, measure: Measure) -> Estimate:
-    if measure.name == SCORE:
-        if part.num_clusters == 1:  # anything may be true of another one
-            return Estimate(value, -1.0, 1.0)
-        resamples = np.clip(resamples, -1.0, 1.0)
-    return percentile_interval(value, resamples, part.num_clusters)
+def _interval(per_seed: Floats, resamples: Floats, part: Part, measure: Measure) -> Estimate:
+    if measure.name != SCORE:
+        return percentile_interval(per_seed, resamples, part.num_clusters)
+    if part.num_clusters == 1:  # anything may be true of another one
+        return Estimate(float(per_seed.mean()), -1.0, 1.0)
+    wide = percentile_interval(per_seed, resamples, part.num_clusters)
+    return Estimate(wide.value, max(-1.0, wide.low), min(1.0, wide.high))
 
 
 def _mixed(part: Part, between: Floats, per_seed: Floats) -> Estimate:

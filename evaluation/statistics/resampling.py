@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from statistics import NormalDist
 
 import numpy as np
@@ -34,9 +33,9 @@ def resampled_means(part: Part, *, num_resamples: int = NUM_RESAMPLES, seed: int
     Args:
         part: what is resampled.
         num_resamples: draws.
-        seed: of the draws; the stratum's name goes in too, nothing else does.
+        seed: of the draws, which depend on nothing else but the numbers of seeds and clusters.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(part.name.encode())])
+    rng = np.random.default_rng(seed)
     num_seeds, num_clusters = part.is_there.shape
     means = _seed_draws(rng, num_seeds, num_resamples) @ part.means.T
     step = max(1, _CHUNK_CELLS // num_clusters)
@@ -50,22 +49,46 @@ def resampled_means(part: Part, *, num_resamples: int = NUM_RESAMPLES, seed: int
 
 
 def percentile_interval(
-    value: float, resamples: Floats, num_clusters: int, confidence: float = 0.95
+    per_seed: Floats, resamples: Floats, num_clusters: int, confidence: float = 0.95
 ) -> Estimate:
-    """The value with the resamples' percentiles, taken farther out where clusters are few.
+    """The mean over seeds with the resamples' percentiles, taken farther out where seeds or clusters are few.
 
-    With K clusters resamples vary too little by sqrt((K - 1) / K), and the normal is not Student's t; percentiles
-    at the level Phi(-t sqrt(K / (K - 1))) make up for both (Hesterberg 2015, expanded percentiles).
+    Resamples of K clusters vary too little by sqrt((K - 1) / K), and percentiles are those of a known spread: both are
+    made up for by moving them away from the value by t / z sqrt(K / (K - 1)). The degrees of freedom of t are
+    Satterthwaite's, from those of the seeds (S - 1) and of the clusters (K - 1), weighed by the variance each brings.
+
+    Args:
+        per_seed: [S], the value of each seed.
+        resamples: of their mean.
+        num_clusters: K.
+        confidence: of the interval.
 
     Raises:
         ValueError: fewer than two clusters, which say nothing about a third one.
     """
     if num_clusters < 2:
         raise ValueError(f"num_clusters = {num_clusters} is not allowed: at least 2 can be resampled")
-    t = student.quantile(confidence, num_clusters - 1)
-    tail = NormalDist().cdf(-t * math.sqrt(num_clusters / (num_clusters - 1)))
+    value = float(per_seed.mean())
+    freedom = _freedom(per_seed, float(resamples.var()), num_clusters)
+    z = NormalDist().inv_cdf(0.5 + confidence / 2.0)
+    farther = student.quantile(confidence, freedom) / z * math.sqrt(num_clusters / (num_clusters - 1))
+    tail = 0.5 - confidence / 2.0
     low, high = np.quantile(resamples, [tail, 1.0 - tail])
-    return Estimate(value, min(value, _stable(low)), max(value, _stable(high)))
+    return Estimate(
+        value,
+        min(value, _stable(value - farther * (value - low))),
+        max(value, _stable(value + farther * (high - value))),
+    )
+
+
+def _freedom(per_seed: Floats, variance: float, num_clusters: int) -> int:
+    """Satterthwaite's, rounded down."""
+    if per_seed.size == 1 or variance <= 0.0:
+        return num_clusters - 1
+    by_seeds = min(variance, float(per_seed.var(ddof=1)) / per_seed.size)
+    by_clusters = variance - by_seeds
+    parts = by_seeds**2 / (per_seed.size - 1) + by_clusters**2 / (num_clusters - 1)
+    return max(1, min(num_clusters + per_seed.size, math.floor(variance**2 / parts + 1e-9)))
 
 
 def _stable(number: float) -> float:

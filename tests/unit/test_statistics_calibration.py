@@ -1,101 +1,43 @@
 """Intervals hold the truth, and p-values alarm, about as often as they say: in simulated worlds whose truth is known.
 
-A world draws how hard each cluster is, how good each seed's model is, and every answer. Seeds are fixed, so these
-tests come out the same every time; the limits leave room for the few hundred repetitions.
+Draws are seeded, so these tests come out the same every time; the limits leave room for the hundred repetitions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean, median
 
 import numpy as np
 import pytest
 
-from evaluation.findings import ALL, Comparison
-from evaluation.questions import Answer, Outcome, Question, Verdict
 from evaluation.statistics import student
-from evaluation.statistics.cells import cells
-from evaluation.statistics.comparing import compare
 from evaluation.statistics.mixed import crossed_mean, nested_mean
 from evaluation.statistics.significance import mcnemar, sign_flip
+from tests.simulated_worlds import World, share_held
 
-NUM_WORLDS = 120
-PAIR = [("a", "b")]
-
-
-@dataclass(frozen=True)
-class World:
-    """Two systems; an answer is right where ability and luck exceed how hard the cluster is.
-
-    Attributes:
-        lead: of the first system's ability.
-        seed_spread: standard deviation of ability over training seeds.
-    """
-
-    num_clusters: int
-    num_seeds: int
-    lead: float = 0.0
-    seed_spread: float = 0.0
-
-    @property
-    def share(self) -> float:
-        """True share of right answers of the first system."""
-        return NormalDist(sigma=(1.0 + 1.0 + self.seed_spread**2) ** 0.5).cdf(self.lead)
-
-    @property
-    def difference(self) -> float:
-        """True difference: the second system is right on half."""
-        return self.share - 0.5
-
-    def outcomes(self, number: int) -> list[Outcome]:
-        rng = np.random.default_rng([number, self.num_clusters, self.num_seeds])
-        clusters = np.repeat(np.arange(self.num_clusters), rng.integers(1, 6, size=self.num_clusters))
-        questions = [Question(str(at), "t", "?", cluster=str(each)) for at, each in enumerate(clusters)]
-        hard = rng.normal(size=self.num_clusters)[clusters]
-        return [
-            Outcome(question, system, seed, Answer("", True), Verdict(float(is_right)))
-            for seed in range(self.num_seeds)
-            for system, lead in (("a", self.lead), ("b", 0.0))
-            for ability in [lead + rng.normal() * self.seed_spread]
-            for question, is_right in zip(
-                questions, ability + rng.normal(size=len(clusters)) > hard, strict=True
-            )
-        ]
-
-    def comparisons(self, number: int = NUM_WORLDS) -> Iterator[Comparison]:
-        for each in range(number):
-            yield compare(self.outcomes(each), PAIR, [ALL], num_resamples=250)[0]
+NUM_WORLDS = 100
 
 
 def test_intervals_of_one_seed_hold_the_truth_as_often_as_they_say():
     world = World(num_clusters=30, num_seeds=1, lead=0.8)
-    held = [each.difference.low <= world.difference <= each.difference.high for each in world.comparisons()]
-    assert 0.91 <= np.mean(held) <= 0.985
+    held = share_held(world.difference, (each.difference for each in world.comparisons(NUM_WORLDS)))
+    assert 0.90 <= held <= 0.985
 
 
 def test_wilson_intervals_of_clustered_questions_hold_the_truth_and_naive_ones_do_not():
     world = World(num_clusters=30, num_seeds=1, lead=0.8)
-    found = [cells(world.outcomes(each), ["a"], [ALL])[0] for each in range(300)]
-    held = [each.estimate.low <= world.share <= each.estimate.high for each in found]
-    assert 0.91 <= np.mean(held) <= 0.99
-    width = (
-        2 * 1.96 * np.sqrt(world.share * (1 - world.share) / np.mean([each.num_questions for each in found]))
-    )
-    naive = [abs(each.estimate.value - world.share) < width / 2 for each in found]
-    assert np.mean(naive) < 0.88
+    found = list(world.cells(300))
+    assert 0.91 <= share_held(world.share, (each.estimate for each in found)) <= 0.98
+    half = 1.96 * (world.share * (1 - world.share) / fmean(each.num_questions for each in found)) ** 0.5
+    assert fmean(abs(each.estimate.value - world.share) < half for each in found) < 0.88
 
 
 @pytest.mark.parametrize("seed_spread", [0.0, 0.4])
-def test_the_mixed_summary_holds_the_truth_whether_seeds_differ_or_not(seed_spread):
+def test_intervals_over_three_seeds_hold_the_truth_whether_seeds_differ_or_not(seed_spread):
     world = World(num_clusters=30, num_seeds=3, lead=0.5, seed_spread=seed_spread)
-    found = list(world.comparisons())
-    held = [each.mixed.low <= world.difference <= each.mixed.high for each in found if each.mixed is not None]
-    assert len(held) == NUM_WORLDS
-    assert 0.91 <= np.mean(held) <= 1.0
-    drawn = [each.difference.low <= world.difference <= each.difference.high for each in found]
-    assert np.mean(drawn) > 0.82  # three seeds say little about seeds: the docs say so
+    found = list(world.comparisons(NUM_WORLDS))
+    assert 0.90 <= share_held(world.difference, (each.mixed for each in found)) <= 1.0
+    assert 0.88 <= share_held(world.difference, (each.difference for each in found)) <= 1.0
 
 
 def test_p_values_of_equal_systems_are_small_as_rarely_as_they_say_and_mcnemars_is_not():
@@ -112,10 +54,10 @@ def test_p_values_of_equal_systems_are_small_as_rarely_as_they_say_and_mcnemars_
 
 def test_a_difference_as_large_as_the_detectable_one_is_found_in_four_of_five_cases():
     world = World(num_clusters=60, num_seeds=1)
-    detectable = float(np.median([each.detectable for each in world.comparisons(20)]))
+    detectable = median(each.detectable for each in world.comparisons(20))
     lead = NormalDist(sigma=2**0.5).inv_cdf(0.5 + detectable)
-    found = [each.p_value < 0.05 for each in World(60, 1, lead).comparisons()]
-    assert 0.70 <= np.mean(found) <= 0.90
+    found = fmean(each.p_value < 0.05 for each in World(60, 1, lead).comparisons(NUM_WORLDS))
+    assert 0.70 <= found <= 0.90
 
 
 def test_students_interval_over_seeds_takes_questions_as_fixed_and_the_mixed_summary_does_not():
