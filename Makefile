@@ -112,8 +112,12 @@ judge-tgi: $(READY) ## Extra: huggingface_hub's and TGI's own clients judge our 
 judge-openai: $(READY) ## Extra: clients and checkers of other people judge our OpenAI API (pip, npm)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m judges -n 0 $(JUDGE_FLAGS) tests/judges/test_openai_judges.py
 
+.PHONY: judge-harness
+judge-harness: $(READY) ## Extra: lm-evaluation-harness runs our own tasks against the trained demo family (pip)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m judges -n 0 --durations=0 tests/judges/test_harness.py
+
 .PHONY: judges
-judges: judge-tgi judge-openai ## Extra: all judges of the HTTP APIs
+judges: judge-tgi judge-openai judge-harness ## Extra: all judges of the HTTP APIs
 
 export COMPOSE ?= docker compose
 
