@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,14 +105,18 @@ class _Asker:
             for seed in self._suite.sampling.seeds:
                 for task in tasks:
                     ask = self._ask_of(table, task.verify, seed, model)
-                    who = {"kind": table.kind, **self._identity(table, model), "sampling": self._sampling(seed)}
+                    who = {
+                        "kind": table.kind,
+                        **self._identity(table, model),
+                        "sampling": self._sampling(seed),
+                    }
                     with self._journal(table.name, task, seed, who) as journal:
                         await ask_all(
                             task.questions,
                             ask,
                             journal,
                             num_concurrent=self._suite.concurrency,
-                            on_progress=lambda done, task=task: self._tell(table, task.title, done),
+                            on_progress=partial(self._tell, table, task.title),
                         )
                         self._hear(table, task, seed, journal)
 
@@ -152,7 +157,7 @@ class _Asker:
                 self._tell(table, task.title, len(task.questions) - len(missing))
                 if missing:
                     model = model or ModelFolder.load(table.name, Path(table.model))
-                    answers = model.answer(missing, lambda done, task=task: self._tell(table, task.title, done))
+                    answers = model.answer(missing, partial(self._tell, table, task.title))
                     for question, answer in zip(missing, answers, strict=True):
                         journal.add(question.id, to_json(answer, task.verify(question, answer)))
                 self._hear(table, task, 0, journal)
@@ -162,14 +167,14 @@ class _Asker:
             answer, verdict = from_json(journal.entries[question.id])
             self._heard.outcomes.append(Outcome(question, table.name, seed, answer, verdict))
 
-    def _journal(
-        self, system: str, task: LoadedTask, seed: int, who: Mapping[str, Any]
-    ) -> Any:
+    def _journal(self, system: str, task: LoadedTask, seed: int, who: Mapping[str, Any]) -> Any:
         path = self._output / "answers" / system.replace("/", "+") / f"{task.title}-{seed}.jsonl"
         return Journal.open(path, {**who, "questions": digest_of(task.questions)})
 
     def _identity(self, table: SystemTable, model: RemoteModel | None) -> dict[str, Any]:
-        return {**self._heard.models, "way": repr(way_of(table))} if model is None else {"model": model.identity}
+        return (
+            {**self._heard.models, "way": repr(way_of(table))} if model is None else {"model": model.identity}
+        )
 
     def _sampling(self, seed: int) -> Options:
         table = self._suite.sampling

@@ -29,6 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fusionroute.errors import InvalidRequest, Reason
 
+_PATHS = ("file", "api_key_file", "examples_file")
+
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/+-]{0,63}$")]
 
@@ -88,9 +90,11 @@ class TaskTable(_Table):
     max_questions: Count | None = Field(default=None, description="Ask no more than the first so many.")
     max_tokens: Count | None = Field(default=None, description="Of an answer; none = as usual for the kind.")
     chat: bool = Field(default=False, description="Ask as a message of a user, where the kind can.")
-    num_examples: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Worked examples in the prompt (mbpp)."
+    num_examples: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Worked examples before the question (gsm8k, mbpp); none = as usual for the kind.",
     )
+    examples_file: Path | None = Field(default=None, description="Where they are, if not in `file`.")
     verifier: str = Field(default="", description="How a jsonl task is judged, unless its rows say it.")
     allow_weak_sandbox: bool = Field(
         default=False, description="Run programs of models even where the kernel cannot lock them in fully."
@@ -193,7 +197,9 @@ def _absolute(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         if not isinstance(table, dict):
             return table
         return {
-            key: str(folder / value) if key in ("file", "api_key_file") and isinstance(value, str) else value
+            key: str(folder / value)
+            if key in ("file", "api_key_file", "examples_file") and isinstance(value, str)
+            else value
             for key, value in table.items()
         }
 

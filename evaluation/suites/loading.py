@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from evaluation.questions import Question, check_unique
-from evaluation.suites.config import Suite, TaskTable
+from evaluation.sandbox.box import Sandbox
+from evaluation.suites.config import Suite, TaskKind, TaskTable
 from evaluation.suites.texts import Text, load_texts
 from evaluation.systems.answering import Verify
+from evaluation.tasks.gsm8k import gsm8k_questions
+from evaluation.tasks.humaneval import humaneval_questions
+from evaluation.tasks.ifeval import ifeval_questions
+from evaluation.tasks.jsonl import jsonl_questions
+from evaluation.tasks.lab import lab_questions
+from evaluation.tasks.lab import verify as verify_lab
+from evaluation.tasks.math500 import math500_questions
+from evaluation.tasks.mbpp import mbpp_questions
+from evaluation.verifiers.by_name import VerifiersByName
+from evaluation.verifiers.instructions.judging import verify as verify_instructions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,9 +43,8 @@ class LoadedTask:
     verify: Verify
 
 
-@contextmanager
-def loaded_tasks(suite: Suite, max_questions: int | None = None) -> Iterator[list[LoadedTask]]:
-    """The tasks of a suite; while the block lasts, programs of models can be run.
+def loaded_tasks(suite: Suite, max_questions: int | None = None) -> list[LoadedTask]:
+    """The tasks of a suite.
 
     Args:
         max_questions: of each task, at most; None = as the suite says.
@@ -44,8 +53,7 @@ def loaded_tasks(suite: Suite, max_questions: int | None = None) -> Iterator[lis
         InvalidRequest: a file is not as it must be, naming file, line, field, value and limit; or programs would have
             to run where they cannot be locked in.
     """
-    with ExitStack() as stack:
-        yield [_loaded(table, max_questions, stack) for table in suite.tasks]
+    return [_loaded(table, max_questions) for table in suite.tasks]
 
 
 def loaded_texts(suite: Suite, max_rows: int | None = None) -> list[Text]:
@@ -54,7 +62,9 @@ def loaded_texts(suite: Suite, max_rows: int | None = None) -> list[Text]:
         return []
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(suite.tokenizer, trust_remote_code=False)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        suite.tokenizer, trust_remote_code=False
+    )
     return [
         text
         for table in suite.texts
@@ -68,11 +78,43 @@ def loaded_texts(suite: Suite, max_rows: int | None = None) -> list[Text]:
     ]
 
 
-def _loaded(table: TaskTable, max_questions: int | None, stack: ExitStack) -> LoadedTask:
+def _loaded(table: TaskTable, max_questions: int | None) -> LoadedTask:
     most = _least(table.max_questions, max_questions)
     questions = [_titled(each, table) for each in islice(_questions(table), most)]
     check_unique(questions)
-    return LoadedTask(table.title, questions, _verifier(table, questions, stack))
+    return LoadedTask(table.title, questions, _verifier(table, questions))
+
+
+def _questions(table: TaskTable) -> Iterable[Question]:
+    path, kind = table.file, table.kind
+    if path is None:
+        return lab_questions(table.max_questions or LAB_QUESTIONS_PER_TASK)
+    if kind is TaskKind.GSM8K:
+        return gsm8k_questions(
+            path, examples_path=table.examples_file, num_examples=table.num_examples or 0, chat=table.chat
+        )
+    if kind is TaskKind.MATH500:
+        return math500_questions(path, chat=table.chat)
+    if kind is TaskKind.HUMANEVAL:
+        return humaneval_questions(path, chat=table.chat)
+    if kind is TaskKind.MBPP:
+        num_examples = 3 if table.num_examples is None else table.num_examples
+        return mbpp_questions(path, examples_path=table.examples_file, num_examples=num_examples)
+    if kind is TaskKind.IFEVAL:
+        return ifeval_questions(path)
+    return jsonl_questions(path, task=table.title, verifier=table.verifier or "exact")
+
+
+def _verifier(table: TaskTable, questions: Iterable[Question]) -> Verify:
+    """Raises Unavailable: programs would have to run, and the kernel cannot lock them in."""
+    if table.kind is TaskKind.IFEVAL:
+        return verify_instructions
+    if table.kind is TaskKind.LAB:
+        return verify_lab
+    sandbox = Sandbox(allow_weak=table.allow_weak_sandbox)
+    if any(question.facts.get("verifier") == "code" for question in questions):
+        sandbox.require()
+    return VerifiersByName(sandbox).verify
 
 
 def _titled(question: Question, table: TaskTable) -> Question:

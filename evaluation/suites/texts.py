@@ -68,7 +68,7 @@ def _texts(
 
 
 def outcome_of(text: Text, judged: JudgedText, way: str, seed: int = 0) -> Outcome:
-    """A system's view of a text: the sum of log-probabilities; the score is the share of tokens it would have written."""
+    """A system's view of a text: the sum of log-probabilities; as score the share of tokens that it would write."""
     opinion = judged.opinions[way]
     rights = judged.rights(way)
     answer = Answer("", True, len(rights), sum(opinion.logprobs), opinion.experts)

@@ -138,14 +138,10 @@ def list_suites() -> None:
 def _plan(plan: LabPlan, seeds: str | None, per_task: int | None) -> LabPlan:
     from dataclasses import replace
 
+    from fusionroute.cli.lab import parse_seeds
+
     if seeds is not None:
-        try:
-            chosen = tuple(int(each) for each in seeds.split(","))
-        except ValueError:
-            raise Failure(f"--seeds {seeds} is not allowed: whole numbers with commas between them") from None
-        if len(set(chosen)) < len(chosen) or min(chosen) < 0:
-            raise Failure(f"--seeds {seeds} is not allowed: each at least 0, none twice")
-        plan = replace(plan, seeds=chosen)
+        plan = replace(plan, seeds=tuple(parse_seeds(seeds)))
     if per_task is not None:
         plan = replace(
             plan,

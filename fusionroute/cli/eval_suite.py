@@ -47,16 +47,15 @@ def _heard(suite: Suite, output: Path, address: str, max_questions: int | None, 
     from evaluation.suites.loading import loaded_tasks, loaded_texts
     from fusionroute.client import RouterClient
 
-    texts = loaded_texts(suite, max_questions)
+    tasks, texts = loaded_tasks(suite, max_questions), loaded_texts(suite, max_questions)
 
     async def ask() -> Heard:
         async with RouterClient.open(address) as router:
             return await ask_suite(suite, tasks, texts, router, output, on_progress)
 
-    with loaded_tasks(suite, max_questions) as tasks:
-        totals = {task.title: len(task.questions) * len(suite.sampling.seeds) for task in tasks}
-        with _bars(console, totals | {"texts": len(texts)}) as on_progress:
-            return asyncio.run(ask())
+    totals = {task.title: len(task.questions) * len(suite.sampling.seeds) for task in tasks}
+    with _bars(console, totals | {"texts": len(texts)}) as on_progress:
+        return asyncio.run(ask())
 
 
 @contextmanager
