@@ -114,7 +114,6 @@ NAMES = tuple(
     for line in TRIES.splitlines()
     if line.startswith("def ") and not line.startswith(("def _", "def reached"))
 )
-NEED_NO_SYSCALL = ("environment", "descriptors", "tests_in_memory", "tests_in_frames")
 
 ENDLESS = {
     "loops": "def f():\n    while True: pass",
