@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from evaluation.findings import Comparison
-from evaluation.report.paper import MUTED, SERVED_COLOUR, SMALL, WIDTH_INCHES, Sheet, signed, text_inches
-from evaluation.report.rows import Head, Plan, RowPage
+from evaluation.report.paper import MUTED, SERVED_COLOUR, SMALL, Sheet, signed
+from evaluation.report.rows import Head, Plan, RowPage, settle
 from evaluation.report.signs import Sign
 from evaluation.report.view import Columns, View, numbered, part_of
 from evaluation.statistics.intervals import Estimate
@@ -80,7 +79,7 @@ def draw_forest(view: View, columns: Columns) -> Sheet:
                 [cell.estimate.value], [row], marker, color=colour, markersize=5, clip_on=False, zorder=4
             )
             _write_number(axes, row, f"{cell.estimate.value:.3f}")
-        _settle(axes, low, high)
+        settle(axes, low, high, _tick_label)
     return page.sheet
 
 
@@ -139,7 +138,7 @@ def _draw_pairs(
         for row, each in enumerate(column):
             if each is not None:
                 _draw_difference(axes, row, each)
-        _settle(axes, low, high)
+        settle(axes, low, high, _tick_label)
     return page.sheet
 
 
@@ -169,22 +168,6 @@ def _draw_interval(
 def _write_number(axes: Axes, row: int, number: str, weight: str = "normal") -> None:
     axes.annotate(number, (1.0, row), xycoords=("axes fraction", "data"), xytext=(7, 0),
                   textcoords="offset points", va="center", fontsize=SMALL, fontweight=weight)  # fmt: skip
-
-
-def _settle(axes: Axes, low: float, high: float) -> None:
-    """Limits, and as many ticks as have room for their numbers."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlim(low, high)
-    inches = axes.get_position().width * WIDTH_INCHES / (high - low)
-    for most_steps in (4, 3, 2, 1):
-        found = MaxNLocator(most_steps, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1).tick_values(low, high)
-        ticks = [float(tick) for tick in found if low <= tick <= high]
-        halves = [text_inches(_tick_label(tick), SMALL) / 2 for tick in ticks]
-        gaps = [(after - before) * inches for before, after in pairwise(ticks)]
-        if all(gap >= one + other + 0.05 for gap, (one, other) in zip(gaps, pairwise(halves), strict=True)):
-            break
-    axes.set_xticks(ticks, [_tick_label(tick) for tick in ticks])
 
 
 def _tick_label(tick: float) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.findings import ALL, Overruling, RoutingEntropy, RoutingShare
 from evaluation.report.paper import MUTED, SERVED_COLOUR, SMALL, Sheet, drawable
-from evaluation.report.rows import Head, Plan, RowPage
+from evaluation.report.rows import Head, Plan, RowPage, settle
 from evaluation.report.signs import Sign, letter_ground, slot_signs
 from evaluation.report.view import Columns, View, part_of
 from fusionroute.looks import INK
@@ -56,8 +56,7 @@ def draw_shares(view: View, columns: Columns) -> list[Sheet]:
         page = _page(grid, title, told, list(signs.values()))
         _fill(page, grid, shares, draw)
         for axes in page.columns:
-            axes.set_xlim(0, 1)
-            axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+            settle(axes, 0.0, 1.0, lambda tick: f"{tick:g}")
         sheets.append(page.sheet)
     return sheets
 
@@ -81,8 +80,7 @@ def draw_overruled(view: View, columns: Columns) -> list[Sheet]:
 
         _fill(page, grid, found, draw)
         for axes in page.columns:
-            axes.set_xlim(0, 1.02 * most)
-            _percent_ticks(axes)
+            settle(axes, 0.0, 1.02 * most, lambda tick: f"{100 * tick:.4g} %")
         sheets.append(page.sheet)
     return sheets
 
@@ -111,7 +109,7 @@ def draw_entropy(view: View, columns: Columns) -> list[Sheet]:
 
         _fill(page, grid, found, draw)
         for axes in page.columns:
-            axes.set_xlim(0, most)
+            settle(axes, 0.0, most, lambda tick: f"{tick:g}")
         sheets.append(page.sheet)
     return sheets
 
@@ -193,10 +191,3 @@ def _draw_histogram(axes: Axes, row: int, each: RoutingEntropy) -> None:
 def _write(axes: Axes, row: int, number: str) -> None:
     axes.annotate(number, (1.0, row), xycoords=("axes fraction", "data"), xytext=(7, 0),
                   textcoords="offset points", va="center", fontsize=SMALL)  # fmt: skip
-
-
-def _percent_ticks(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=3, min_n_ticks=2))
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))

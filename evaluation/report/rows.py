@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from evaluation.report.paper import (
@@ -119,3 +120,19 @@ class RowPage:
             axes.patch.set_visible(False)
             axes.grid(visible=True, axis="x", color=FAINT, linewidth=0.6)
             yield axes
+
+
+def settle(axes: Axes, low: float, high: float, label: Callable[[float], str]) -> None:
+    """Limits of a column, and as many ticks as have room for their labels."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(low, high)
+    inches = axes.get_position().width * WIDTH_INCHES / (high - low)
+    for most_steps in (4, 3, 2, 1):
+        found = MaxNLocator(most_steps, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1).tick_values(low, high)
+        ticks = [float(tick) for tick in found if low <= tick <= high]
+        halves = [text_inches(label(tick), SMALL) / 2 for tick in ticks]
+        gaps = [(after - before) * inches for before, after in pairwise(ticks)]
+        if all(gap >= one + other + 0.05 for gap, (one, other) in zip(gaps, pairwise(halves), strict=True)):
+            break
+    axes.set_xticks(ticks, [label(tick) for tick in ticks])
