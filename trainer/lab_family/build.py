@@ -260,10 +260,12 @@ class _Build:
         partial = self._begin(folder)
         key, cost = f"{prefix}{name}", variants.seconds(name, wanted.recipe)
         known = {task.key for task in self._tasks}
-        waits_for = {f"{prefix}preferences", f"{prefix}{variants.needs(name)}"}
+        needed = variants.needs(name)
+        made_from = None if needed is None else variants.variant_folder(wanted.folder, needed)
+        waits_for = {f"{prefix}preferences", f"{prefix}{needed}"}
         self._report.expect(prefix, name, variants.num_steps(name, wanted.recipe), cost)
         self._tasks.append(Task(key, cost, frozenset(waits_for & known)))
-        self._jobs[key] = Job(name, wanted.recipe, wanted.seed, wanted.folder, partial)
+        self._jobs[key] = Job(name, wanted.recipe, wanted.seed, wanted.folder, partial, made_from)
         self._done[key] = lambda facts: cache.finish(
             partial, folder, {"name": name, "seed": wanted.seed, **facts}
         )

@@ -20,8 +20,9 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -98,21 +99,27 @@ _parsing = threading.Lock()
 
 
 def _source_digest() -> str:
-    with _parsing:
-        return _digest_of_sources()
-
-
-def _digest_of_sources() -> str:
-    hasher = hashlib.sha256()
+    files = []
     for package, names in _SOURCES.items():
-        root = Path(package.__path__[0])
-        paths = [root / name for name in names]
-        files = sorted(file for path in paths for file in ([path] if path.is_file() else path.glob("*.py")))
-        for file in files:
-            if file.name not in _SOURCES_WITHOUT_EFFECT:
-                hasher.update(f"{file.relative_to(root)}\n".encode())
-                # the syntax tree: a comment or a line break should not cost a new build
-                hasher.update(ast.dump(ast.parse(file.read_bytes())).encode())
+        paths = [Path(package.__path__[0]) / name for name in names]
+        found = sorted(file for path in paths for file in ([path] if path.is_file() else path.glob("*.py")))
+        files += [file for file in found if file.name not in _SOURCES_WITHOUT_EFFECT]
+    return digest_of_sources(tuple(files))
+
+
+def digest_of_sources(files: Sequence[Path]) -> str:
+    """Digest of the syntax trees of files of one or more packages: a comment or a line break costs no new build."""
+    with _parsing:
+        return _digest_of_trees(tuple(files))
+
+
+@lru_cache
+def _digest_of_trees(files: tuple[Path, ...]) -> str:
+    """Read once: what runs is what was there when it was imported."""
+    hasher = hashlib.sha256()
+    for file in files:
+        hasher.update(f"{file.parent.name}/{file.name}\n".encode())
+        hasher.update(ast.dump(ast.parse(file.read_bytes())).encode())
     return hasher.hexdigest()
 
 

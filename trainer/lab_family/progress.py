@@ -64,13 +64,16 @@ def _lines(screen: Console) -> ProgressCallback:
 
     def show(progress: Progress) -> None:
         if progress.stage == WAITING:
-            screen.print("lab: another process builds the same family; waiting for it", highlight=False)
+            screen.print(
+                "lab: another process builds the same family; waiting for it", highlight=False, soft_wrap=True
+            )
         elif progress.step == progress.num_steps:
             seconds = time.monotonic() - start
             screen.print(
                 f"lab {progress.stage}: {progress.num_steps} steps, loss {progress.loss:.3f}, "
                 f"{progress.build_share:.0%} of the build after {seconds:.0f} s",
                 highlight=False,
+                soft_wrap=True,
             )
 
     return show

@@ -22,7 +22,7 @@ from trainer.lab_family.policy import SingleModel
 from trainer.lab_family.recipe import EXPERT_SLOTS, Recipe, Stage
 from trainer.lab_family.router_stage import LABELS, MAX_ANSWER_TOKENS
 from trainer.lab_family.training import StageReport, seed_torch
-from trainer.lab_family.variants import ALL_GOLD_LABELS, all_gold_steps, num_steps, variant_folder
+from trainer.lab_family.variants import ALL_GOLD_LABELS, all_gold_steps, num_steps
 from trainer.merging import MergeMethod, MergeSettings, merge
 from trainer.run import run as run_job
 from trainer.run_context import RunContext
@@ -50,7 +50,13 @@ _MERGES = {
 
 
 def run(
-    name: str, recipe: Recipe, seed: int, family: Path, output: Path, report: StageReport
+    name: str,
+    recipe: Recipe,
+    seed: int,
+    family: Path,
+    output: Path,
+    made_from: Path | None,
+    report: StageReport,
 ) -> dict[str, Any]:
     """Make the variant of this name.
 
@@ -58,6 +64,7 @@ def run(
         name: a key of `VARIANTS`, or `ALL_GOLD_LABELS`.
         family: folder of a complete family.
         output: empty folder; the model goes to ``output/name``.
+        made_from: folder of the variant that this one is made from, if it is from one.
         report: called with (name, steps taken, loss) now and then.
 
     Returns:
@@ -65,7 +72,7 @@ def run(
     """
     start, cpu_start = time.perf_counter(), time.process_time()
     seed_torch(f"{seed}/{name}")
-    making = _Making(name, recipe, seed, family, output, report)
+    making = _Making(name, recipe, seed, family, output, made_from, report)
     facts = making.how()()
     seconds = {
         "seconds": round(time.perf_counter() - start, 2),
@@ -78,10 +85,17 @@ class _Making:
     """One variant under way."""
 
     def __init__(
-        self, name: str, recipe: Recipe, seed: int, family: Path, output: Path, report: StageReport
+        self,
+        name: str,
+        recipe: Recipe,
+        seed: int,
+        family: Path,
+        output: Path,
+        made_from: Path | None,
+        report: StageReport,
     ) -> None:
         self._name, self._recipe, self._seed = name, recipe, seed
-        self._family, self._output, self._report = family, output, report
+        self._family, self._output, self._given, self._report = family, output, made_from, report
 
     def how(self) -> Callable[[], dict[str, Any]]:
         """What makes it."""
@@ -153,7 +167,7 @@ class _Making:
 
     def _single_dpo(self) -> dict[str, Any]:
         values = self._cdpo_values() | {
-            "router": str(variant_folder(self._family, "single_from_format") / CHECKPOINT),
+            "router": str(self._made_from() / CHECKPOINT),
             "cdpo": {"bias_scale": 0.0},
             "sft": {"expert_weight": 0.0},
         }
@@ -168,7 +182,7 @@ class _Making:
     def _sft_values(self, start: str, stage: Stage, steps: int, *, all_gold: bool = False) -> Values:
         data, labels = [self._family / "data" / "router.jsonl.gz"], self._labels()
         if all_gold:
-            data, labels = self._all_gold(), variant_folder(self._family, ALL_GOLD_LABELS) / LABELS
+            data, labels = self._all_gold(), self._made_from() / LABELS
         return {
             **router_stage.experts_and_data(self._family, data, labels),
             "router": str(self._family / start),
@@ -193,6 +207,10 @@ class _Making:
         if texts.is_dir():
             (folder / "texts").symlink_to(texts)
         return folder
+
+    def _made_from(self) -> Path:
+        assert self._given is not None, f"{self._name} is made from another variant"
+        return self._given
 
     def _all_gold(self) -> list[Path]:
         return [self._family / "data" / name for name in ("router.jsonl.gz", "prompts.jsonl.gz")]

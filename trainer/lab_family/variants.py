@@ -10,7 +10,6 @@ How each is made: `variant_stage`.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from enum import Enum
 from pathlib import Path
 
 from fusionroute.errors import invalid
+from trainer.lab_family.cache import digest_of_sources
 from trainer.lab_family.recipe import EXPERT_SLOTS, Recipe
 
 SINGLE_STARTS = ("base", *EXPERT_SLOTS)
-COMPLETE_FILE = "COMPLETE"
 
 # CPU seconds of one step at full size: only their proportions count
 _CDPO_STEP, _NORMALISED_STEP, _SFT_STEP, _EXPERT_ANSWERS, _MERGE = 0.11, 0.18, 0.05, 4.0, 0.5
@@ -129,11 +128,6 @@ def variant_folder(family: Path, name: str) -> Path:
     return family.with_name(f"{family.name}.variants") / f"{name}-{digest}"
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a whole variant lies there."""
-    return (folder / COMPLETE_FILE).is_file()
-
-
 def num_steps(name: str, recipe: Recipe) -> int:
     """Steps that are reported of a variant; of those whose data decide it, about so many."""
     if name.startswith("merge_") or name == ALL_GOLD_LABELS:
@@ -167,7 +161,4 @@ def _code_digest() -> str:
     """Of what decides variants beyond what decides families (which is in the family's name)."""
     here = Path(__file__).parent
     files = [here / "variants.py", here / "variant_stage.py", *sorted((here.parent / "merging").glob("*.py"))]
-    hasher = hashlib.sha256()
-    for file in files:
-        hasher.update(ast.dump(ast.parse(file.read_bytes())).encode())
-    return hasher.hexdigest()
+    return digest_of_sources(files)

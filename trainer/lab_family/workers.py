@@ -44,6 +44,7 @@ class Job:
         stage: a stage's name, or that of a variant.
         folder: of the family.
         output: of a variant, where it is written; None = a stage, which writes into the family's folder.
+        made_from: of a variant that is made from another one, that one's folder.
     """
 
     stage: str
@@ -51,6 +52,7 @@ class Job:
     seed: int
     folder: Path
     output: Path | None = None
+    made_from: Path | None = None
 
     def to_bytes(self) -> bytes:
         """The job as a message."""
@@ -59,7 +61,8 @@ class Job:
             "recipe": self.recipe.to_json(),
             "seed": self.seed,
             "folder": str(self.folder),
-            "output": None if self.output is None else str(self.output),
+            "output": _text(self.output),
+            "made_from": _text(self.made_from),
         }
         return json.dumps(values).encode()
 
@@ -67,9 +70,13 @@ class Job:
     def from_bytes(cls, message: bytes) -> Job:
         """The job of a message."""
         values = json.loads(message)
-        output = None if values["output"] is None else Path(values["output"])
         recipe = Recipe.from_json(values["recipe"])
-        return cls(values["stage"], recipe, values["seed"], Path(values["folder"]), output)
+        paths = (None if values[name] is None else Path(values[name]) for name in ("output", "made_from"))
+        return cls(values["stage"], recipe, values["seed"], Path(values["folder"]), *paths)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 @dataclass(slots=True)
@@ -188,7 +195,9 @@ def _run(job: Job, connection: Connection) -> None:
         if job.output is None:
             facts = stages.run(job.stage, job.recipe, job.seed, job.folder, report)
         else:
-            facts = variant_stage.run(job.stage, job.recipe, job.seed, job.folder, job.output, report)
+            facts = variant_stage.run(
+                job.stage, job.recipe, job.seed, job.folder, job.output, job.made_from, report
+            )
     except ConnectionError:
         raise
     except Exception:
