@@ -37,7 +37,7 @@ from fusionroute.lab.tokenizer import EOS_ID, encode
 from fusionroute.questions import Options
 
 NUM_CONCURRENT = 32
-_TRACED = {"routing_weights": True, "num_candidates": 1, "temperature": 0.0, "exact": True}
+_TRACED = {"routing_weights": True, "num_candidates": 1, "temperature": 0.0, "seed": 0, "exact": True}
 EXAMPLES = "examples.json"
 
 OnProgress = Callable[[str, int], None]
@@ -127,7 +127,9 @@ async def write_by_router(
     questions = place.plan.written(list(place.questions))
     for way in ways:
         name = system_name(checkpoint, way)
-        writer = RouterWriter(router, way, verify, Options(temperature=0.0, exact=True, routing_weights=True))
+        writer = RouterWriter(
+            router, way, verify, Options(temperature=0.0, seed=0, exact=True, routing_weights=True)
+        )
         with Journal.open(place.written(name), place.what(name, [way.name], questions)) as journal:
             await ask_all(
                 questions,

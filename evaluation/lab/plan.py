@@ -83,7 +83,7 @@ class LabPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        return {**asdict(self), "seeds": list(self.seeds), "variants": list(self.variants)}
 
 
 PLANS = {

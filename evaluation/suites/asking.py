@@ -128,7 +128,11 @@ class _Asker:
             raise invalid("systems", f"{len(ways)} that are served", f"at most {MOST_WAYS} beside texts")
         by_id = {text.question.id: text for text in texts}
         judge = RouterJudge(self._router, ways, lambda question: _pair(by_id[question.id]))
-        what = {"ways": [repr(way) for way in ways], "texts": _digest(texts), **self._heard.models}
+        what = {
+            "ways": [repr(way) for way in ways],
+            "texts": digest_of(text.question for text in texts),
+            **self._heard.models,
+        }
         with Journal.open(self._output / "answers" / "texts.jsonl", what) as journal:
             await ask_all(
                 [text.question for text in texts],
@@ -178,8 +182,8 @@ class _Asker:
 
     def _sampling(self, seed: int) -> Options:
         table = self._suite.sampling
-        if table.temperature == 0.0:
-            return Options(temperature=0.0)
+        if table.temperature == 0.0:  # a seed all the same: experts may be drawn
+            return Options(temperature=0.0, seed=seed)
         return Options(temperature=table.temperature, top_p=table.top_p, top_k=table.top_k, seed=seed)
 
     def _tell(self, table: SystemTable, title: str, num_done: int) -> None:
@@ -208,13 +212,6 @@ def _kind(table: SystemTable) -> str:
 
 def _pair(text: Text) -> tuple[Sequence[int], Sequence[int]]:
     return text.prompt_ids, text.ids
-
-
-def _digest(texts: Sequence[Text]) -> str:
-    return digest_of(
-        Question(text.question.id, text.question.task, "", facts={"ids": [*text.prompt_ids, *text.ids]})
-        for text in texts
-    )
 
 
 @asynccontextmanager

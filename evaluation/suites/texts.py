@@ -55,7 +55,6 @@ def _texts(
         if max_rows is not None and number >= max_rows:
             return
         id_ = f"{name}/{row.line}"
-        question = Question(id_, name, "", cluster=id_)
         if "completion" in row.content:
             prompt = _ids(tokenizer, row.text("prompt"), special=True)
             ids = [*_ids(tokenizer, row.text("completion"), special=False), tokenizer.eos_token_id]
@@ -64,6 +63,7 @@ def _texts(
             prompt = [first]
         ids = ids[: max(0, max_tokens - len(prompt))]
         if prompt and len(ids) >= LEAST_TOKENS:
+            question = Question(id_, name, "", facts={"ids": [*prompt, *ids]}, cluster=id_)
             yield Text(question, tuple(prompt), tuple(ids))
 
 

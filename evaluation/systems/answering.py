@@ -29,7 +29,7 @@ class RouterWriter:
     router: RouterClient
     way: Way
     verify: Verify
-    sampling: Options = field(default_factory=lambda: Options(temperature=0.0))
+    sampling: Options = field(default_factory=lambda: Options(temperature=0.0, seed=0))
 
     async def complete(self, question: Question) -> Completion:
         """What the services write. Raises FusionRouteError as they do."""

@@ -121,12 +121,16 @@ class ModelFolder:
         )
         ends = self.model.generation_config.eos_token_id
         end_ids = set(ends if isinstance(ends, list) else [ends])
-        for row, question in zip(written[:, width:].tolist(), questions, strict=True):
-            yield self._read(row[: question.max_tokens], end_ids, question.stop)
+        for prompt, row, question in zip(prompts, written[:, width:].tolist(), questions, strict=True):
+            yield self._read(prompt, row[: question.max_tokens], end_ids, question.stop)
 
-    def _read(self, ids: Sequence[int], end_ids: set[int], stops: Sequence[str]) -> Answer:
+    def _read(
+        self, prompt: Sequence[int], ids: Sequence[int], end_ids: set[int], stops: Sequence[str]
+    ) -> Answer:
         end = next((place for place, token in enumerate(ids) if token in end_ids), None)
-        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        # what the answer adds to the prompt: alone, its first token might lose the space before it
+        before = self.tokenizer.decode(prompt, skip_special_tokens=True)
+        text = self.tokenizer.decode([*prompt, *ids[:end]], skip_special_tokens=True)[len(before) :]
         cuts = [text.find(stop) for stop in stops if stop in text]
         if cuts:
             text = text[: min(cuts)]

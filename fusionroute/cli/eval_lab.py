@@ -87,7 +87,12 @@ def run_lab(plan: LabPlan, output: Path, console: Console) -> Findings:
         shown = ", ".join(differing[:5])
         raise Failure(f"{len(differing)} of {compared} written answers are not what was judged: {shown}")
     with clock.stage("statistics and report"):
-        facts = {**_facts(seeds), "written_answers": compared, "written_answers_that_differ": len(differing)}
+        facts = {
+            "command": _command(plan, output),
+            **_facts(seeds),
+            "written_answers": compared,
+            "written_answers_that_differ": len(differing),
+        }
         gathered = gather(questions, records)
         findings = findings_of(plan, questions, records, gathered, examples, facts)
         write_report(findings, output)
@@ -192,8 +197,17 @@ def _facts(seeds: Sequence[SeedModels]) -> dict[str, Any]:
         "torch": facts["torch"],
         "transformers": facts["transformers"],
         "families": [models.family.folder.name for models in seeds],
-        "again": f"fusionroute eval run --suite NAME --output DIR with seeds {[each.seed for each in seeds]}",
     }
+
+
+def _command(plan: LabPlan, output: Path) -> str:
+    """That makes the same report."""
+    from evaluation.lab.plan import PLANS
+
+    usual = PLANS[plan.name]
+    seeds = "" if plan.seeds == usual.seeds else f" --seeds {','.join(map(str, plan.seeds))}"
+    per_task = "" if plan.per_task == usual.per_task else f" --per-task {plan.per_task}"
+    return f"fusionroute eval run --suite {plan.name}{seeds}{per_task} --output {output.name}"
 
 
 class _Clock:

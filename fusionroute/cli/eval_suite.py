@@ -33,7 +33,9 @@ def run_suite(
 
     suite = Suite.from_toml(path)
     heard = _heard(suite, output, address or DEFAULT_ADDRESS, max_questions, console)
-    findings = findings_of(suite, heard, {"max_questions": max_questions} if max_questions else {})
+    limit = f" --per-task {max_questions}" if max_questions else ""
+    command = f"fusionroute eval run --suite {path.name}{limit} --output {output.name}"
+    findings = findings_of(suite, heard, {"command": command})
     write_report(findings, output)
     questions = dict.fromkeys(each.question.id for each in heard.outcomes)
     by_id = {each.question.id: each.question for each in heard.outcomes}

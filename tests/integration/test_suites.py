@@ -1,0 +1,184 @@
+"""People's own suites over running services: every kind of system, tasks and texts, stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from transformers import AutoModelForCausalLM
+
+from evaluation.findings import ALL, NLL, SCORE
+from evaluation.report import write_report
+from evaluation.suites.asking import Heard, ask_suite
+from evaluation.suites.config import Suite
+from evaluation.suites.loading import loaded_tasks, loaded_texts
+from evaluation.suites.results import findings_of
+from fusionroute.errors import InvalidRequest
+from tests.served_stack import Stack, make_family, served
+from tests.tiny_models import word_tokenizer
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+TEXTS = ["w5 w9 w20 w33 w41", "w7 w7 w8", "w50 w3 w12 w4 w4 w9", "w1 w2 w30"]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    folder: Path = tmp_path_factory.mktemp("family")
+    async with served(make_family(folder)) as stack:
+        yield stack
+
+
+@pytest.fixture
+def suite_file(stack: Stack, tmp_path: Path) -> Path:
+    rows = [
+        {"id": str(n), "prompt": f"w{n} w{n + 9}", "answer": "x", "verifier": "contains"} for n in range(6)
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    expert = stack.family.experts["math"]
+    (tmp_path / "suite.toml").write_text(
+        f"""
+        name = "mine"
+        baseline = "sum"
+        tokenizer = "{expert}"
+        [[systems]]
+        name = "sum"
+        combine = "sum"
+        [[systems]]
+        name = "math alone"
+        combine = "route"
+        expert = "math"
+        [[systems]]
+        name = "drawn"
+        combine = "sum"
+        random_expert = true
+        [[systems]]
+        name = "folder"
+        kind = "model"
+        model = "{expert}"
+        [[tasks]]
+        kind = "jsonl"
+        name = "own"
+        file = "own.jsonl"
+        max_tokens = 5
+        [[texts]]
+        name = "held-out"
+        file = "texts.jsonl"
+        """.replace('"math alone"', '"math"')
+    )
+    return tmp_path / "suite.toml"
+
+
+def quiet(what: str, num_done: int) -> None:
+    pass
+
+
+async def run(
+    stack: Stack, path: Path, output: Path, max_questions: int | None = None
+) -> tuple[Suite, Heard]:
+    suite = Suite.from_toml(path)
+    tasks, texts = loaded_tasks(suite, max_questions), loaded_texts(suite)
+    return suite, await ask_suite(suite, tasks, texts, stack.client, output, quiet)
+
+
+async def test_an_expert_served_and_the_same_model_from_its_folder_answer_alike(
+    stack: Stack, suite_file: Path, tmp_path: Path
+) -> None:
+    _, heard = await run(stack, suite_file, tmp_path / "out")
+    answers = {
+        name: [each.answer.text for each in heard.outcomes if each.system == name]
+        for name in ("math", "folder", "sum")
+    }
+    assert len(answers["math"]) == 6 and answers["math"] == answers["folder"]
+    assert answers["math"] != answers["sum"]
+    assert {note.name: note.kind for note in heard.notes} == {
+        "sum": "served", "math": "expert", "drawn": "served", "folder": "model"
+    }  # fmt: skip
+
+
+async def test_texts_are_worth_what_the_model_alone_gives_them(
+    stack: Stack, suite_file: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    _, heard = await run(stack, suite_file, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(stack.family.experts["math"]).eval()
+    tokenizer = word_tokenizer()
+    for number, text in enumerate(TEXTS):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+        gold = ids[0, 1:]
+        view = next(
+            each
+            for each in heard.views
+            if each.system == "math" and each.question.id == f"held-out/{number + 1}"
+        )
+        assert view.answer.num_tokens == len(gold)
+        assert view.answer.logprob == pytest.approx(logprobs.gather(1, gold[:, None]).sum().item(), abs=1e-3)
+        assert view.verdict.score == pytest.approx((logprobs.argmax(1) == gold).float().mean().item())
+
+
+async def test_a_run_goes_on_where_it_stopped_and_the_report_is_the_same(
+    stack: Stack, suite_file: Path, tmp_path: Path
+) -> None:
+    suite, whole = await run(stack, suite_file, tmp_path / "whole")
+    await run(stack, suite_file, tmp_path / "parts")
+    journal = tmp_path / "parts" / "answers" / "sum" / "own-0.jsonl"
+    lines = journal.read_bytes().split(b"\n")
+    journal.write_bytes(b"\n".join(lines[:4]) + b'\n{"id": "own/own/5", "te')  # three answers and a torn one
+    before = stack.router.engine.load().num_forwards
+    _, again = await run(stack, suite_file, tmp_path / "parts")
+    assert stack.router.engine.load().num_forwards > before
+    for name, heard in (("whole", whole), ("parts", again)):
+        write_report(findings_of(suite, heard, {}), tmp_path / name)
+    assert (tmp_path / "whole" / "report.json").read_bytes() == (
+        tmp_path / "parts" / "report.json"
+    ).read_bytes()
+    before = stack.router.engine.load().num_forwards
+    await run(stack, suite_file, tmp_path / "parts")
+    assert stack.router.engine.load().num_forwards == before, "all is known"
+
+
+async def test_findings_have_scores_of_answers_and_losses_of_texts(
+    stack: Stack, suite_file: Path, tmp_path: Path
+) -> None:
+    suite, heard = await run(stack, suite_file, tmp_path / "out")
+    findings = findings_of(suite, heard, {})
+    measures = {(cell.system, cell.stratum): cell.measure for cell in findings.cells if cell.stratum != ALL}
+    assert measures["sum", "task=own"] == SCORE and measures["sum", "task=held-out"] == NLL
+    assert ("folder", "task=held-out") not in measures, "texts are judged by services"
+    assert {(each.first, each.second) for each in findings.comparisons} == {
+        ("sum", "math"), ("sum", "drawn"), ("sum", "folder")
+    }  # fmt: skip
+    assert {share.system for share in findings.routing} >= {"sum", "drawn"}
+
+
+async def test_answers_of_other_questions_are_not_taken_for_ours(
+    stack: Stack, suite_file: Path, tmp_path: Path
+) -> None:
+    await run(stack, suite_file, tmp_path / "out", max_questions=2)
+    with pytest.raises(InvalidRequest, match="questions differ; choose another folder"):
+        await run(stack, suite_file, tmp_path / "out", max_questions=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('combine = "route"', 'combine = "best"'), r"systems.1.combine = 'best' is not allowed"),
+        (('baseline = "sum"', 'baseline = "none"'), r"the baseline 'none' is not among the systems"),
+        (('name = "drawn"', 'name = "sum"'), r"two systems have the name 'sum'"),
+        (('kind = "jsonl"', 'kind = "lab"'), r"`file` is needed, and only lab has none"),
+        (("max_tokens = 5", "max_tokens = 0"), r"tasks.0.max_tokens = 0 is not allowed"),
+        (('name = "own"', 'names = "own"'), r"tasks.0.names = 'own' is not allowed"),
+    ],
+)
+async def test_a_suite_that_cannot_be_meant_is_refused_by_field_and_value(
+    suite_file: Path, change: tuple[str, str], message: str
+) -> None:
+    suite_file.write_text(suite_file.read_text().replace(*change))
+    with pytest.raises(InvalidRequest, match=message):
+        Suite.from_toml(suite_file)
