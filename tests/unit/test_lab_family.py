@@ -126,6 +126,7 @@ def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Family:
     (folder / "router").mkdir(parents=True)
     (folder / "router" / "config.json").write_text("{}")
     (folder.parent / f"{folder.name}.partial-abc").mkdir()
+    (folder.parent / f"{folder.name}.variants" / "merge_dare-old.partial-abc").mkdir(parents=True)
     other, same = build_all("micro", (6, 5), REBUILT, cache, 2, recipe=MICRO)
     assert (other.facts["seed"], same.facts["seed"]) == (6, 5)
     assert digests(other).keys() == digests(same).keys()
@@ -144,7 +145,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_is_built_beside(
 def test_what_killed_builds_left_is_cleared_away_by_the_next(rebuilt: Family) -> None:
     assert is_complete(rebuilt.folder)
     assert load_checkpoint(rebuilt.router).manifest.slots == EXPERT_SLOTS
-    assert not list(rebuilt.folder.parent.glob("*.partial-*"))
+    assert not list(rebuilt.folder.parent.rglob("*.partial-*"))
 
 
 def test_every_model_of_the_family_loads_and_speaks_one_vocabulary(outcome: Outcome) -> None:

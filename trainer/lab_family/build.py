@@ -178,6 +178,8 @@ def _build_wanted(
                 cache.only_builder(each.folder, wait_seconds, lambda: _tell_waiting(progress))
             )
         missing = [each for each in missing if not _is_there(each, needed)]
+        for each in missing:
+            cache.remove_partial(variants.variants_folder(each.folder))
         if missing:
             _Build(missing, needed, progress, prefixed=len(wanted) > 1).run(processes)
     return [_found(each, names) for each in wanted]

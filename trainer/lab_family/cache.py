@@ -166,6 +166,12 @@ def begin(folder: Path) -> Path:
     return partial
 
 
+def remove_partial(parent: Path) -> None:
+    """What killed builds have left among variants, of whatever digest. Only whoever holds the lock may call it."""
+    for remains in parent.glob("*.partial-*"):
+        shutil.rmtree(remains)
+
+
 def finish(partial: Path, folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the facts, give a built folder its name, then declare it complete."""
     (partial / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from trainer.lab_family.policy import SingleModel
 from trainer.lab_family.recipe import EXPERT_SLOTS, Recipe, Stage
 from trainer.lab_family.router_stage import LABELS, MAX_ANSWER_TOKENS
 from trainer.lab_family.training import StageReport, seed_torch
-from trainer.lab_family.variants import ALL_GOLD_LABELS, all_gold_steps, num_steps
+from trainer.lab_family.variants import ALL_GOLD_LABELS, all_gold_steps, num_steps, variants_folder
 from trainer.merging import MergeMethod, MergeSettings, merge
 from trainer.run import run as run_job
 from trainer.run_context import RunContext
@@ -198,7 +198,7 @@ class _Making:
     def _labels(self) -> Path:
         """What the family keeps; beside its variants where it has kept none."""
         kept = self._family / LABELS
-        return kept if kept.is_dir() else self._family.with_name(f"{self._family.name}.variants") / LABELS
+        return kept if kept.is_dir() else variants_folder(self._family) / LABELS
 
     def _labels_beside_texts(self) -> Path:
         """A folder for labels of other pairs, with those of the same texts."""

@@ -125,7 +125,12 @@ def needs(name: str) -> str | None:
 def variant_folder(family: Path, name: str) -> Path:
     """Where a family's variant lies, or will lie; `variant_folder(...) / name` is the model itself."""
     digest = hashlib.sha256(f"{family.name} {name} {_code_digest()}".encode()).hexdigest()[:12]
-    return family.with_name(f"{family.name}.variants") / f"{name}-{digest}"
+    return variants_folder(family) / f"{name}-{digest}"
+
+
+def variants_folder(family: Path) -> Path:
+    """Where all variants of a family lie."""
+    return family.with_name(f"{family.name}.variants")
 
 
 def num_steps(name: str, recipe: Recipe) -> int:
