@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import structlog
+from prometheus_client import Counter
 
 from fusionroute.errors import FusionRouteError, Reason
 from fusionroute.fusion import CombineRule
@@ -94,6 +95,8 @@ class TurnWriter:
     _chooser: TokenChooser = field(init=False)
     _asker: RoundAsker = field(init=False)
     _drafting: TurnDrafting = field(init=False)
+    _is_usual: bool = field(init=False)
+    _counters: dict[tuple[TokenSource, int], Counter] = field(default_factory=dict)
     _proposed: tuple[int, ...] = ()
     _asked_seconds: float = 0.0
 
@@ -102,6 +105,7 @@ class TurnWriter:
         top_logits = self.ensemble.top_logits if self._chooser.can_be_short else 0
         self._asker = RoundAsker(self.ensemble, self.turn, self.text, self.costs, top_logits)
         is_usual, mode = self.turn.is_usual, self.wishes.drafting
+        self._is_usual = is_usual
         self._drafting = TurnDrafting(
             DraftingMode.OFF if mode is DraftingMode.AUTO and not is_usual else mode,
             drafters_of(self.turn),
@@ -185,7 +189,7 @@ class TurnWriter:
         """What the round says about the next ones."""
         drafting, drafter, num_drafted = self._drafting, round_.plan.drafter, len(round_.draft)
         is_first, is_degraded = not drafting.num_seen, round_.scores[0].is_degraded
-        if not is_first and not is_degraded and self.turn.is_usual:  # these take what others do not
+        if not is_first and not is_degraded and self._is_usual:  # these take what others do not
             spent = Spent(self._asked_seconds, round_.router_seconds, round_.expert_seconds)
             drafting.note_round(round_.plan, num_drafted, num_tokens, spent)
         if drafter is None or not num_drafted:
@@ -278,12 +282,19 @@ class TurnWriter:
         return whole
 
     def _count(self, record: TokenRecord) -> None:
-        slot = metrics.ROUTER_ITSELF
-        if record.source is TokenSource.EXPERT:
-            slot = self.turn.slots[record.expert]
-        metrics.TOKENS.labels(record.source.name.lower(), slot).inc()
+        key = (record.source, record.expert)
+        counter = self._counters.get(key)
+        if counter is None:
+            labels = (record.source.name.lower(), self._slot_of(record))
+            counter = self._counters[key] = metrics.TOKENS.labels(*labels)
+        counter.inc()
         if is_debugging():
-            log.debug("token", index=self._num_written, slot=slot, degraded=record.degraded)
+            log.debug(
+                "token", index=self._num_written, slot=self._slot_of(record), degraded=record.degraded
+            )
+
+    def _slot_of(self, record: TokenRecord) -> str:
+        return self.turn.slots[record.expert] if record.source is TokenSource.EXPERT else metrics.ROUTER_ITSELF
 
     async def _until_there_is_room(self) -> None:
         started = time.monotonic()

@@ -23,7 +23,7 @@ from fusionroute import tracing
 from fusionroute.background import end_task
 from fusionroute.engine import Draft
 from fusionroute.errors import FusionRouteError
-from fusionroute.fusion import Decision, decide, needs_router
+from fusionroute.fusion import Decision, ExpertChoice, decide, needs_router
 from fusionroute.sampling import NO_WEIGHTS, Row, Sampling
 from router_service import metrics
 from router_service.asking import Answer, Model, ask
@@ -61,6 +61,8 @@ class RoundAsker:
     _draft_of_models: Draft = field(init=False)
     _next_row: Wanted = field(init=False)
     _models: Sequence[Model] = field(init=False)
+    _needs_router: bool = field(init=False)
+    _is_drawn: bool = field(init=False)
     _traced: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -73,6 +75,8 @@ class RoundAsker:
         self._draft_of_models = Draft(1, alike, end_ids=self.end_ids)
         self._next_row = Wanted(exact=turn.exact, top_logits=self.top_logits)
         self._models = self.ensemble.models
+        self._is_drawn = turn.expert_choice is ExpertChoice.RANDOM
+        self._needs_router = needs_router(turn.rule, self._given_expert(0))
 
     @property
     def draft_sampling(self) -> Sampling:
@@ -82,7 +86,7 @@ class RoundAsker:
     @property
     def needs_router(self) -> bool:
         """Whether tokens of this turn take a forward of the router."""
-        return needs_router(self.turn.rule, self._given_expert(0))
+        return self._needs_router
 
     @property
     def guess(self) -> int | None:
@@ -117,7 +121,7 @@ class RoundAsker:
                 known, draft = {self.guess: answer}, before_end(answer.drafted_ids, self.end_ids)
         early = self._begin_early() if plan.early else None
         try:
-            router = await self._ask_router(plan, draft) if self.needs_router else None
+            router = await self._ask_router(plan, draft) if self._needs_router else None
             if router is not None:
                 draft += before_end(router.drafted_ids, self.end_ids)
             round_ = Round(plan, draft)
@@ -167,6 +171,9 @@ class RoundAsker:
         return decide(self.turn.rule, self.ensemble.layout, scores, self._given_expert(row))
 
     def _given_expert(self, row: int) -> int | None:
+        """The expert of a row where the router does not pick it."""
+        if not self._is_drawn:
+            return self.turn.fixed_expert
         return self.turn.given_expert(len(self.text.tokens) + row)
 
     # --- an expert before the router has routed --------------------------------------------------------------------
@@ -211,13 +218,14 @@ class RoundAsker:
         self, round_: Round, decisions: Sequence[Decision], router: Answer | None, known: dict[int, Answer]
     ) -> None:
         """Asks the picked experts for what is not known yet, all at the same time; enters what could be had."""
+        started, spent_seconds = time.monotonic(), self.costs.expert_seconds
         wanted: dict[int, list[int]] = {}
         for row, decision in enumerate(decisions):
             if decision.expert is not None and decision.expert not in known:
                 wanted.setdefault(decision.expert, []).append(row)
-            for other in decision.others:
-                wanted.setdefault(other, []).append(row)
         first = decisions[0]
+        for other in first.others:  # the same ones for each row
+            wanted[other] = list(range(len(decisions)))
         taken, stand_in = first, None
         tasks = {
             expert: asyncio.create_task(
@@ -228,7 +236,6 @@ class RoundAsker:
             for expert, rows in wanted.items()
             if expert != first.expert
         }
-        started, spent_seconds = time.monotonic(), self.costs.expert_seconds
         rows_of: dict[int, Sequence[int]] = {expert: range(len(decisions)) for expert in known}
         rows_of |= wanted
         try:

@@ -15,7 +15,8 @@ import pytest
 import pytest_asyncio
 from transformers import AutoModelForCausalLM
 
-from fusionroute.errors import FusionRouteError, Reason
+from fusionroute import private_redis
+from fusionroute.errors import FusionRouteError, ModelRejected, Reason
 from fusionroute.fusion import CombineRule, drawn_expert
 from fusionroute.v1 import router_pb2
 from fusionroute.v1.router_pb2 import (
@@ -240,8 +241,42 @@ async def test_a_drawn_expert_depends_on_the_seed_alone_and_sampling_is_as_ever(
     assert [token.expert for token in (await stack.answer(request)).tokens] != drawn
 
 
+async def test_baselines_are_options_of_the_python_client(stack: Stack) -> None:
+    for options in ({"expert_choice": "random"}, {"combine": "ensemble"}, {"combine": "proxy"}):
+        answer = await stack.client.complete(PROMPT, max_tokens=LENGTH, ignore_eos=True, seed=SEED, **options)
+        assert answer.combine == options.get("combine", "sum")
+        scored = await stack.client.score(
+            [*PROMPT, *(token.id for token in answer.tokens)], seed=SEED, **options
+        )
+        of_answer = scored[len(PROMPT) :]
+        assert [token.expert for token in of_answer] == [token.expert for token in answer.tokens]
+        told = [token.logprob for token in answer.tokens]
+        assert [token.logprob for token in of_answer] == pytest.approx(told, abs=1e-4)
+
+
 async def test_a_router_tells_of_its_base_model(stack: Stack) -> None:
     info = await stack.client.info()
     assert info.base.slot == BASE and info.base.ready
     assert [slot.slot for slot in info.slots] == list(SLOTS)
     assert router_pb2.COMBINE_RULE_PROXY in info.available_combine
+
+
+async def test_a_base_model_has_no_slot_of_the_checkpoint(family: Family) -> None:
+    with pytest.raises(ModelRejected, match="routes to slot 'math'"):
+        async with served(family, base_slot="math", start=False):
+            pass
+
+
+async def test_a_turn_whose_base_model_is_no_longer_served_here_says_so(family: Family) -> None:
+    with private_redis.PrivateRedis(None) as redis:
+        async with served(family, base_slot=BASE, start=False, redis_url=redis.url) as before:
+            request = PROXY.request(
+                session_id="left", on_expert_unavailable=router_pb2.ON_EXPERT_UNAVAILABLE_FAIL
+            )
+            with pytest.raises(FusionRouteError):
+                await before.answer(request)
+        async with served(family, start=False, redis_url=redis.url) as after:
+            assert router_pb2.COMBINE_RULE_PROXY not in (await after.client.info()).available_combine
+            with pytest.raises(FusionRouteError, match="the rule 'proxy'") as caught:
+                await after.resume("left")
+            assert caught.value.reason is Reason.RULE_NOT_AVAILABLE
