@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from evaluation.judging.pairs import AnswerPair
 from evaluation.judging.prompting import Choice
 
 NUM_ATTEMPTS = 2
@@ -93,9 +94,11 @@ def last_judgements(judgements: Iterable[Judgement]) -> dict[Ask, Judgement]:
     return found
 
 
-def verdict_of(pair: str, repeat: int, judged: Mapping[Ask, Judgement]) -> PairVerdict | None:
-    """What both orders say; None while one of them has not been asked to its end."""
-    said = [judged.get(Ask(pair, order, repeat)) for order in Order]
+def verdict_of(pair: AnswerPair, repeat: int, judged: Mapping[Ask, Judgement]) -> PairVerdict | None:
+    """What both orders say, a tie where there is nothing to choose; None while one of them has not been asked."""
+    if pair.is_same:
+        return PairVerdict.TIE
+    said = [judged.get(Ask(pair.id, order, repeat)) for order in Order]
     finished = [each for each in said if each is not None and each.is_last]
     if len(finished) < len(said):
         return None

@@ -31,6 +31,11 @@ class AnswerPair:
     second: str
     group: str = ""
 
+    @property
+    def is_same(self) -> bool:
+        """Whether there is nothing to choose: a tie that no judge is asked about."""
+        return self.first == self.second
+
 
 def digest_of(pairs: Iterable[AnswerPair]) -> str:
     """16 hexadecimal digits that tell one list of pairs from another."""
@@ -46,11 +51,18 @@ class ReadPairs:
 
     Attributes:
         num_only_first, num_only_second: answers that the other file has none for; nobody can judge them.
+        num_unlabelled: labelled pairs that are left out because both answers are the same.
     """
 
     pairs: tuple[AnswerPair, ...]
     num_only_first: int = 0
     num_only_second: int = 0
+    num_unlabelled: int = 0
+
+    @property
+    def num_left_out(self) -> int:
+        """What cannot be judged."""
+        return self.num_only_first + self.num_only_second + self.num_unlabelled
 
 
 def read_answer_pairs(first: Path, second: Path) -> ReadPairs:
@@ -84,7 +96,7 @@ def read_labelled_pairs(file: Path) -> ReadPairs:
     (its group) may be there.
 
     Raises:
-        InvalidRequest: a bad row, by file, line and field; an id twice; chosen equal to rejected; no rows.
+        InvalidRequest: a bad row, by file, line and field; an id twice; no rows.
     """
     pairs: dict[str, AnswerPair] = {}
     for row in _rows(file):
@@ -92,11 +104,12 @@ def read_labelled_pairs(file: Path) -> ReadPairs:
         if key in pairs:
             raise row.fault(invalid("id", key, "an id that no row before has"))
         chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
-        if chosen == rejected:
-            raise row.fault(invalid("chosen", chosen, "another text than rejected"))
         group = row.text("source") if "source" in row.content else ""
         pairs[key] = AnswerPair(key, _prompt(row), chosen, rejected, group)
-    return ReadPairs(tuple(pairs.values()))
+    unlike = tuple(pair for pair in pairs.values() if not pair.is_same)
+    if not unlike:
+        raise invalid("path", str(file), "a file with at least one pair of two different answers")
+    return ReadPairs(unlike, num_unlabelled=len(pairs) - len(unlike))
 
 
 def _by_id(file: Path) -> dict[str, Row]:

@@ -31,7 +31,8 @@ class JudgingReport:
         judge: identity of the model that judged.
         total: all pairs.
         groups: each group of its own; empty where there is one or none.
-        num_left_out: answers without a counterpart in the other file.
+        num_left_out: answers without a counterpart in the other file, or labelled pairs of twice the same answer.
+        num_same: pairs of twice the same answer, which are ties that the judge was not asked about.
         seeds: that were drawn with.
         rows: verdict of each pair and repeat, in the order of the pairs.
     """
@@ -48,6 +49,7 @@ class JudgingReport:
     groups: tuple[Tally, ...]
     behaviour: Behaviour
     num_left_out: int
+    num_same: int
     rows: tuple[tuple[str, int, PairVerdict], ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -118,8 +120,11 @@ class JudgingReport:
                 f"be {total.least:.3f}, were all of them won {total.most:.3f}."
             )
         if self.num_left_out:
+            why = "pairs have the same answer twice" if self.is_calibration else "answers have no counterpart"
+            lines.append(f"- {self.num_left_out} {why} and were left out.")
+        if self.num_same:
             lines.append(
-                f"- {self.num_left_out} answers have no counterpart in the other file and were left out."
+                f"- {self.num_same} pairs have the same answer twice: ties that nobody was asked about."
             )
         return lines
 
@@ -157,7 +162,7 @@ def report_of(
     groups = list(dict.fromkeys(pair.group for pair in pairs))
     judged = last_judgements(mine)
     repeats = range(plan.num_repeats)
-    verdicts = [(pair.id, each, verdict_of(pair.id, each, judged)) for pair in pairs for each in repeats]
+    verdicts = [(pair.id, each, verdict_of(pair, each, judged)) for pair in pairs for each in repeats]
     by_group = [
         tally([pair for pair in pairs if pair.group == group], mine, plan.num_repeats, group)
         for group in groups
@@ -174,6 +179,7 @@ def report_of(
         groups=tuple(by_group) if len(groups) > 1 else (),
         behaviour=behaviour(mine),
         num_left_out=num_left_out,
+        num_same=sum(pair.is_same for pair in pairs),
         rows=tuple((key, repeat, verdict) for key, repeat, verdict in verdicts if verdict is not None),
     )
 

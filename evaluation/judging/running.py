@@ -72,9 +72,16 @@ OnProgress = Callable[[int, int], None]
 
 
 def asks_of(pairs: Sequence[AnswerPair], plan: Plan) -> list[Ask]:
-    """Every question; all of one repeat before the next, both orders of a pair one after the other."""
+    """Every question; all of one repeat before the next, both orders of a pair one after the other.
+
+    Nobody is asked to choose between an answer and itself.
+    """
+    unlike = [pair for pair in pairs if not pair.is_same]
     return [
-        Ask(pair.id, order, repeat) for repeat in range(plan.num_repeats) for pair in pairs for order in Order
+        Ask(pair.id, order, repeat)
+        for repeat in range(plan.num_repeats)
+        for pair in unlike
+        for order in Order
     ]
 
 

@@ -101,7 +101,7 @@ def tally(
     prompts, verdicts = list[str](), list[PairVerdict]()
     for pair in pairs:
         for repeat in range(num_repeats):
-            verdict = verdict_of(pair.id, repeat, judged)
+            verdict = verdict_of(pair, repeat, judged)
             if verdict is not None:
                 prompts.append(pair.prompt)
                 verdicts.append(verdict)

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,7 +149,7 @@ def judge(
 def _read(
     first: Path | None, second: Path | None, calibrate: Path | None, limit: int | None
 ) -> tuple[ReadPairs, tuple[str, str]]:
-    from evaluation.judging.pairs import ReadPairs, read_answer_pairs, read_labelled_pairs
+    from evaluation.judging.pairs import read_answer_pairs, read_labelled_pairs
 
     if calibrate is not None:
         if first is not None:
@@ -160,7 +160,7 @@ def _read(
     else:
         names = _names(first, second)
         read = read_answer_pairs(first, second)
-    return ReadPairs(read.pairs[:limit], read.num_only_first, read.num_only_second), names
+    return replace(read, pairs=read.pairs[:limit]), names
 
 
 def _names(first: Path, second: Path) -> tuple[str, str]:
@@ -201,7 +201,7 @@ async def _judge(asked: Asked, server: JudgeServer) -> JudgingReport:
             judge=model.identity,
             names=asked.names,
             is_calibration=asked.is_calibration,
-            num_left_out=asked.pairs.num_only_first + asked.pairs.num_only_second,
+            num_left_out=asked.pairs.num_left_out,
         )
 
 

@@ -64,6 +64,15 @@ async def test_a_judge_that_prefers_what_is_shown_first_decides_nothing_and_is_f
     assert report.total.p_value == 1.0
 
 
+async def test_nobody_is_asked_to_choose_between_an_answer_and_itself(tmp_path):
+    fake = FakeJudge(fakes.prefers_the_one_shown_first)
+    pairs = [PAIRS[0], replace(PAIRS[1], second=PAIRS[1].first)]
+    with serving(fake) as url:
+        report = await judged(url, tmp_path, pairs=pairs)
+    assert [row[2] for row in report.rows] == [PairVerdict.INCONSISTENT, PairVerdict.TIE]
+    assert len(fake.bodies) == 2 and "1 pairs have the same answer twice: ties" in report.to_markdown()
+
+
 async def test_a_judge_that_always_ties_shows_no_difference(tmp_path):
     with serving(FakeJudge(fakes.always_ties)) as url:
         report = await judged(url, tmp_path)
@@ -205,7 +214,10 @@ def test_the_command_judges_two_files_and_never_shows_the_key(tmp_path, invoke):
     assert done.exit_code == 0, done.output
     report = (tmp_path / "out" / "report.md").read_text()
     assert report in done.stdout and "# fused against expert" in report
-    assert "| all | 1 | 0 | 0 | 0 | 0 | 1.000 [" in report and "1 answers have no counterpart" in report
+    assert (
+        "| all | 1 | 0 | 0 | 0 | 0 | 1.000 [" in report
+        and "1 answers have no counterpart and were left out" in report
+    )
     told = json.loads((tmp_path / "out" / "report.json").read_text())
     assert told["rows"] == [{"id": "1", "repeat": 0, "verdict": "win"}] and told["seeds"] == [7]
     assert "judging 2/2" in done.stderr

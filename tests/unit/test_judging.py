@@ -104,10 +104,10 @@ def test_labelled_pairs_have_the_better_answer_first_and_their_source_as_group(t
     row = {"prompt": "p", "chosen": "good", "rejected": "bad"}
     read = read_labelled_pairs(rows(tmp_path / "l.jsonl", row, {**row, "id": "x", "source": "hard"}))
     assert read.pairs == (AnswerPair("1", "p", "good", "bad"), AnswerPair("x", "p", "good", "bad", "hard"))
-    with pytest.raises(
-        InvalidRequest, match="line 1: chosen = 'bad' is not allowed: another text than rejected"
-    ):
-        read_labelled_pairs(rows(tmp_path / "m.jsonl", {**row, "chosen": "bad"}))
+    same = {**row, "chosen": "bad"}
+    assert read_labelled_pairs(rows(tmp_path / "m.jsonl", same, row)).num_unlabelled == 1
+    with pytest.raises(InvalidRequest, match="two different answers"):
+        read_labelled_pairs(rows(tmp_path / "n.jsonl", same))
 
 
 # --- asking and reading a verdict ---
@@ -180,8 +180,10 @@ def test_a_template_must_have_all_placeholders_and_no_others(tmp_path):
 )
 def test_a_pair_is_won_only_where_both_orders_say_so(choices, verdict):
     known = {each.ask: each for each in judged("1", *choices)}
-    assert verdict_of("1", 0, known) is verdict
-    assert verdict_of("1", 1, known) is None
+    pair = AnswerPair("1", "p", "x", "y")
+    assert verdict_of(pair, 0, known) is verdict
+    assert verdict_of(pair, 1, known) is None
+    assert verdict_of(AnswerPair("1", "p", "x", "x"), 1, known) is PairVerdict.TIE
 
 
 def test_a_tally_counts_ties_as_half_and_shows_what_the_missing_could_change():
