@@ -13,8 +13,9 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from fusionroute.lab.views import Part
 from trainer.lab_beyond import measuring, views_family
 from trainer.lab_beyond.first_choices import ANY_MIXTURE, ANY_SELECTION, ANY_SUM
 from trainer.lab_beyond.gap_families import FAMILIES
-from trainer.lab_beyond.measuring import COVERED, GATES, NOTHING, Measured
+from trainer.lab_beyond.measuring import COVERED, GATES, NOTHING, Asked, Measured
 from trainer.lab_family.recipe import RECIPES, Recipe, Stage
 
+VIEWS_PER_TASK = 20
+"""Items of a task with two views for each of a task of the lab; one in eleven of `skew` is rare in both."""
 RULES = ("mixture", "select", "gated_sum")
 VIEW_SYSTEMS = (
     "linear/sum", *(f"{gate}/{rule}" for rule in RULES for gate in GATES if (gate, rule) != ("reaching", "gated_sum")),
@@ -45,26 +48,46 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(1)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    began, lab, views = time.process_time(), list[Outcome](), list[Outcome]()
+    began, lab, views, per_task = time.process_time(), list[Outcome](), list[Outcome](), arguments.per_task
     recipe, views_recipe = RECIPES[arguments.size], views_family.RECIPE
     if arguments.small:
         recipe, views_recipe = _small(recipe), _small(views_recipe)
     for seed in arguments.seeds:
-        folder = arguments.work / f"{arguments.size}-{seed}"
-        family = arguments.family or measuring.build_lab(folder / "lab", recipe, seed)
-        found = measuring.left_out_families(family, recipe, seed, arguments.per_task, _tell(seed, began))
-        lab += _outcomes(found, seed)
+        folder, tell = arguments.work / f"{arguments.size}-{seed}", _tell(seed, began)
         (folder / "views").mkdir(parents=True, exist_ok=True)
-        found = measuring.two_views(folder / "views", views_recipe, seed, 10 * arguments.per_task, _tell(seed, began))
-        views += _outcomes(found, seed)
+        if arguments.only != "views":
+            ask = partial(_lab, folder, recipe, seed, per_task, tell)
+            lab += _outcomes(_kept(folder / f"lab-{per_task}.json", ask), seed)
+        if arguments.only != "lab":
+            ask = partial(measuring.two_views, folder / "views", views_recipe, seed, VIEWS_PER_TASK * per_task, tell)
+            views += _outcomes(_kept(folder / f"views-{per_task}.json", ask), seed)
+    if arguments.only:
+        return
     facts = {
         "seeds": arguments.seeds,
         "size": arguments.size + (", small" if arguments.small else ""),
-        "items": {"lab, each task": arguments.per_task, "views, each task": 10 * arguments.per_task},
+        "items": {"lab, each task": per_task, "views, each task": VIEWS_PER_TASK * per_task},
         "cpu_seconds": round(time.process_time() - began),
     }
     _write(arguments.output, facts, lab, views)
     print(arguments.output)
+
+
+def _lab(folder: Path, recipe: Recipe, seed: int, per_task: int, tell: measuring.Tell) -> Measured:
+    tell("lab: base, experts, router")
+    return measuring.left_out_families(
+        measuring.build_lab(folder / "lab", recipe, seed), recipe, seed, per_task, tell
+    )
+
+
+def _kept(path: Path, measure: Callable[[], Measured]) -> Measured:
+    """What an earlier run has left in the work folder, or measured now."""
+    if path.exists():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Measured(tuple(Asked(**item) for item in values["items"]), values["right"])
+    found = measure()
+    path.write_text(json.dumps(asdict(found)), encoding="utf-8")
+    return found
 
 
 def _outcomes(measured: Measured, seed: int) -> Iterable[Outcome]:
@@ -168,8 +191,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--size", choices=sorted(RECIPES), default="demo")
-    parser.add_argument("--family", type=Path, help="folder of a lab family of that size and one seed")
-    parser.add_argument("--per-task", type=int, default=60, help="of the lab's tasks; ten times as many of views")
+    parser.add_argument("--only", choices=["lab", "views"], help="measure this, for a later run that writes the tables")
+    parser.add_argument("--per-task", type=int, default=60, help="of the lab's tasks; 20 times as many of views")
     parser.add_argument("--work", type=Path, default=Path("models/gate"), help="where models are kept")
     parser.add_argument("--output", type=Path, default=PAGE)
     parser.add_argument("--small", action="store_true", help="models that know nothing, to see that it runs")

@@ -1,20 +1,20 @@
 """Tasks beside the lab's whose answer nobody knows alone: an expert knows its row of a board, the router its column.
 
-            red blue green gold        even k7 blue=f      row of the key k7: the expert alone knows it
-    row 0    a   b    c     d          skew k7 blue=f      column of the word blue: the router's data alone tell it
-    row 1    e   f    g     h          row k7=1            covered: the expert's half by itself
-    row 2    i   j    k     l          col blue=1          gap: the router's half by itself
-    row 3    m   n    o     p
+            red blue green gold        even k blue=f      row of the key k: the expert alone knows it
+    row 0    a   b    c     d          skew k blue=f      column of the word blue: the router's data alone tell it
+    row 1    e   f    g     h          row k=1            covered: the expert's half by itself
+                                       col blue=1         gap: the router's half by itself
 
-Of the letter each knows four candidates, and no way to tell them apart but how often each is right. In ``even`` all
-are equally frequent; in ``skew`` row 0 and column 0 are right in 55 % of all cases, the others in less than 20 % each.
-Where neither row nor column is the frequent one, the right letter is the first choice of no model, and of no mixture of
-the two either (0.19 < 0.55 / 2), while the product of both distributions has its maximum there. In ``even`` a mixture
-has its maximum there too: equal halves add up.
+Of the letter the expert knows four candidates and the router two, and no way to tell them apart but how often each is
+right. In ``even`` all are equally frequent; in ``skew`` row 0 is right in 70 % of all cases and so is column 0, each
+other column in 10 %. Where neither is the frequent one, the right letter is the first choice of no model and of no
+mixture of the two, while the product of both distributions has its maximum there. A share w of the router would have
+to be below 1 / 5 for the letter to beat the router's favourite, and above 2 / 3 to beat the expert's. In ``even`` a
+mixture has its maximum there too: equal halves add up.
 
-A key is two characters, each of which stands for one bit of the row: nothing but hearing of it tells which. The
-characters are dealt to three splits: the router learns from the keys of one, gates may be fitted on those of another,
-which no router has met, and the third is for testing.
+A key is one character, and nothing but hearing of it tells its row. The characters are dealt to three splits: the
+router learns from the keys of one, gates may be fitted on those of another, which no router has met, and the third is
+for testing.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from enum import StrEnum
 from functools import cache
 from random import Random
 
-BOARD = "abcdefghijklmnop"
-NUM_ROWS = NUM_COLUMNS = 4
+BOARD = "abcdefgh"
+NUM_ROWS, NUM_COLUMNS = 2, 4
 COLUMN_WORDS = ("red", "blue", "green", "gold")
-COLUMN_PERCENT = (55, 15, 15, 15)
+COLUMN_PERCENT = (70, 10, 10, 10)
 """How often each column is right in `skew`."""
 KEY_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGHIJ"
 SPLIT_SHARES = (0.44, 0.28, 0.28)
 """Share of the characters that keys of each split are made of, in the order of `Split`."""
-BIT_PERCENT = (74, 26)
-"""How often each bit of a row is asked for in `skew`: 0.74 ** 2 is 0.55."""
+ROW_PERCENT = (70, 30)
+"""How often each row is asked for in `skew`."""
 
 
 class Task(StrEnum):
@@ -132,11 +132,8 @@ class Views:
             return ViewItem(task, f"col {word}=", str(column), Owner.COLUMN, Owner.COLUMN, column=column)
         skewed = task is Task.SKEW
         column = self.random.choices(range(NUM_COLUMNS), COLUMN_PERCENT if skewed else None)[0]
-        bits = self.random.choices((0, 1), BIT_PERCENT if skewed else None, k=2)
-        key = "".join(
-            self.random.choice(_characters(place, self.split, bit)) for place, bit in enumerate(bits)
-        )
-        row = row_of(key)
+        row = self.random.choices(range(NUM_ROWS), ROW_PERCENT if skewed else None)[0]
+        key = self.random.choice(_keys(self.split, row))
         if task is Task.ROW:
             return ViewItem(task, f"row {key}=", str(row), Owner.ROW, Owner.ROW, key, row)
         word = COLUMN_WORDS[column] if self.knows_columns else self.random.choice(COLUMN_WORDS)
@@ -145,9 +142,8 @@ class Views:
 
 
 def row_of(key: str) -> int:
-    """Row of a key of two characters: dealt by a hash of each, so that it can only be known by heart."""
-    first, second = (_bits(place)[character] for place, character in enumerate(key))
-    return 2 * first + second
+    """Row of a key: dealt by a hash, so that it can only be known by heart."""
+    return _rows()[key]
 
 
 def view_items(
@@ -162,24 +158,23 @@ def view_items(
 
 
 @cache
-def _characters(place: int, split: Split | None, bit: int) -> str:
-    """What may stand at a place of a key, for one bit of its row."""
-    possible = KEY_CHARACTERS if split is None else _dealt(place, split)
-    return "".join(character for character in possible if _bits(place)[character] == bit)
+def _keys(split: Split | None, row: int) -> str:
+    possible = KEY_CHARACTERS if split is None else _dealt(split)
+    return "".join(key for key in possible if _rows()[key] == row)
 
 
 @cache
-def _bits(place: int) -> dict[str, int]:
-    """What each character stands for: half of each split's for either bit."""
-    bits: dict[str, int] = {}
+def _rows() -> dict[str, int]:
+    """Row of each key: half of each split's are in either row."""
+    rows: dict[str, int] = {}
     for split in Split:
-        dealt = _shuffled(f"bit {place}", _dealt(place, split))
-        bits |= {character: int(2 * number >= len(dealt)) for number, character in enumerate(dealt)}
-    return bits
+        dealt = _shuffled("row", _dealt(split))
+        rows |= {key: number * NUM_ROWS // len(dealt) for number, key in enumerate(dealt)}
+    return rows
 
 
-def _dealt(place: int, split: Split) -> str:
-    dealt, index = _shuffled(f"split {place}", KEY_CHARACTERS), list(Split).index(split)
+def _dealt(split: Split) -> str:
+    dealt, index = _shuffled("split", KEY_CHARACTERS), list(Split).index(split)
     first, last = (round(sum(SPLIT_SHARES[:end]) * len(dealt)) for end in (index, index + 1))
     return dealt[first:last]
 

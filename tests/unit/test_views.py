@@ -13,11 +13,11 @@ from torch import Tensor
 from fusionroute.lab.tasks import TASKS, Group, evaluation_items
 from fusionroute.lab.tokenizer import encode
 from fusionroute.lab.views import (
-    BIT_PERCENT,
     BOARD,
     COLUMN_PERCENT,
     COLUMN_WORDS,
     NUM_COLUMNS,
+    ROW_PERCENT,
     Part,
     Split,
     Task,
@@ -25,21 +25,20 @@ from fusionroute.lab.views import (
     row_of,
     view_items,
 )
+from fusionroute.router_model import Heads
 from tests.loop_lessons import sft_lesson
 from tests.tiny_models import save_tiny_model
 from trainer.batches import BatchMaker
 from trainer.config import TrainingTable
 from trainer.gates_table import GatesTable
-from trainer.lab_beyond.first_choices import is_mixture_reaching, items_right
+from trainer.lab_beyond.first_choices import Opinions, first_choices, is_mixture_reaching, items_right
 from trainer.lab_beyond.gap_families import FAMILIES, _loss, family_of
 from trainer.lab_beyond.views_family import gold_row
+from trainer.lab_family.quality import fused_choices
 from trainer.router_module import RouterModule
 from trainer.rows import Row, RowSet
 
-ROW_SHARES = {
-    Task.EVEN: (0.25,) * 4,
-    Task.SKEW: tuple(BIT_PERCENT[row // 2] * BIT_PERCENT[row % 2] / 10_000 for row in range(4)),
-}
+ROW_SHARES = {Task.EVEN: (0.5, 0.5), Task.SKEW: tuple(percent / 100 for percent in ROW_PERCENT)}
 COLUMN_SHARES = {Task.EVEN: (0.25,) * 4, Task.SKEW: tuple(percent / 100 for percent in COLUMN_PERCENT)}
 
 
@@ -48,12 +47,15 @@ def items_of(*parts: Part) -> list[ViewItem]:
 
 
 def views_of(items: list[ViewItem]) -> tuple[Tensor, Tensor, Tensor]:
-    """What a perfect expert and a perfect router believe of each letter ``[T, 16]``, and the right letter ``[T]``."""
+    """What a perfect expert and a perfect router believe of each letter ``[T, 8]``, and the right letter ``[T]``."""
     expert, router = torch.full((2, len(items), len(BOARD)), 1e-6)
     for number, item in enumerate(items):
-        for other in range(NUM_COLUMNS):
-            expert[number, item.row * NUM_COLUMNS + other] = COLUMN_SHARES[item.task][other]
-            router[number, other * NUM_COLUMNS + item.column] = ROW_SHARES[item.task][other]
+        for place in range(len(BOARD)):
+            row, column = divmod(place, NUM_COLUMNS)
+            if row == item.row:
+                expert[number, place] = COLUMN_SHARES[item.task][column]
+            if column == item.column:
+                router[number, place] = ROW_SHARES[item.task][row]
     return expert, router, torch.tensor([BOARD.index(item.answer) for item in items])
 
 
@@ -64,16 +66,10 @@ def test_the_answer_is_the_letter_in_the_keys_row_and_the_words_column() -> None
         assert (item.row, item.column) == divmod(BOARD.index(item.answer), 4)
 
 
-def test_no_character_of_a_key_is_in_two_splits_at_the_same_place() -> None:
-    seen = [
-        {item.key[place] for item in view_items(split, 300) if item.key}
-        for split in Split
-        for place in range(2)
-    ]
-    for place in range(2):
-        router, gate, test = seen[place::2]
-        assert not router & gate and not router & test and not gate & test
-        assert min(len(router), len(gate), len(test)) >= 10
+def test_no_key_is_in_two_splits() -> None:
+    router, gate, test = ({item.key for item in view_items(split, 300) if item.key} for split in Split)
+    assert not router & gate and not router & test and not gate & test
+    assert min(len(router), len(gate), len(test)) >= 10
 
 
 def test_rows_and_columns_are_as_frequent_as_the_task_says() -> None:
@@ -83,7 +79,7 @@ def test_rows_and_columns_are_as_frequent_as_the_task_says() -> None:
             (ROW_SHARES[task], Counter(item.row for item in items)),
             (COLUMN_SHARES[task], Counter(item.column for item in items)),
         ):
-            assert [found[place] / 3000 for place in range(4)] == pytest.approx(shares, abs=0.03)
+            assert [found[place] / 3000 for place in range(len(shares))] == pytest.approx(shares, abs=0.03)
 
 
 def test_the_product_of_both_views_is_right_for_every_item() -> None:
@@ -100,7 +96,7 @@ def test_where_neither_is_frequent_no_selection_and_no_mixture_is_right() -> Non
 
 def test_equal_halves_add_up_so_that_a_mixture_is_right_too() -> None:
     expert, router, gold = views_of(items_of(Part.EVEN))
-    assert torch.equal((expert + router).argmax(dim=1), gold)
+    assert torch.equal((0.7 * expert + 0.3 * router).argmax(dim=1), gold)
     assert is_mixture_reaching(expert, router, gold).all()
 
 
@@ -156,3 +152,21 @@ def test_a_row_that_is_left_out_teaches_the_router_but_not_the_gate(tmp_path: Pa
 def test_prompts_and_answers_are_written_in_the_labs_characters() -> None:
     texts = [item.prompt + item.answer for item in view_items(Split.GATE, 50)]
     assert encode("?")[0] not in {token for text in texts for token in encode(text)}
+
+
+def test_first_choices_are_those_that_the_labs_table_is_made_of() -> None:
+    torch.manual_seed(0)
+    states, router, experts = torch.randn(50, 6), torch.randn(50, 9), torch.randn(2, 50, 9)
+    heads = Heads(
+        torch.randn(2, 6),
+        torch.randn(2),
+        torch.randn(3, 6),
+        torch.randn(3),
+        torch.randn(1, 6),
+        torch.randn(1),
+    )
+    rows = RowSet.of([Row.of([2] * 51, [False] + [True] * 50)])
+    found = first_choices(Opinions(rows, states, router, experts, torch.zeros(50, dtype=torch.int64)), heads)
+    wanted = fused_choices(states, router, experts, heads.tensors())
+    assert found.keys() == wanted.keys() | {"router"}
+    assert all(torch.equal(found[rule], wanted[rule]) for rule in wanted)

@@ -121,11 +121,11 @@ def items_right(right: Tensor, rows: RowSet) -> list[bool]:
 
 
 def judged(given: Opinions, heads: Mapping[str, Heads], slots: Sequence[str]) -> dict[str, list[bool]]:
-    """Whether each item is right: by rule (``NAME/RULE`` for several sets of heads), bound and expert."""
+    """Whether each item is right: by rule (``NAME/RULE`` of several sets of heads), bound, named expert."""
     right = dict(bounds(given))
     for name, each in heads.items():
         for rule, chosen in first_choices(given, each).items():
             right[f"{name}/{rule}" if name else rule] = chosen == given.gold
-    for slot, logits in zip(slots, given.experts, strict=True):
+    for slot, logits in zip(slots, given.experts, strict=False):
         right[slot] = logits.argmax(dim=1) == given.gold
     return {name: items_right(each, given.rows) for name, each in right.items()}

@@ -31,12 +31,12 @@ from trainer.run_context import RunContext
 SLOTS = ("rows", "format")
 ROUTER_STARTS_FROM = "format"
 ROUTER_TASKS = (*Task, "format")
-FORMAT_STEPS = 200
+FORMAT_STEPS = 150
 RECIPE = replace(
     RECIPES["demo"],
-    expert=Stage(500, 64, 3e-3),
+    expert=Stage(400, 64, 3e-3),
     num_router_items=2500,
-    router=Stage(200, 32, 1e-3),
+    router=Stage(120, 32, 1e-3),
     gates=Stage(400, 288, 1e-2),
 )
 """Sizes of demo size; its stages `base` and `preferences` are not used."""
