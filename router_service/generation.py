@@ -104,10 +104,9 @@ class TurnWriter:
         self._chooser = TokenChooser(self.turn, self.wishes, self.constrained)
         top_logits = self.ensemble.top_logits if self._chooser.can_be_short else 0
         self._asker = RoundAsker(self.ensemble, self.turn, self.text, self.costs, top_logits)
-        is_usual, mode = self.turn.is_usual, self.wishes.drafting
-        self._is_usual = is_usual
+        is_usual = self._is_usual = self.turn.is_usual
         self._drafting = TurnDrafting(
-            DraftingMode.OFF if mode is DraftingMode.AUTO and not is_usual else mode,
+            drafting_mode(self.turn, self.wishes),
             drafters_of(self.turn),
             self.ensemble.experience,
             Lookup(self.text.tokens),
@@ -289,12 +288,12 @@ class TurnWriter:
             counter = self._counters[key] = metrics.TOKENS.labels(*labels)
         counter.inc()
         if is_debugging():
-            log.debug(
-                "token", index=self._num_written, slot=self._slot_of(record), degraded=record.degraded
-            )
+            log.debug("token", index=self._num_written, slot=self._slot_of(record), degraded=record.degraded)
 
     def _slot_of(self, record: TokenRecord) -> str:
-        return self.turn.slots[record.expert] if record.source is TokenSource.EXPERT else metrics.ROUTER_ITSELF
+        return (
+            self.turn.slots[record.expert] if record.source is TokenSource.EXPERT else metrics.ROUTER_ITSELF
+        )
 
     async def _until_there_is_room(self) -> None:
         started = time.monotonic()
@@ -333,6 +332,13 @@ def drafters_of(turn: Turn) -> tuple[Drafter, ...]:
     if turn.rule is not CombineRule.ROUTE:
         drafters.append(Drafter.ROUTER)
     return tuple(drafters)
+
+
+def drafting_mode(turn: Turn, wishes: Wishes) -> DraftingMode:
+    """Who may propose tokens: nothing that is measured of usual turns tells what drafts of others are worth."""
+    if wishes.drafting is DraftingMode.AUTO and not turn.is_usual:
+        return DraftingMode.OFF
+    return wishes.drafting
 
 
 def _take_back_cancellation() -> None:

@@ -97,6 +97,12 @@ def option(state: StackState, process: str, name: str) -> str:
     return record.command[record.command.index(name) + 1]
 
 
+def test_a_base_model_is_started_in_the_slot_that_the_router_is_told(folder: Path) -> None:
+    plan = replace(plan_of(math="good", base="good"), base_slot="base")
+    state = start(folder, plan, ask_registry=lambda address: {"math": "ready", "base": "ready"})
+    assert option(state, "router", "--base-slot") == option(state, "expert-base", "--slot") == "base"
+
+
 def test_a_trainer_shares_redis_and_checkpoints_with_the_router(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from fusionroute.engine import StepCall
-from fusionroute.fusion import CombineRule, HeadLayout, Sampling
+from fusionroute.fusion import CombineRule, ExpertChoice, HeadLayout
+from fusionroute.sampling import Sampling
 from fusionroute.short_rows import ShortRow
 from router_service.asking import Answer, Patience
-from router_service.drafting import DraftingMode
+from router_service.drafting import Drafter, DraftingMode
 from router_service.ensemble import Ensemble
-from router_service.generation import TurnWriter
+from router_service.generation import TurnWriter, drafters_of, drafting_mode
 from router_service.session_text import Text
 from router_service.stored_session import FinishReason
 from router_service.text import AnswerText
@@ -142,3 +143,23 @@ async def test_waiting_for_the_whole_row_is_time_of_the_expert() -> None:
     assert await task == [5, 5]
     assert writer.costs.expert_seconds >= HELD_SECONDS
     assert not writer.is_asking
+
+
+@pytest.mark.parametrize(
+    ("rule", "choice", "automatic", "drafters"),
+    [
+        (CombineRule.SUM, ExpertChoice.ROUTED, DraftingMode.AUTO, set(Drafter)),
+        (CombineRule.SUM, ExpertChoice.RANDOM, DraftingMode.OFF, set(Drafter)),
+        (CombineRule.PROXY, ExpertChoice.ROUTED, DraftingMode.OFF, set(Drafter)),
+        (CombineRule.ENSEMBLE, ExpertChoice.ROUTED, DraftingMode.OFF, {Drafter.LOOKUP}),
+    ],
+)
+def test_nobody_drafts_for_baselines_unless_named(
+    rule: CombineRule, choice: ExpertChoice, automatic: DraftingMode, drafters: set[Drafter]
+) -> None:
+    turn = Turn(rule, Sampling(), 2, (), False, None, "c", ("math",), expert_choice=choice)
+    assert drafting_mode(turn, Wishes()) is automatic
+    assert set(drafters_of(turn)) == drafters
+    for mode in DraftingMode:
+        if mode is not DraftingMode.AUTO:
+            assert drafting_mode(turn, Wishes(drafting=mode)) is mode
