@@ -54,25 +54,30 @@ class Examiner:
             Exception: what was raised there.
             ProgramGone: its process has ended.
         """
-        request = {"do": do, "values": pack(list(values), self._keep), "named": pack(named, self._keep)}
+        reply = self._exchange(
+            {"do": do, "values": pack(list(values), self._keep), "named": pack(named, self._keep)}
+        )
+        if "raised" in reply:
+            self._raise(list(reply["raised"]), str(reply["text"]))
         try:
-            send(self._requests, request)
-            reply = receive(self._answers)
-            while "call" in reply:
-                send(self._requests, self._called_back(reply))
-                reply = receive(self._answers)
-            if "raised" in reply:
-                self._raise(reply["raised"], str(reply["text"]))
             for value, changed in zip(values, reply["changed"], strict=True):
                 if changed is not None:
                     _become(value, unpack(changed, self._find))
             return unpack(reply["result"], self._find)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ProgramGone(f"the program has sent what is no value: {error}") from None
+
+    def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A reply to a request; calls of functions that a test has handed over are served in between."""
+        try:
+            send(self._requests, request)
+            while isinstance(reply := receive(self._answers), dict) and "call" in reply:
+                send(self._requests, self._called_back(reply))
         except PeerGone as error:
             raise ProgramGone(str(error)) from None
-        except (KeyError, IndexError) as error:
-            if "reply" in locals() and isinstance(reply, dict) and "raised" in reply:
-                raise
-            raise ProgramGone(f"no answer: {error}") from None
+        if not isinstance(reply, dict):
+            raise ProgramGone("the program has sent what is no answer")
+        return reply
 
     def _called_back(self, call: dict[str, Any]) -> dict[str, Any]:
         try:
