@@ -95,7 +95,7 @@ async def test_info_names_checkpoint_rules_and_slots(stack: Stack, family: Famil
     info = await stack.client.info()
     assert [slot.slot for slot in info.slots] == list(SLOTS)
     assert all(slot.ready and slot.address for slot in info.slots)
-    assert set(info.available_combine) == {1, 2, 3, 4, 5, 6}
+    assert set(info.available_combine) == {1, 2, 3, 4, 5, 6, 7} and not info.HasField("base")
     assert info.model.logits_width == WIDTH
     assert (await stack.answer(ask(1))).started.checkpoint == info.checkpoint
     assert load_checkpoint(family.router).fingerprint(info.model.weights_fingerprint) == info.checkpoint
