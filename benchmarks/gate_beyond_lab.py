@@ -49,25 +49,27 @@ def main() -> None:
     torch.set_num_threads(1)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     began, lab, views, per_task = time.process_time(), list[Outcome](), list[Outcome](), arguments.per_task
+    seconds = list[int]()
     recipe, views_recipe = RECIPES[arguments.size], views_family.RECIPE
     if arguments.small:
         recipe, views_recipe = _small(recipe), _small(views_recipe)
     for seed in arguments.seeds:
-        folder, tell = arguments.work / f"{arguments.size}-{seed}", _tell(seed, began)
+        size = f"{arguments.size}-small" if arguments.small else arguments.size
+        folder, tell = arguments.work / f"{size}-{seed}", _tell(seed, began)
         (folder / "views").mkdir(parents=True, exist_ok=True)
         if arguments.only != "views":
             ask = partial(_lab, folder, recipe, seed, per_task, tell)
-            lab += _outcomes(_kept(folder / f"lab-{per_task}.json", ask), seed)
+            lab += _outcomes(_kept(folder / f"lab-{per_task}.json", ask, seconds), seed)
         if arguments.only != "lab":
             ask = partial(measuring.two_views, folder / "views", views_recipe, seed, VIEWS_PER_TASK * per_task, tell)
-            views += _outcomes(_kept(folder / f"views-{per_task}.json", ask), seed)
+            views += _outcomes(_kept(folder / f"views-{per_task}.json", ask, seconds), seed)
     if arguments.only:
         return
     facts = {
         "seeds": arguments.seeds,
         "size": arguments.size + (", small" if arguments.small else ""),
         "items": {"lab, each task": per_task, "views, each task": VIEWS_PER_TASK * per_task},
-        "cpu_seconds": round(time.process_time() - began),
+        "cpu_seconds": sum(seconds),
     }
     _write(arguments.output, facts, lab, views)
     print(arguments.output)
@@ -80,14 +82,15 @@ def _lab(folder: Path, recipe: Recipe, seed: int, per_task: int, tell: measuring
     )
 
 
-def _kept(path: Path, measure: Callable[[], Measured]) -> Measured:
-    """What an earlier run has left in the work folder, or measured now."""
-    if path.exists():
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Measured(tuple(Asked(**item) for item in values["items"]), values["right"])
-    found = measure()
-    path.write_text(json.dumps(asdict(found)), encoding="utf-8")
-    return found
+def _kept(path: Path, measure: Callable[[], Measured], seconds: list[int]) -> Measured:
+    """What an earlier run has left in the work folder, or measured now; `seconds` gets its CPU seconds."""
+    if not path.exists():
+        began = time.process_time()
+        found = asdict(measure()) | {"cpu_seconds": round(time.process_time() - began)}
+        path.write_text(json.dumps(found), encoding="utf-8")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    seconds.append(values.get("cpu_seconds", 0))
+    return Measured(tuple(Asked(**item) for item in values["items"]), values["right"])
 
 
 def _outcomes(measured: Measured, seed: int) -> Iterable[Outcome]:
@@ -133,7 +136,9 @@ def _lost(lab: list[Outcome]) -> list[Comparison]:
     found: list[Comparison] = []
     for family in FAMILIES:
         pairs = [(f"{gate}/{NOTHING}/{rule}", f"{gate}/{family}/{rule}") for gate in GATES for rule in RULES]
-        found += compare(lab, [pair for pair in pairs if pair[0] in systems], [f"part={family}"])
+        asked = [pair for pair in pairs if pair[0] in systems]
+        named = {system for pair in asked for system in pair}
+        found += compare([each for each in lab if each.system in named], asked, [f"part={family}"])
     return found
 
 

@@ -43,7 +43,7 @@ COLUMN_SHARES = {Task.EVEN: (0.25,) * 4, Task.SKEW: tuple(percent / 100 for perc
 
 
 def items_of(*parts: Part) -> list[ViewItem]:
-    return [item for split in Split for item in view_items(split, 300) if item.part in parts]
+    return [item for split in Split for item in view_items(split, 600) if item.part in parts]
 
 
 def views_of(items: list[ViewItem]) -> tuple[Tensor, Tensor, Tensor]:
