@@ -49,13 +49,14 @@ class SeedFolder:
     """Where the journals of a seed lie.
 
     Attributes:
-        models: digest of the seed's weights, so that answers of other models are not taken for theirs.
+        origins: by the name of a router checkpoint or a model, what its weights are, so that answers of others are not
+            taken for its own.
     """
 
     folder: Path
     plan: LabPlan
     questions: Sequence[Question]
-    models: str
+    origins: Mapping[str, str]
 
     def judged(self, name: str) -> Path:
         """Of a router checkpoint or a model."""
@@ -83,7 +84,12 @@ class SeedFolder:
 
     def what(self, who: str, ways: Iterable[str], questions: Sequence[Question]) -> dict[str, Any]:
         """The first line of a journal: whatever decides its answers."""
-        return {"who": who, "ways": list(ways), "models": self.models, "questions": digest_of(questions)}
+        return {
+            "who": who,
+            "ways": list(ways),
+            "models": self.origins[who],
+            "questions": digest_of(questions),
+        }
 
 
 def ways_of(checkpoint: str, slots: Sequence[str], rules: Iterable[str]) -> list[Way]:
@@ -130,7 +136,7 @@ async def write_by_router(
         writer = RouterWriter(
             router, way, verify, Options(temperature=0.0, seed=0, exact=True, routing_weights=True)
         )
-        with Journal.open(place.written(name), place.what(name, [way.name], questions)) as journal:
+        with Journal.open(place.written(name), place.what(checkpoint, [name], questions)) as journal:
             await ask_all(
                 questions,
                 writer.ask,

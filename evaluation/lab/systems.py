@@ -33,8 +33,8 @@ LABELS = {
     "merge_average": "merged: weight average",
     "merge_task_0.5": "merged: task arithmetic 0.5",
     "merge_task_1.0": "merged: task arithmetic 1.0",
-    "merge_dare": "merged: DARE",
-    "merge_ties": "merged: TIES",
+    "merge_dare": "merged: DARE, drop 0.5, scale 0.5",
+    "merge_ties": "merged: TIES, density 0.2",
     "single_dpo": "fine-tuned single model, then DPO",
 }
 SINGLE_NOTE = "the same gold answers as the router, no experts; knows what its start knows"

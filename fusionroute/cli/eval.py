@@ -40,10 +40,18 @@ evaluation_group = CommandGroup(
 @click.option(
     "--per-task", type=click.IntRange(1), metavar="N", help="Questions of each task instead of the suite's."
 )
+@click.option("--variants", "names", metavar="NAME,...|all|none",
+              help="Further routers and models instead of the suite's (lab suites).")  # fmt: skip
 @click.option("--address", metavar="HOST:PORT", help="The router to ask (suites in files).")
 @json_option
 def run(
-    suite: str, output: Path, seeds: str | None, per_task: int | None, address: str | None, as_json: bool
+    suite: str,
+    output: Path,
+    seeds: str | None,
+    per_task: int | None,
+    names: str | None,
+    address: str | None,
+    as_json: bool,
 ) -> None:
     """Ask every system every question, and write a report: Markdown, JSON, pictures.
 
@@ -64,7 +72,7 @@ def run(
     if suite in PLANS:
         from fusionroute.cli.eval_lab import run_lab
 
-        findings = run_lab(_plan(PLANS[suite], seeds, per_task), output, screen)
+        findings = run_lab(_plan(PLANS[suite], seeds, per_task, names), output, screen)
     elif suite.endswith(".toml"):
         from fusionroute.cli.eval_suite import run_suite
 
@@ -135,10 +143,13 @@ def list_suites() -> None:
         )
 
 
-def _plan(plan: LabPlan, seeds: str | None, per_task: int | None) -> LabPlan:
+def _plan(plan: LabPlan, seeds: str | None, per_task: int | None, names: str | None) -> LabPlan:
     from dataclasses import replace
 
-    from fusionroute.cli.lab import parse_seeds
+    from fusionroute.cli.lab import parse_seeds, parse_variants
+
+    if names is not None:
+        plan = replace(plan, variants=parse_variants("" if names == "none" else names))
 
     if seeds is not None:
         plan = replace(plan, seeds=tuple(parse_seeds(seeds)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import shutil
 import time
@@ -116,8 +115,10 @@ def _train(plan: LabPlan) -> list[SeedModels]:
 def _place(output: Path, plan: LabPlan, questions: Sequence[Question], models: SeedModels) -> SeedFolder:
     from evaluation.lab.asking import SeedFolder
 
-    digest = hashlib.sha256(str(models.family.folder.name).encode()).hexdigest()[:16]
-    return SeedFolder(output / "answers" / f"seed-{models.seed}", plan, questions, digest)
+    family = models.family
+    of_family = {name: family.folder.name for name in (*models.routers, *models.models)}
+    origins = of_family | {name: f"{path.parent.name}/{path.name}" for name, path in family.variants.items()}
+    return SeedFolder(output / "answers" / f"seed-{models.seed}", plan, questions, origins)
 
 
 def _ask_services(place: SeedFolder, models: SeedModels, on_progress: Callable[[str, int], None]) -> None:
@@ -207,7 +208,8 @@ def _command(plan: LabPlan, output: Path) -> str:
     usual = PLANS[plan.name]
     seeds = "" if plan.seeds == usual.seeds else f" --seeds {','.join(map(str, plan.seeds))}"
     per_task = "" if plan.per_task == usual.per_task else f" --per-task {plan.per_task}"
-    return f"fusionroute eval run --suite {plan.name}{seeds}{per_task} --output {output.name}"
+    names = "" if plan.variants == usual.variants else f" --variants {','.join(plan.variants) or 'none'}"
+    return f"fusionroute eval run --suite {plan.name}{seeds}{per_task}{names} --output {output.name}"
 
 
 class _Clock:

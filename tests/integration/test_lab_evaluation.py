@@ -60,7 +60,12 @@ def quiet(what: str, num_done: int) -> None:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def place(stack: Stack, family: Family, tmp_path_factory: pytest.TempPathFactory) -> SeedFolder:
     """Phase I asked; the same router stands in for that of phase II."""
-    place = SeedFolder(tmp_path_factory.mktemp("answers"), PLAN, PLAN.questions(), "models")
+    place = SeedFolder(
+        tmp_path_factory.mktemp("answers"),
+        PLAN,
+        PLAN.questions(),
+        dict.fromkeys((SFT, CDPO, "single_from_base"), "demo"),
+    )
     slots = list(family.experts)
     rules = rule_names((await stack.client.info()).available_combine)
     for checkpoint in (SFT, CDPO):
