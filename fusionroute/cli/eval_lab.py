@@ -116,7 +116,7 @@ def _place(output: Path, plan: LabPlan, questions: Sequence[Question], models: S
     from evaluation.lab.asking import SeedFolder
 
     family = models.family
-    of_family = {name: family.folder.name for name in (*models.routers, *models.models)}
+    of_family = dict.fromkeys((*models.routers, *models.models), family.folder.name)
     origins = of_family | {name: f"{path.parent.name}/{path.name}" for name, path in family.variants.items()}
     return SeedFolder(output / "answers" / f"seed-{models.seed}", plan, questions, origins)
 

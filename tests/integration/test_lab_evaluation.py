@@ -1,11 +1,10 @@
-"""The lab's evaluation over running services: what it says is what the models do, and what is written agrees with it."""
+"""The lab's evaluation over running services: what it says is what the models do, and what is written agrees."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
