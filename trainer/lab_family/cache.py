@@ -38,7 +38,7 @@ LOCK_POLL_SECONDS = 0.2
 
 # Sources whose change may change what is written; paths inside the two packages.
 _SOURCES = {
-    fusionroute: ("lab", "router_model.py", "vocabulary.py", "engine/model.py"),
+    fusionroute: ("lab", "router_model.py", "router_heads.py", "vocabulary.py", "engine/model.py"),
     trainer: (".", "lab_family", "data"),
 }
 _SOURCES_WITHOUT_EFFECT = {
