@@ -17,6 +17,9 @@ SCORE = "score"
 NLL = "nll"
 """The measure of forced answers: negative log-probability in nats per token, less is better."""
 
+ACCURACY = "accuracy"
+"""The measure of texts: share of the tokens that were the first choice, all texts together, more is better."""
+
 
 @dataclass(frozen=True, slots=True)
 class SystemNote:
@@ -44,7 +47,7 @@ class Cell:
         num_questions: of each seed.
         estimate: mean score with its interval: Wilson's for one seed, of the seeds' bootstrap for several.
         per_seed: mean score by seed.
-        measure: ``SCORE`` or ``NLL``.
+        measure: ``SCORE``, ``ACCURACY`` or ``NLL``.
     """
 
     system: str
@@ -67,14 +70,15 @@ class Comparison:
         over_seeds: mean with Student's interval over the seeds' differences; None with one seed.
         mixed: the summary with random effects of seeds; None with one seed.
         only_first, only_second: questions that only one of them got right, all seeds together; for ``NLL`` those on
-            which its loss is the smaller one.
+            which its loss is the smaller one, for ``ACCURACY`` those with more right tokens.
         p_value: of the sign-flip test over clusters, two-sided; where every cluster is one question of one seed this
             is McNemar's exact test.
         p_adjusted: by Holm over the family of comparisons it was made in.
         detectable: the smallest true difference that these questions would show with 80 % power at 5 %.
         per_seed: difference by seed.
-        measure: ``SCORE`` or ``NLL``.
-        mcnemar: p-value of McNemar's exact test, which takes questions (and seeds) for independent; None for ``NLL``.
+        measure: ``SCORE``, ``ACCURACY`` or ``NLL``.
+        mcnemar: p-value of McNemar's exact test, which takes questions (and seeds) for independent; only for
+            ``SCORE``, else None.
     """
 
     first: str

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from evaluation.findings import Comparison
+from evaluation.findings import SCORE, Comparison
 from evaluation.report.paper import MUTED, SERVED_COLOUR, SMALL, Sheet, signed
 from evaluation.report.rows import Head, Plan, RowPage, settle
 from evaluation.report.signs import Sign
@@ -35,27 +36,29 @@ SIGNIFICANCE = (
 )
 SEED_HEIGHT = 0.27
 """How far above its interval a seed's dot lies, in rows."""
+LEAST_ROOM = 0.1
+"""Beside numbers that are all the same, where the axes are made for the numbers alone."""
 
 
 def draw_forest(view: View, columns: Columns) -> Sheet:
     """Mean and interval of every system in each stratum of a division."""
     several = len(view.seeds) > 1
     signs = _kind_signs({note.kind for note in view.systems})
-    told = "Mean score with its 95 % interval; " + (
-        f"small dots: each of {len(view.seeds)} training seeds." if several else "higher is better."
+    told = f"{view.look.told} with its 95 % interval; " + (
+        f"small dots: each of {len(view.seeds)} training seeds." if several else f"{view.look.better}."
     )
     page = RowPage(
         Plan(
-            title=f"How systems did{_by(columns)}",
+            title=f"{view.look.heading}{_by(columns)}",
             told=told,
             labels=[note.label for note in view.systems],
             heads=[
-                Head(part_of(stratum), f"n = {view.num_questions(stratum)}{' a seed' if several else ''}")
+                Head(part_of(stratum), _amount(view, view.num_questions(stratum), several))
                 for stratum in columns.strata
             ],
             bold=frozenset(row for row, note in enumerate(view.systems) if note.name == view.baseline),
             signs=signs,
-            right_inches=0.42,
+            right_inches=0.42 if view.look.least else 0.5,  # losses may have more digits
         )
     )
     cells = [[view.cell(note.name, stratum) for note in view.systems] for stratum in columns.strata]
@@ -67,7 +70,7 @@ def draw_forest(view: View, columns: Columns) -> Sheet:
             if cell
             for value in _reach(cell.estimate, cell.per_seed)
         ),
-        least=(0.0, 1.0),
+        least=view.look.least,
     )
     for axes, column in zip(page.columns, cells, strict=True):
         for row, (note, cell) in enumerate(zip(view.systems, column, strict=True)):
@@ -93,7 +96,7 @@ def draw_differences(view: View, columns: Columns) -> Sheet | None:
     if not others:
         return None
     rows = [(name, view.baseline) for name in others]
-    title = f"Difference to {view.label(view.baseline)}{_by(columns)}"
+    title = f"{_difference(view)} to {view.label(view.baseline)}{_by(columns)}"
     return _draw_pairs(view, columns, rows, title, [view.label(name) for name in others])
 
 
@@ -107,7 +110,9 @@ def draw_pairs(view: View, columns: Columns) -> Sheet | None:
     if not pairs:
         return None
     labels = [f"{view.label(first)} {signed(-1)[0]} {view.label(second)}" for first, second in pairs]
-    return _draw_pairs(view, columns, list(pairs), f"Other differences{_by(columns)}", labels)
+    return _draw_pairs(
+        view, columns, list(pairs), f"Other {_difference(view).lower()}s{_by(columns)}", labels
+    )
 
 
 def _draw_pairs(
@@ -115,11 +120,12 @@ def _draw_pairs(
 ) -> Sheet:
     found = [[view.comparison(*pair, stratum) for pair in pairs] for stratum in columns.strata]
     several = any(len(each.per_seed) > 1 for column in found for each in column if each)
-    told = "On the same questions, with the 95 % interval of the paired bootstrap; right of zero is better."
+    told = f"On the same {view.look.things}, with the 95 % interval of the paired bootstrap; "
+    told += f"{'left' if view.look.is_less_better else 'right'} of zero is better."
     told += " Small dots: each training seed." if several else ""
     numbers = [numbered({each.num_questions for each in column if each}) for column in found]
     heads = [
-        Head(part_of(stratum), f"n = {number}{' a seed' if several else ''}" if number else "")
+        Head(part_of(stratum), _amount(view, number, several) if number else "")
         for stratum, number in zip(columns.strata, numbers, strict=True)
     ]
     page = RowPage(Plan(title, told, labels, heads, signs=SIGNIFICANCE, right_inches=0.5))
@@ -137,14 +143,14 @@ def _draw_pairs(
         axes.axvline(0, color=INK, linewidth=0.9, zorder=1)
         for row, each in enumerate(column):
             if each is not None:
-                _draw_difference(axes, row, each)
+                _draw_difference(axes, row, each, is_better=view.look.is_better(each.difference.value))
         settle(axes, low, high, _tick_label)
     return page.sheet
 
 
-def _draw_difference(axes: Axes, row: int, comparison: Comparison) -> None:
+def _draw_difference(axes: Axes, row: int, comparison: Comparison, *, is_better: bool) -> None:
     value = comparison.difference.value
-    colour = MUTED if not comparison.is_significant else BETTER_COLOUR if value > 0 else WORSE_COLOUR
+    colour = MUTED if not comparison.is_significant else BETTER_COLOUR if is_better else WORSE_COLOUR
     _draw_interval(axes, row, comparison.difference, comparison.per_seed, colour)
     face = colour if comparison.is_significant else "white"
     axes.plot([value], [row], "o", color=colour, markerfacecolor=face, markeredgewidth=1.3, markersize=5.5,
@@ -174,13 +180,26 @@ def _tick_label(tick: float) -> str:
     return signed(tick, 6).lstrip("+").rstrip("0").rstrip(".")
 
 
-def _limits(values: Iterable[float], least: tuple[float, float]) -> tuple[float, float]:
-    import math
-
+def _limits(values: Iterable[float], least: tuple[float, float] | None) -> tuple[float, float]:
+    """Of axes that hold all values, and `least` if there is one, with some room beyond what lies outside of it."""
     known = [value for value in values if math.isfinite(value)]
+    if least is None:
+        low, high = min(known, default=0.0), max(known, default=1.0)
+        room = 0.04 * (high - low) or LEAST_ROOM
+        return low - room, high + room
     low, high = min([*known, least[0]]), max([*known, least[1]])
     room = 0.04 * (high - low)
     return (low - room if low < least[0] else low), (high + room if high > least[1] else high)
+
+
+def _amount(view: View, number: str, several: bool) -> str:
+    is_score = view.look.measure == SCORE
+    return (f"n = {number}" if is_score else f"{number} {view.look.things}") + (" a seed" if several else "")
+
+
+def _difference(view: View) -> str:
+    """What a difference is of; nothing is said of scores."""
+    return "Difference" if view.look.measure == SCORE else f"{view.look.parts} difference"
 
 
 def _reach(estimate: Estimate, per_seed: Mapping[int, float]) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from evaluation.findings import SCORE
 from evaluation.report.paper import (
     MARGIN,
     NORMAL,
@@ -32,7 +33,7 @@ LIGHT, DARK = (246, 248, 251), (17, 62, 115)
 
 
 def draw_heatmap(view: View, columns: Columns) -> list[Sheet]:
-    """Mean scores in per cent, systems down the page; in several sheets where there are very many parts."""
+    """Shares in per cent, losses as they are, systems down the page; several sheets for very many parts."""
     strata = [stratum for stratum in columns.strata if view.num_questions(stratum)]
     if not strata:
         return []
@@ -42,9 +43,15 @@ def draw_heatmap(view: View, columns: Columns) -> list[Sheet]:
 
 
 def _draw(view: View, name: str, strata: list[str]) -> Sheet:
-    title = f"How systems did, by {name}"
+    title = f"{view.look.parts}, by {name}"
     of_each = " of each seed" if len(view.seeds) > 1 else ""
-    told = f"Mean score in per cent; n = {_numbers(view, strata)}{of_each}. Intervals are in report.json."
+    unit = "; darker is better within its column" if view.look.least is None else " in per cent"
+    amount = (
+        f"{_numbers(view, strata)} {view.look.things}"
+        if view.look.measure != SCORE
+        else f"n = {_numbers(view, strata)}"
+    )
+    told = f"{view.look.told}{unit}; {amount}{of_each}. Intervals are in report.json."
     widest = max(text_inches(note.label, NORMAL) for note in view.systems)
     label_inches = min(widest, MOST_LABEL_INCHES) + 0.01
     labels = [wrapped(note.label, label_inches, NORMAL, 2) for note in view.systems]
@@ -67,21 +74,34 @@ def _draw(view: View, name: str, strata: list[str]) -> Sheet:
     for column, (head, stratum) in enumerate(zip(heads, strata, strict=True)):
         sheet.text(left + (column + 0.5) * width / len(strata), top - 0.05, head, size=SMALL, rotation=90,
                    va="bottom", ha="center")  # fmt: skip
-        for row, note in enumerate(view.systems):
-            cell = view.cell(note.name, stratum)
-            if cell is not None and math.isfinite(cell.estimate.value):
-                _draw_cell(axes, row, column, cell.estimate.value)
+        for row, (depth, number) in _shades(view, stratum).items():
+            _draw_cell(axes, row, column, depth, number)
     return sheet
 
 
-def _draw_cell(axes: Axes, row: int, column: int, value: float) -> None:
+def _shades(view: View, stratum: str) -> dict[int, tuple[float, str]]:
+    """By row how dark a cell is, from 0 to 1, and what stands in it.
+
+    Shares are as dark as they are great. Losses have no greatest one: the least of the column is dark, the greatest
+    light, and all are half dark where they are the same.
+    """
+    cells = [view.cell(note.name, stratum) for note in view.systems]
+    found = {row: cell.estimate.value for row, cell in enumerate(cells)
+             if cell and math.isfinite(cell.estimate.value)}  # fmt: skip
+    if view.look.least is not None:
+        return {row: (min(max(value, 0.0), 1.0), f"{100 * value:.0f}") for row, value in found.items()}
+    low, high = min(found.values(), default=0.0), max(found.values(), default=0.0)
+    wide = high - low
+    return {row: ((high - value) / wide if wide else 0.5, f"{value:.2f}") for row, value in found.items()}
+
+
+def _draw_cell(axes: Axes, row: int, column: int, depth: float, number: str) -> None:
     from matplotlib.patches import Rectangle
 
-    depth = min(max(value, 0.0), 1.0)
     red, green, blue = (low + (high - low) * depth for low, high in zip(LIGHT, DARK, strict=True))
     axes.add_artist(Rectangle((column + 0.03, row + 0.03), 0.94, 0.94, linewidth=0,
                              facecolor=(red / 255, green / 255, blue / 255)))  # fmt: skip
-    axes.text(column + 0.5, row + 0.5, drawable(f"{100 * value:.0f}"), ha="center", va="center_baseline",
+    axes.text(column + 0.5, row + 0.5, drawable(number), ha="center", va="center_baseline",
               fontsize=SMALL, color="white" if depth > 0.54 else INK)  # fmt: skip
 
 

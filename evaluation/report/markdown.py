@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from evaluation.findings import Comparison, TracedAnswer
+from evaluation.findings import SCORE, Comparison, TracedAnswer
 from evaluation.report.pictures import Chapter, Picture
 from evaluation.report.tables import (
     comparisons_table,
     escaped,
+    is_mcnemar_another,
     is_unsure_over_seeds,
     main_table,
     null_sentence,
@@ -29,9 +30,11 @@ def to_markdown(view: View, pictures: Sequence[Picture]) -> str:
     """The whole of ``report.md``: what was found first, then tables and pictures, then how it was measured."""
     parts = [f"# {escaped(view.findings.name)}\n"]
     parts += _list(view.findings.summary)
-    parts += _results(view, pictures)
-    parts += _differences(view, pictures)
-    parts += _parts(view, pictures)
+    for measured in view.by_measure:
+        own = [picture for picture in pictures if picture.measure == measured.look.measure]
+        parts += _results(measured, own)
+        parts += _differences(measured, own)
+        parts += _parts(measured, own)
     parts += _routing(pictures)
     parts += _examples(view, pictures)
     if view.findings.limits:
@@ -43,7 +46,7 @@ def to_markdown(view: View, pictures: Sequence[Picture]) -> str:
 def _results(view: View, pictures: Sequence[Picture]) -> Iterator[str]:
     if not view.narrow:
         return
-    yield "## How systems did\n"
+    yield f"## {view.look.heading}\n"
     yield _reading(view)
     for columns in view.narrow:
         if len(view.narrow) > 1:
@@ -52,12 +55,16 @@ def _results(view: View, pictures: Sequence[Picture]) -> Iterator[str]:
         yield from _shown(pictures, Chapter.RESULTS, columns.name)
         if table := seeds_table(view, columns):
             yield from _folded("Every training seed", table.to_markdown())
-    notes = [f"{note.label}: {note.note}" for note in view.findings.systems if note.note]
+    notes = [f"{note.label}: {note.note}" for note in view.systems if note.note]
     yield from _list(notes)
 
 
 def _reading(view: View) -> str:
-    sentences = ["Mean score with its 95 % interval."]
+    sentences = [f"{view.look.told}, with its 95 % interval."]
+    if view.look.measure != SCORE:
+        sentences.append(
+            f"{view.look.better.capitalize()}; every token weighs the same, and intervals take whole texts for draws."
+        )
     if len(view.seeds) > 1:
         sentences.append(f"All {len(view.seeds)} training seeds together; n is of each seed.")
     sentences.append(
@@ -75,12 +82,8 @@ def _differences(view: View, pictures: Sequence[Picture]) -> Iterator[str]:
     near = {stratum for columns in view.narrow for stratum in columns.strata}
     main = [each for each in found if each.stratum in near]
     rest = [each for each in found if each.stratum not in near]
-    yield "## Differences\n"
-    yield (
-        "On the same questions: mean difference with the interval of the paired, clustered bootstrap; p by McNemar, "
-        "after Holm. Beside a null result stands the smallest true difference that these questions would show with "
-        "80 % power.\n"
-    )
+    yield f"## {view.look.differences}\n"
+    yield _reading_differences(view)
     for columns in view.narrow:
         yield from _shown(pictures, Chapter.DIFFERENCES, columns.name)
     if main:
@@ -101,6 +104,28 @@ def _differences(view: View, pictures: Sequence[Picture]) -> Iterator[str]:
         yield from _folded(f"{len(rest):,} comparisons on single parts", table)
 
 
+def _reading_differences(view: View) -> str:
+    look, found = view.look, view.findings.comparisons
+    sentences = [
+        f"On the same {look.things}: difference with the interval of the paired, clustered bootstrap."
+    ]
+    if look.measure != SCORE:
+        sentences.append(f"{'Below' if look.is_less_better else 'Above'} zero the first is better.")
+    is_plain = look.measure == SCORE and not any(is_mcnemar_another(each) for each in found)
+    sentences.append(
+        "p by McNemar's exact test, after Holm over these comparisons."
+        if is_plain
+        else "p by the sign-flip test over clusters, after Holm over these comparisons."
+    )
+    if look.measure == SCORE and not is_plain:
+        sentences.append("McNemar's p takes all answers for independent and is not adjusted.")
+    sentences.append(
+        f"Beside a null result stands the smallest true difference that these {look.things} would show with "
+        "80 % power."
+    )
+    return " ".join(sentences) + "\n"
+
+
 def _ordered(view: View, comparisons: Sequence[Comparison]) -> list[Comparison]:
     places = {
         stratum: place
@@ -114,7 +139,8 @@ def _parts(view: View, pictures: Sequence[Picture]) -> Iterator[str]:
         table = parts_table(view, columns)
         if not table.rows:
             continue
-        yield f"## By {escaped(columns.name)}\n"
+        by = "By" if view.look.measure == SCORE else f"{view.look.parts}, by"
+        yield f"## {by} {escaped(columns.name)}\n"
         yield from _shown(pictures, Chapter.PARTS, columns.name)
         names = ", ".join(
             f"{number} {escaped(note.label)}" for number, note in enumerate(view.systems, start=1)

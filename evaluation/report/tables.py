@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evaluation.findings import Comparison, Findings
+from evaluation.findings import SCORE, Comparison, Findings
+from evaluation.report.measures import look_of
 from evaluation.report.paper import MINUS, signed
 from evaluation.report.view import NOT_IN_COMPETITION, Columns, View, part_of
 from evaluation.statistics.intervals import Estimate
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MISSING = "–"
+MCNEMAR_HEAD = "McNemar's p, unadjusted"
 LEAST_NAME_CELLS = 20
 MEAN_WITH_INTERVAL = "0.953 [0.941, 0.964]"
 UNSURE_MARK = " ‡"
@@ -50,7 +53,8 @@ class TextTable:
 
 def main_table(view: View, columns: Columns) -> TextTable:
     """Systems down, strata across, each mean with its interval; bold is what leads significantly."""
-    heads = [f"{part_of(stratum)} (n = {view.num_questions(stratum)})" for stratum in columns.strata]
+    texts = "" if view.look.measure == SCORE else f" {view.look.things}"
+    heads = [f"{part_of(stratum)} (n = {view.num_questions(stratum)}{texts})" for stratum in columns.strata]
     best = [view.best(stratum) for stratum in columns.strata]
     rows, bold = [], set()
     for row, note in enumerate(view.systems):
@@ -102,12 +106,22 @@ def widest_interval(view: View, columns: Columns) -> float:
 
 
 def comparisons_table(view: View, comparisons: Sequence[Comparison]) -> TextTable:
-    """A row for each; the smallest detectable difference stands beside null results."""
+    """A row for each; the smallest detectable difference stands beside null results.
+
+    McNemar's p has a column where it differs in kind from the one that is adjusted: where several answers hang
+    together, questions of one cluster or answers of several seeds to one question.
+    """
     several = any(each.over_seeds or each.mixed for each in comparisons)
     heads = (
-        *("first − second", "questions", "difference"),
+        *("first − second", view.look.things, "difference"),
         *(("over seeds", "mixed") if several else ()),
-        *("right: only first, only second", "p after Holm", "detectable"),
+        *(view.look.ahead, "p after Holm"),
+        *(
+            (MCNEMAR_HEAD,)
+            if (shows_mcnemar := any(is_mcnemar_another(each) for each in comparisons))
+            else ()
+        ),
+        "detectable",
     )
     rows = []
     for each in comparisons:
@@ -119,10 +133,22 @@ def comparisons_table(view: View, comparisons: Sequence[Comparison]) -> TextTabl
             *(over if several else ()),
             f"{each.only_first:,}, {each.only_second:,}",
             probability(each.p_adjusted),
-            MISSING if each.is_significant else f"±{each.detectable:.3f}",
+            *((MISSING if each.mcnemar is None else probability(each.mcnemar),) if shows_mcnemar else ()),
+            MISSING if each.is_significant else detectable(each),
         ))  # fmt: skip
     bold = frozenset((row, 2) for row, each in enumerate(comparisons) if each.is_significant)
     return TextTable(heads, tuple(rows), bold)
+
+
+def is_mcnemar_another(comparison: Comparison) -> bool:
+    """Whether McNemar's test is not the test that was made, since not every answer is a cluster of its own."""
+    num_answers = comparison.num_questions * max(1, len(comparison.per_seed))
+    return comparison.mcnemar is not None and comparison.num_clusters < num_answers
+
+
+def detectable(comparison: Comparison) -> str:
+    """The smallest difference that would probably have been shown: "±0.137"."""
+    return f"±{comparison.detectable:.3f}" if math.isfinite(comparison.detectable) else "none can be shown"
 
 
 def is_unsure_over_seeds(comparison: Comparison) -> bool:
@@ -134,11 +160,18 @@ def is_unsure_over_seeds(comparison: Comparison) -> bool:
 def null_sentence(view: View, comparison: Comparison) -> str:
     """What a null result says, with no more certainty than it has."""
     division, _, part = comparison.stratum.partition("=")
-    where = f"where {division} is {part}" if part else "on all questions"
+    look = look_of(comparison.measure)
+    where = f"where {division} is {part}" if part else f"on all {look.things}"
+    number = f"{comparison.num_questions:,} {look.things}"
+    would = (
+        f"would show one of {comparison.detectable:.3f}{look.unit} with 80 % power"
+        if math.isfinite(comparison.detectable)
+        else "cannot show any"
+    )
     return (
         f"{view.label(comparison.first)} against {view.label(comparison.second)} {where}: no difference shown "
-        f"({shown(comparison.difference, plus=True)}, p = {probability(comparison.p_adjusted)} after Holm); "
-        f"these {comparison.num_questions:,} questions would show one of {comparison.detectable:.3f} with 80 % power."
+        f"({shown(comparison.difference, plus=True)}{look.unit}, p = {probability(comparison.p_adjusted)} after Holm); "
+        f"these {number} {would}."
     )
 
 
@@ -155,14 +188,18 @@ def probability(value: float) -> str:
 
 
 def print_main_table(findings: Findings, console: Console | None = None) -> None:
-    """The main table at the terminal, then the summary's sentences."""
+    """The main table of each measure at the terminal, then the summary's sentences."""
     from rich.console import Console
     from rich.text import Text
 
     console = console or Console()
     view = View(findings)
-    for columns in view.narrow[:1]:
-        console.print(_rich_table(main_table(view, columns), console.width))
+    for number, measured in enumerate(view.by_measure):
+        if measured.look.measure != SCORE or len(view.by_measure) > 1:
+            heading = f"{measured.look.told}; {measured.look.better}"
+            console.print(Text(f"{chr(10) if number else ''}{heading}", style="bold"))
+        for columns in measured.narrow[:1]:
+            console.print(_rich_table(main_table(measured, columns), console.width))
     for sentence in findings.summary:
         console.print(Text(f"\n{sentence}"))
 

@@ -1,4 +1,4 @@
-"""Findings as a report looks at them: by system and stratum, and which strata stand side by side."""
+"""Findings as a report looks at them: by measure, system and stratum, and which strata stand side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from evaluation.findings import ALL, Cell, Comparison, Findings, SystemNote
+from evaluation.findings import ALL, SCORE, Cell, Comparison, Findings, SystemNote
+from evaluation.report.measures import LOOKS, Look, look_of
 from evaluation.statistics.intervals import Estimate
 
 MOST_COLUMNS = 4
@@ -31,9 +32,28 @@ class Columns:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """Findings with what a report asks of them."""
+    """Findings with what a report asks of them.
+
+    What is asked about cells and comparisons is meant of one measure: of findings with several, ask each of
+    `by_measure`.
+    """
 
     findings: Findings
+
+    @cached_property
+    def by_measure(self) -> tuple[View, ...]:
+        """One for each measure that there are numbers of: its cells and comparisons, and nothing of routing.
+
+        Raises:
+            InvalidRequest: a measure is not known.
+        """
+        known = {look_of(each.measure) for group in self._measured for each in group}
+        return tuple(View(self._of(look.measure)) for look in LOOKS if look in known)
+
+    @cached_property
+    def look(self) -> Look:
+        """How its measure is told; that of scores where there are no numbers."""
+        return look_of(next((each.measure for group in self._measured for each in group), SCORE))
 
     @cached_property
     def systems(self) -> tuple[SystemNote, ...]:
@@ -99,9 +119,12 @@ class View:
         ]
         if len(cells) < 2:
             return None
-        first, second, *_ = sorted(cells, key=lambda cell: -cell.estimate.value)
+        sign = 1.0 if self.look.is_less_better else -1.0
+        first, second, *_ = sorted(cells, key=lambda cell: sign * cell.estimate.value)
         against = self.comparison(first.system, second.system, stratum)
-        is_better = against is not None and against.is_significant and against.difference.value > 0
+        is_better = (
+            against is not None and against.is_significant and self.look.is_better(against.difference.value)
+        )
         return first.system if is_better else None
 
     def num_questions(self, stratum: str) -> str:
@@ -113,6 +136,21 @@ class View:
         order = [ALL, *(stratum for _, group in self._divisions for stratum in group)]
         places = {stratum: place for place, stratum in enumerate(order)}
         return sorted(set(strata), key=lambda stratum: (places.get(stratum, len(places)), stratum))
+
+    @property
+    def _measured(self) -> tuple[tuple[Cell, ...] | tuple[Comparison, ...], ...]:
+        return self.findings.cells, self.findings.comparisons
+
+    def _of(self, measure: str) -> Findings:
+        return replace(
+            self.findings,
+            cells=tuple(each for each in self.findings.cells if each.measure == measure),
+            comparisons=tuple(each for each in self.findings.comparisons if each.measure == measure),
+            routing=(),
+            entropies=(),
+            overrulings=(),
+            examples=(),
+        )
 
     @cached_property
     def _divisions(self) -> list[tuple[str, tuple[str, ...]]]:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from evaluation.findings import SCORE, Cell
+from evaluation.findings import Cell
 from evaluation.questions import Outcome
 from evaluation.statistics import student
 from evaluation.statistics.intervals import Estimate, wilson_of_share
-from evaluation.statistics.panels import LOSS_PER_TOKEN, MEAN_SCORE, Measure, Part, panels
+from evaluation.statistics.panels import LOSS_PER_TOKEN, MEAN_SCORE, TOKEN_ACCURACY, Measure, Part, panels
 from evaluation.statistics.power import design_effect
 from evaluation.statistics.resampling import NUM_RESAMPLES, Floats, percentile_interval, resampled_means
 
@@ -61,6 +61,24 @@ def weighted_cells(
     return _cells(outcomes, systems, strata, LOSS_PER_TOKEN, num_resamples, seed)
 
 
+def accuracy_cells(
+    outcomes: Iterable[Outcome],
+    systems: Sequence[str],
+    strata: Sequence[str],
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> list[Cell]:
+    """Share of right tokens: each answer's score weighs as much as it has tokens.
+
+    Intervals as for `cells`: with one seed Wilson's, for as many tokens as the clusters (documents) are worth.
+
+    Raises:
+        ValueError: as for `cells`; an answer has no tokens.
+    """
+    return _cells(outcomes, systems, strata, TOKEN_ACCURACY, num_resamples, seed)
+
+
 def _cells(
     outcomes: Iterable[Outcome],
     systems: Sequence[str],
@@ -84,29 +102,28 @@ def _cells(
 
 def _intervals(part: Part, measure: Measure, num_resamples: int, seed: int) -> list[Estimate]:
     """One for each system."""
-    is_score = measure.name == SCORE
-    if is_score and len(part.seeds) == 1:
+    if measure.is_share and len(part.seeds) == 1:
         return [_wilson(totals[0], part.weights[0]) for totals in part.totals]
-    if is_score and part.num_clusters == 1:
+    if measure.is_share and part.num_clusters == 1:
         return [_wilson(totals.mean(axis=0), part.weights.mean(axis=0)) for totals in part.totals]
     resamples = resampled_means(part, num_resamples=num_resamples, seed=seed)
     return [
-        _bootstrapped(means, drawn, part, is_score=is_score)
+        _bootstrapped(means, drawn, part, is_share=measure.is_share)
         for means, drawn in zip(part.means, resamples.T, strict=True)
     ]
 
 
-def _bootstrapped(means: Floats, resamples: Floats, part: Part, *, is_score: bool) -> Estimate:
+def _bootstrapped(means: Floats, resamples: Floats, part: Part, *, is_share: bool) -> Estimate:
     value = float(means.mean())
-    if is_score and value in (0.0, 1.0):  # resamples of equal answers are equal: they say nothing
+    if is_share and value in (0.0, 1.0):  # resamples of equal answers are equal: they say nothing
         return wilson_of_share(value, part.num_clusters)
     interval = percentile_interval(means, resamples, part.num_clusters)
-    most = 1.0 if is_score else math.inf
+    most = 1.0 if is_share else math.inf
     return Estimate(value, max(0.0, interval.low), min(most, interval.high))
 
 
 def _wilson(amounts: Floats, sizes: Floats) -> Estimate:
-    """Of one seed, from right answers and questions by cluster.
+    """Of one seed, from right answers and questions (or tokens) by cluster.
 
     All right or all wrong: how much clusters hang together cannot be seen, and each counts as one question.
     """

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from evaluation.findings import NLL, SCORE, Comparison
+from evaluation.findings import SCORE, Comparison
 from evaluation.questions import Outcome
 from evaluation.statistics import student
 from evaluation.statistics.intervals import Estimate
@@ -15,6 +15,7 @@ from evaluation.statistics.mixed import crossed_mean, nested_mean
 from evaluation.statistics.panels import (
     LOSS_PER_TOKEN,
     MEAN_SCORE,
+    TOKEN_ACCURACY,
     Measure,
     Panel,
     Part,
@@ -76,6 +77,22 @@ def weighted_compare(
     return _compare(outcomes, pairs, strata, LOSS_PER_TOKEN, num_resamples, seed)
 
 
+def accuracy_compare(
+    outcomes: Iterable[Outcome],
+    pairs: Sequence[Pair],
+    strata: Sequence[str],
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Differences of the share of right tokens, first minus second; both systems were given the same tokens.
+
+    Raises:
+        ValueError: as for `compare`; an answer's tokens are not as many for both systems.
+    """
+    return _compare(outcomes, pairs, strata, TOKEN_ACCURACY, num_resamples, seed)
+
+
 def _compare(
     outcomes: Iterable[Outcome],
     pairs: Sequence[Pair],
@@ -132,12 +149,12 @@ def _compared(panel: Panel, part: Part, pair: Pair, resamples: Floats, measure: 
         detectable=detectable_difference(parts, is_score=measure.name == SCORE),
         per_seed={each: float(value) for each, value in zip(part.seeds, per_seed, strict=True)},
         measure=measure.name,
-        mcnemar=None if measure.name == NLL else mcnemar(only_first, only_second),
+        mcnemar=mcnemar(only_first, only_second) if measure.name == SCORE else None,
     )
 
 
 def _interval(per_seed: Floats, resamples: Floats, part: Part, measure: Measure) -> Estimate:
-    if measure.name != SCORE:
+    if not measure.is_share:
         return percentile_interval(per_seed, resamples, part.num_clusters)
     if part.num_clusters == 1:  # anything may be true of another one
         return Estimate(float(per_seed.mean()), -1.0, 1.0)
@@ -159,7 +176,7 @@ def _mixed(part: Part, between: Floats, per_seed: Floats) -> Estimate:
 
 
 def _one_only(panel: Panel, part: Part, first: int, second: int, measure: Measure) -> tuple[int, int]:
-    """Questions on which the first alone is right, and the second; for losses, on which each is the smaller."""
+    """Questions on which the first alone is right, and the second; of texts those on which each is the better one."""
     counts = [0, 0]
     for sitting, places in zip(panel.sittings, part.members, strict=True):
         mine, theirs = sitting.amounts[first][places], sitting.amounts[second][places]
@@ -167,6 +184,7 @@ def _one_only(panel: Panel, part: Part, first: int, second: int, measure: Measur
             counts[0] += int(np.sum((mine >= 1.0) & (theirs < 1.0)))
             counts[1] += int(np.sum((theirs >= 1.0) & (mine < 1.0)))
         else:
-            counts[0] += int(np.sum(mine < theirs))
-            counts[1] += int(np.sum(theirs < mine))
+            lead = (mine - theirs) * (1.0 if measure.is_share else -1.0)
+            counts[0] += int(np.sum(lead > 0.0))
+            counts[1] += int(np.sum(lead < 0.0))
     return counts[0], counts[1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from evaluation.findings import ALL, NLL, SCORE
+from evaluation.findings import ACCURACY, ALL, NLL, SCORE
 from evaluation.questions import Outcome, Question
 
 Floats = npt.NDArray[np.float64]
@@ -20,13 +20,15 @@ class Measure:
     """What is averaged: the sum of amounts over the sum of weights.
 
     Attributes:
-        name: ``SCORE`` or ``NLL``.
+        name: ``SCORE``, ``ACCURACY`` or ``NLL``.
         amount, weight: of an outcome; they raise ValueError where it has none.
+        is_share: whether it lies between 0 and 1, as does every outcome's amount over its weight.
     """
 
     name: str
     amount: Callable[[Outcome], float]
     weight: Callable[[Outcome], float]
+    is_share: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,5 +266,11 @@ def _tokens(outcome: Outcome) -> float:
     return float(outcome.answer.num_tokens)
 
 
-MEAN_SCORE = Measure(SCORE, _score, lambda outcome: 1.0)
-LOSS_PER_TOKEN = Measure(NLL, _loss, _tokens)
+def _right_tokens(outcome: Outcome) -> float:
+    """Whole numbers where the score is a share of tokens, whatever the division has lost."""
+    return round(_score(outcome) * _tokens(outcome), 6)
+
+
+MEAN_SCORE = Measure(SCORE, _score, lambda outcome: 1.0, is_share=True)
+TOKEN_ACCURACY = Measure(ACCURACY, _right_tokens, _tokens, is_share=True)
+LOSS_PER_TOKEN = Measure(NLL, _loss, _tokens, is_share=False)

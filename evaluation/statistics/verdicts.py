@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from evaluation.findings import ALL, NLL, Comparison
+from evaluation.findings import ACCURACY, ALL, NLL, SCORE, Comparison
 from evaluation.statistics.intervals import Estimate
 from evaluation.statistics.power import LEAST_CLUSTERS, LEVEL
+
+UNITS = {NLL: " nats per token", ACCURACY: " of the tokens"}
 
 
 def verdict_sentence(comparison: Comparison, labels: Mapping[str, str] | None = None) -> str:
@@ -25,12 +27,12 @@ def verdict_sentence(comparison: Comparison, labels: Mapping[str, str] | None = 
     names = labels or {}
     first = names.get(comparison.first, comparison.first)
     second = names.get(comparison.second, comparison.second)
-    where = "all questions" if comparison.stratum == ALL else comparison.stratum
+    where = f"all {_things(comparison)}" if comparison.stratum == ALL else comparison.stratum
     measured = f"{shown_difference(comparison)}; {_amount(comparison)}"
     if comparison.num_clusters < LEAST_CLUSTERS:
         return (
             f"{first} against {second} on {where}: {measured}. "
-            f"Fewer than {LEAST_CLUSTERS} clusters of questions cannot show any difference."
+            f"Fewer than {LEAST_CLUSTERS} clusters of {_things(comparison)} cannot show any difference."
         )
     if not is_shown(comparison):
         return f"No difference shown between {first} and {second} on {where}: {measured}. {_reservation(comparison)}"
@@ -46,13 +48,17 @@ def is_shown(comparison: Comparison) -> bool:
 
 def shown_difference(comparison: Comparison) -> str:
     """In the form "+0.138 [+0.126, +0.151]"."""
-    unit = " nats per token" if comparison.measure == NLL else ""
+    unit = UNITS.get(comparison.measure, "")
     return f"{comparison.difference.value:+.3f}{unit} {_interval(comparison.difference)}"
 
 
 def shown_p(p_value: float) -> str:
     """ "p = 0.031", or "p < 0.001"."""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
+def _things(comparison: Comparison) -> str:
+    return "questions" if comparison.measure == SCORE else "texts"
 
 
 def _interval(estimate: Estimate) -> str:
@@ -64,21 +70,21 @@ def _amount(comparison: Comparison) -> str:
     each = f", {seeds} seeds" if seeds > 1 else ""
     clusters = comparison.num_clusters
     grouped = f" in {clusters} clusters" if clusters != comparison.num_questions else ""
-    return f"{shown_p(comparison.p_adjusted)} after Holm, {comparison.num_questions} questions{grouped}{each}"
+    number = f"{comparison.num_questions} {_things(comparison)}"
+    return f"{shown_p(comparison.p_adjusted)} after Holm, {number}{grouped}{each}"
 
 
 def _reservation(comparison: Comparison) -> str:
     """What a null result leaves open."""
     seen = f"{comparison.detectable:.3f}"
-    power = f"These questions would show a true difference of {seen} in four of five cases, a smaller one less often"
+    these = f"These {_things(comparison)}"
+    power = f"{these} would show a true difference of {seen} in four of five cases, a smaller one less often"
     before = f"{shown_p(comparison.p_value)} before Holm"
     if comparison.p_value < LEVEL <= comparison.p_adjusted:
         return f"{power}; {before}: a hint, no more."
     if comparison.is_significant:
         return f"{power}; the interval of the bootstrap holds 0, though {before}."
-    return (
-        f"{power}." if math.isfinite(comparison.detectable) else "These questions cannot show any difference."
-    )
+    return f"{power}." if math.isfinite(comparison.detectable) else f"{these} cannot show any difference."
 
 
 def _over_seeds(comparison: Comparison) -> str:

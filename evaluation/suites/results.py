@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from evaluation.findings import ALL, Cell, Comparison, Findings, RoutingShare
 from evaluation.questions import Outcome
-from evaluation.statistics.cells import cells, weighted_cells
-from evaluation.statistics.comparing import compare, weighted_compare
+from evaluation.statistics.cells import accuracy_cells, cells, weighted_cells
+from evaluation.statistics.comparing import accuracy_compare, compare, weighted_compare
 from evaluation.statistics.panels import divisions_of, strata_names
 from evaluation.statistics.verdicts import verdict_sentence
 from evaluation.suites.asking import Heard
@@ -30,6 +32,7 @@ def findings_of(suite: Suite, heard: Heard, facts: Mapping[str, Any]) -> Finding
     for outcomes, count, pair_up in (
         (heard.outcomes, cells, compare),
         (heard.views, weighted_cells, weighted_compare),
+        (heard.views, accuracy_cells, accuracy_compare),
     ):
         asked = [name for name in names if any(each.system == name for each in outcomes)]
         if not asked:
@@ -53,6 +56,28 @@ def findings_of(suite: Suite, heard: Heard, facts: Mapping[str, Any]) -> Finding
         facts={"suite": suite.model_dump(mode="json"), "models": heard.models, **facts},
         baseline=suite.baseline if suite.baseline in names else "",
     )
+
+
+def write_answers(outcomes: Sequence[Outcome], folder: Path) -> None:
+    """A file of answers for each system, ``{"id", "prompt", "answer"}`` a line, as `fusionroute eval judge` reads them.
+
+    With several seeds the seed is part of the id.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    several = len({outcome.seed for outcome in outcomes}) > 1
+    lines: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        question = outcome.question
+        entry = {
+            "id": f"{question.id}#{outcome.seed}" if several else question.id,
+            "prompt": question.prompt if isinstance(question.prompt, str) else list(question.prompt),
+            "answer": outcome.answer.text,
+        }
+        lines.setdefault(outcome.system, []).append(json.dumps(entry, ensure_ascii=False) + "\n")
+    for system, written in lines.items():
+        draft = folder / ".draft"
+        draft.write_text("".join(written), encoding="utf-8")
+        draft.rename(folder / f"{system.replace('/', '+')}.jsonl")
 
 
 def _routing(outcomes: Sequence[Outcome], slots: Sequence[str]) -> Iterator[RoutingShare]:

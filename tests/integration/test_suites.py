@@ -10,12 +10,13 @@ import pytest
 import pytest_asyncio
 from transformers import AutoModelForCausalLM
 
-from evaluation.findings import ALL, NLL, SCORE
+from evaluation.findings import ACCURACY, ALL, NLL, SCORE
+from evaluation.judging.pairs import read_answer_pairs
 from evaluation.report import write_report
 from evaluation.suites.asking import Heard, ask_suite
 from evaluation.suites.config import Suite
 from evaluation.suites.loading import loaded_tasks, loaded_texts
-from evaluation.suites.results import findings_of
+from evaluation.suites.results import findings_of, write_answers
 from fusionroute.errors import InvalidRequest
 from tests.served_stack import Stack, make_family, served
 from tests.tiny_models import word_tokenizer
@@ -148,13 +149,23 @@ async def test_findings_have_scores_of_answers_and_losses_of_texts(
 ) -> None:
     suite, heard = await run(stack, suite_file, tmp_path / "out")
     findings = findings_of(suite, heard, {})
-    measures = {(cell.system, cell.stratum): cell.measure for cell in findings.cells if cell.stratum != ALL}
-    assert measures["sum", "task=own"] == SCORE and measures["sum", "task=held-out"] == NLL
-    assert ("folder", "task=held-out") not in measures, "texts are judged by services"
+    cells = {(cell.system, cell.stratum, cell.measure) for cell in findings.cells if cell.stratum != ALL}
+    of_sum = {(stratum, measure) for system, stratum, measure in cells if system == "sum"}
+    assert of_sum == {("task=own", SCORE), ("task=held-out", NLL), ("task=held-out", ACCURACY)}
+    assert not [each for each in cells if each[:2] == ("folder", "task=held-out")], (
+        "texts are judged by services"
+    )
     assert {(each.first, each.second) for each in findings.comparisons} == {
         ("sum", "math"), ("sum", "drawn"), ("sum", "folder")
     }  # fmt: skip
     assert {share.system for share in findings.routing} >= {"sum", "drawn"}
+
+
+async def test_answers_are_written_as_a_judge_reads_them(stack: Stack, suite_file: Path, tmp_path: Path) -> None:
+    _, heard = await run(stack, suite_file, tmp_path / "out")
+    write_answers(heard.outcomes, tmp_path / "written")
+    pairs = read_answer_pairs(tmp_path / "written" / "math.jsonl", tmp_path / "written" / "folder.jsonl").pairs
+    assert len(pairs) == 6 and all(pair.first == pair.second for pair in pairs)
 
 
 async def test_answers_of_other_questions_are_not_taken_for_ours(
