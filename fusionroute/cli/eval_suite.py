@@ -29,7 +29,7 @@ def run_suite(
     from evaluation.report import write_report
     from evaluation.scores import Scores
     from evaluation.suites.config import Suite
-    from evaluation.suites.results import findings_of
+    from evaluation.suites.results import findings_of, write_answers
 
     suite = Suite.from_toml(path)
     heard = _heard(suite, output, address or DEFAULT_ADDRESS, max_questions, console)
@@ -37,10 +37,10 @@ def run_suite(
     command = f"fusionroute eval run --suite {path.name}{limit} --output {output.name}"
     findings = findings_of(suite, heard, {"command": command})
     write_report(findings, output)
-    questions = dict.fromkeys(each.question.id for each in heard.outcomes)
     by_id = {each.question.id: each.question for each in heard.outcomes}
-    if questions:
-        Scores.of([by_id[id_] for id_ in questions], heard.notes, heard.outcomes).write(output)
+    if by_id:
+        Scores.of(by_id.values(), heard.notes, heard.outcomes).write(output)
+        write_answers(heard.outcomes, output / "written")
     return findings
 
 

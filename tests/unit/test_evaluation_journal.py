@@ -23,7 +23,7 @@ def test_entries_are_there_again_and_a_torn_line_is_dropped(tmp_path: Path) -> N
         journal.add("a/1", {"text": "zwölf\u2028x"})
         journal.add("a/2", {"text": "b"})
     with path.open("ab") as file:
-        file.write('{"id": "a/3", "text": "to'.encode())
+        file.write(b'{"id": "a/3", "text": "to')
     with Journal.open(path, WHAT) as journal:
         assert journal.entries == {"a/1": {"text": "zwölf\u2028x"}, "a/2": {"text": "b"}}
         journal.add("a/3", {"text": "whole"})
