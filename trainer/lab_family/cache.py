@@ -52,7 +52,7 @@ _SOURCES_WITHOUT_EFFECT = {
         "__init__.py",
         "__main__.py",
     ),
-    *("variants.py", "variant_stage.py"),
+    *("variants.py", "variant_stage.py", "reward.py"),
     *("cli.py", "settings.py", "bootstrap.py", "servicer.py", "checkpoint_rpcs.py", "checkpoint_store.py"),
     *(
         "extend.py",
