@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 from evaluation.findings import SystemNote
 from evaluation.journal import Journal
 from evaluation.judged import JudgedText
-from evaluation.questions import Outcome, Question, digest_of
+from evaluation.questions import Outcome, digest_of
 from evaluation.running import Ask, ask_all
 from evaluation.suites.config import Suite, SystemTable
 from evaluation.suites.loading import LoadedTask
 from evaluation.suites.texts import Text, outcome_of
 from evaluation.systems.answering import RouterWriter, Verify, from_json, to_json
+from evaluation.systems.collab import CollabWriter
 from evaluation.systems.judging import MOST_WAYS, RouterJudge
 from evaluation.systems.models import ModelFolder
 from evaluation.systems.remote import RemoteWriter
+from evaluation.systems.rewards import ModelReward
+from evaluation.systems.tokens import TokenizerCodec
 from evaluation.systems.ways import Way, available_ways, rule_names
 from fusionroute.client import RouterClient
 from fusionroute.errors import invalid
@@ -100,6 +103,9 @@ class _Asker:
         if table.kind == "model":
             await asyncio.to_thread(self._ask_model, table, tasks)
             return
+        if table.kind == "collab":
+            await self._ask_collab(table, tasks)
+            return
         remote = RemoteModel.open(table.url, model=table.model, api_key_file=table.api_key_file)
         async with remote if table.kind == "remote" else _nobody() as model:
             for seed in self._suite.sampling.seeds:
@@ -119,6 +125,31 @@ class _Asker:
                             on_progress=partial(self._tell, table, task.title),
                         )
                         self._hear(table, task, seed, journal)
+
+    async def _ask_collab(self, table: SystemTable, tasks: Sequence[LoadedTask]) -> None:
+        """Greedy, whatever the suite's sampling; asked once, the same answers for every seed."""
+        reward = await asyncio.to_thread(ModelReward.load, Path(table.reward))
+        codec = await asyncio.to_thread(TokenizerCodec.load, self._suite.tokenizer)
+        who = {
+            "kind": table.kind,
+            **self._heard.models,
+            "reward": table.reward,
+            "chunk_tokens": table.chunk_tokens,
+        }
+        for task in tasks:
+            writer = CollabWriter(
+                self._router, self._heard.slots, reward, codec, task.verify, table.chunk_tokens
+            )
+            with self._journal(table.name, task, 0, who) as journal:
+                await ask_all(
+                    task.questions,
+                    writer.ask,
+                    journal,
+                    num_concurrent=self._suite.concurrency,
+                    on_progress=partial(self._tell, table, task.title),
+                )
+                for seed in self._suite.sampling.seeds:
+                    self._hear(table, task, seed, journal)
 
     async def view(self, texts: Sequence[Text], ways: Sequence[Way]) -> None:
         """What each way makes of the texts."""
@@ -164,7 +195,8 @@ class _Asker:
                     answers = model.answer(missing, partial(self._tell, table, task.title))
                     for question, answer in zip(missing, answers, strict=True):
                         journal.add(question.id, to_json(answer, task.verify(question, answer)))
-                self._hear(table, task, 0, journal)
+                for seed in self._suite.sampling.seeds:  # the same answers: paired with those of each seed
+                    self._hear(table, task, seed, journal)
 
     def _hear(self, table: SystemTable, task: LoadedTask, seed: int, journal: Journal) -> None:
         for question in task.questions:
@@ -207,6 +239,8 @@ def _everybody(slots: Sequence[str], rules: Sequence[str]) -> list[SystemTable]:
 def _kind(table: SystemTable) -> str:
     if table.kind == "served" and table.expert and table.combine == "route":
         return "expert"
+    if table.kind == "collab":
+        return "served"
     return table.kind
 
 

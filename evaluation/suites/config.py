@@ -56,8 +56,9 @@ class SystemTable(_Table):
 
     name: Name = Field(description="In tables and on the command line.")
     label: str = Field(default="", description="For people; empty = the name.")
-    kind: Literal["served", "model", "remote"] = Field(
-        default="served", description="A way to ask the router, a model in a folder, or another server."
+    kind: Literal["served", "model", "remote", "collab"] = Field(
+        default="served",
+        description="A way to ask the router, a model in a folder, another server, or experts that a reward chooses.",
     )
     combine: Literal["", "sum", "gated_sum", "mixture", "select", "route", "router", "ensemble", "proxy"] = (
         Field(default="", description="Rule (served); empty = the checkpoint's own.")
@@ -70,12 +71,19 @@ class SystemTable(_Table):
     )
     api_key_file: Path | None = Field(default=None, description="Whose first line is the key (remote).")
 
+    reward: str = Field(default="", description="Folder of a sequence classifier with one label (collab).")
+    chunk_tokens: Count = Field(
+        default=1, description="Tokens that the chosen expert writes before the next choice (collab)."
+    )
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.kind == "model" and not self.model:
             raise ValueError("a system of kind model needs `model`")
         if self.kind == "remote" and not self.url:
             raise ValueError("a system of kind remote needs `url`")
+        if (self.kind == "collab") is not bool(self.reward):
+            raise ValueError("a system of kind collab, and no other, needs `reward`")
         if self.kind != "served" and (self.combine or self.expert or self.random_expert):
             raise ValueError(f"combine, expert and random_expert are of kind served, not {self.kind}")
         return self
@@ -142,7 +150,9 @@ class Suite(_Table):
     systems: tuple[SystemTable, ...] = Field(default=(), description="None = all that the router can serve.")
     tasks: tuple[TaskTable, ...] = Field(default=(), description="Questions.")
     texts: tuple[TextTable, ...] = Field(default=(), description="Texts.")
-    tokenizer: str = Field(default="", description="Folder or hub id, for texts: the experts' own.")
+    tokenizer: str = Field(
+        default="", description="Folder or hub id, for texts and collab: the experts' own."
+    )
     sampling: SamplingTable = SamplingTable()
     concurrency: Count = Field(default=16, description="Requests in flight.")
 
@@ -181,6 +191,8 @@ class Suite(_Table):
                 raise ValueError(f"two {kind} have the name {twice[0]!r}")
         if self.texts and not self.tokenizer:
             raise ValueError("texts need `tokenizer`")
+        if any(each.kind == "collab" for each in self.systems) and not self.tokenizer:
+            raise ValueError("a system of kind collab needs `tokenizer`")
         if self.systems and self.baseline not in [each.name for each in self.systems]:
             raise ValueError(f"the baseline {self.baseline!r} is not among the systems")
         return self
@@ -198,7 +210,7 @@ def _absolute(content: dict[str, Any], folder: Path) -> dict[str, Any]:
             return table
         return {
             key: str(folder / value)
-            if key in ("file", "api_key_file", "examples_file") and isinstance(value, str)
+            if key in ("file", "api_key_file", "examples_file", "reward") and isinstance(value, str)
             else value
             for key, value in table.items()
         }
