@@ -71,7 +71,7 @@ def family(tmp_path_factory):
 def heads(num_experts, hidden_size):
     """Random routing head and gates."""
     rows = {"routing": num_experts, "gate": num_experts + 1, "sum_gate": 1}
-    values = {}
+    values: dict[str, torch.Tensor] = {}
     for name, count in rows.items():
         values |= {f"{name}_weight": torch.randn(count, hidden_size), f"{name}_bias": torch.randn(count)}
     return Heads(**values)
@@ -159,7 +159,7 @@ def test_every_study_says_what_its_panels_need():
 
 
 def test_a_study_trains_what_is_missing_once_and_keeps_what_people_wrote(family, tmp_path):
-    told = []
+    told: list[str] = []
     items = evaluation_items(per_task=PER_TASK)
     workshop = Workshop(family, told.append)
     found = judge_seed(SMALL, Judge(workshop, items))
