@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 from evaluation.questions import Answer, Question
 from evaluation.systems.answering import Verify, to_json
@@ -33,7 +33,7 @@ ENDED = (FinishReason.EOS, FinishReason.STOP)
 class Router(Protocol):
     """Who is asked for the experts' ways; a `RouterClient` is one."""
 
-    async def complete(self, prompt: Prompt, **options: Any) -> Completion:
+    async def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """A whole answer."""
 
 

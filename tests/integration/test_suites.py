@@ -8,18 +8,27 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 from evaluation.findings import ACCURACY, ALL, NLL, SCORE
 from evaluation.judging.pairs import read_answer_pairs
+from evaluation.questions import Question
 from evaluation.report import write_report
 from evaluation.suites.asking import Heard, ask_suite
 from evaluation.suites.config import Suite
 from evaluation.suites.loading import loaded_tasks, loaded_texts
 from evaluation.suites.results import findings_of, write_answers
+from evaluation.systems.rewards import Candidate, ModelReward
+from evaluation.systems.tokens import TokenizerCodec
 from fusionroute.errors import InvalidRequest
 from tests.served_stack import Stack, make_family, served
-from tests.tiny_models import word_tokenizer
+from tests.tiny_models import WIDTH, word_tokenizer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 TEXTS = ["w5 w9 w20 w33 w41", "w7 w7 w8", "w50 w3 w12 w4 w4 w9", "w1 w2 w30"]
@@ -103,8 +112,6 @@ async def test_an_expert_served_and_the_same_model_from_its_folder_answer_alike(
 async def test_texts_are_worth_what_the_model_alone_gives_them(
     stack: Stack, suite_file: Path, tmp_path: Path
 ) -> None:
-    import torch
-
     _, heard = await run(stack, suite_file, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(stack.family.experts["math"]).eval()
     tokenizer = word_tokenizer()
@@ -161,11 +168,75 @@ async def test_findings_have_scores_of_answers_and_losses_of_texts(
     assert {share.system for share in findings.routing} >= {"sum", "drawn"}
 
 
-async def test_answers_are_written_as_a_judge_reads_them(stack: Stack, suite_file: Path, tmp_path: Path) -> None:
+async def test_answers_are_written_as_a_judge_reads_them(
+    stack: Stack, suite_file: Path, tmp_path: Path
+) -> None:
     _, heard = await run(stack, suite_file, tmp_path / "out")
     write_answers(heard.outcomes, tmp_path / "written")
-    pairs = read_answer_pairs(tmp_path / "written" / "math.jsonl", tmp_path / "written" / "folder.jsonl").pairs
+    pairs = read_answer_pairs(
+        tmp_path / "written" / "math.jsonl", tmp_path / "written" / "folder.jsonl"
+    ).pairs
     assert len(pairs) == 6 and all(pair.first == pair.second for pair in pairs)
+
+
+async def test_a_reward_model_chooses_among_served_experts_as_it_would_among_models_at_hand(
+    stack: Stack, suite_file: Path, tmp_path: Path
+) -> None:
+    save_reward_model(tmp_path / "reward")
+    lines = suite_file.read_text()
+    chosen = '[[systems]]\nname = "chosen"\nkind = "collab"\nreward = "reward"\n'
+    suite_file.write_text(lines.replace("[[tasks]]", f"{chosen}[[tasks]]").split("[[texts]]")[0])
+    suite, heard = await run(stack, suite_file, tmp_path / "out", max_questions=4)
+    (note,) = [note for note in heard.notes if note.name == "chosen"]
+    assert note.kind == "served"
+    mine = [each for each in heard.outcomes if each.system == "chosen"]
+    reward, codec = ModelReward.load(tmp_path / "reward"), TokenizerCodec.load(suite.tokenizer)
+    models = {
+        slot: AutoModelForCausalLM.from_pretrained(folder).eval()
+        for slot, folder in stack.family.experts.items()
+    }
+    assert len(mine) == 4 and len({each.answer.experts for each in mine}) > 1
+    for outcome in mine:
+        text, experts = brute_force(models, reward, codec, outcome.question)
+        assert (outcome.answer.text, outcome.answer.experts) == (text, experts)
+
+
+def save_reward_model(folder: Path) -> None:
+    torch.manual_seed(8)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=WIDTH, num_labels=1, **sizes, **ends))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10.0)
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+
+
+def brute_force(
+    models: dict[str, PreTrainedModel], reward: ModelReward, codec: TokenizerCodec, question: Question
+) -> tuple[str, tuple[str, ...]]:
+    """Text and writers, every expert asked anew for every token."""
+    prompt, ids, experts = codec.encode(question), list[int](), list[str]()
+
+    def text(answer: list[int]) -> str:
+        return codec.decode([*prompt, *answer])[len(codec.decode(prompt)) :]
+
+    while len(ids) < question.max_tokens and 1 not in ids:
+        ways = {slot: greedy(model, prompt, ids, question.max_tokens) for slot, model in models.items()}
+        candidates = [Candidate(text(way), 1 in way) for way in ways.values()]
+        rewards = reward.rewards(question, candidates)
+        experts.append(list(ways)[rewards.index(max(rewards))])
+        ids = ways[experts[-1]][: len(ids) + 1]
+    return text(ids), tuple(experts)
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, prompt: list[int], ids: list[int], most: int) -> list[int]:
+    ids = list(ids)
+    while len(ids) < most and 1 not in ids:
+        ids.append(int(model(torch.tensor([[*prompt, *ids]])).logits[0, -1].argmax()))
+    return ids
 
 
 async def test_answers_of_other_questions_are_not_taken_for_ours(
@@ -183,6 +254,7 @@ async def test_answers_of_other_questions_are_not_taken_for_ours(
         (('baseline = "sum"', 'baseline = "none"'), r"the baseline 'none' is not among the systems"),
         (('name = "drawn"', 'name = "sum"'), r"two systems have the name 'sum'"),
         (('kind = "jsonl"', 'kind = "lab"'), r"`file` is needed, and only lab has none"),
+        (('kind = "model"', 'kind = "collab"'), r"a system of kind collab, and no other, needs `reward`"),
         (("max_tokens = 5", "max_tokens = 0"), r"tasks.0.max_tokens = 0 is not allowed"),
         (('name = "own"', 'names = "own"'), r"tasks.0.names = 'own' is not allowed"),
     ],
