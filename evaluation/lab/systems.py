@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from evaluation.findings import SystemNote
 from evaluation.judged import JudgedText, best_expert_each_token, first_choice, some_expert
+from evaluation.lab.collab import COLLAB
+from evaluation.lab.collab import NOTE as COLLAB_NOTE
 from evaluation.lab.plan import CDPO, SFT
 from evaluation.questions import Answer, Outcome, Question, Verdict
 from evaluation.systems.ways import GATED, ROUTING_ONLY, SUM, Way, expert_ways
@@ -50,6 +52,7 @@ class SeedRecords:
         written: answers that were really written, by system, then by question.
         entropies: of the routing weights at each of their tokens, in nats; empty where nothing was routed.
         slots: of the experts.
+        unjudged: answers of systems that only write, by system, then by question.
     """
 
     seed: int
@@ -58,6 +61,7 @@ class SeedRecords:
     models: Mapping[str, Judged] = field(default_factory=dict)
     written: Mapping[str, Mapping[str, tuple[Answer, Verdict]]] = field(default_factory=dict)
     entropies: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    unjudged: Mapping[str, Mapping[str, tuple[Answer, Verdict]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,8 @@ def systems_of(records: SeedRecords, questions: Mapping[str, Question]) -> Itera
     for way in experts:
         yield _of_way(first, way, questions)
     yield from _selections(records, experts, by_slot)
+    if COLLAB in records.unjudged:
+        yield SystemAnswers(COLLAB_NOTE, records.unjudged[COLLAB])
     for checkpoint, judged in records.routers.items():
         heard = next(iter(judged.values())).opinions
         for name in heard:

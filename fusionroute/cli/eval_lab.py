@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +37,14 @@ class SeedModels:
     Attributes:
         routers: checkpoints by the name that systems give them, phase I first.
         models: models that are asked alone, by name.
+        reward: a reward model; None where nobody is asked whom a reward guides.
     """
 
     seed: int
     family: Family
     routers: Mapping[str, Path]
     models: Mapping[str, Path]
+    reward: Path | None = None
 
 
 def run_lab(plan: LabPlan, output: Path, console: Console) -> Findings:
@@ -52,6 +54,7 @@ def run_lab(plan: LabPlan, output: Path, console: Console) -> Findings:
         Failure: a model cannot be trained or served, or written answers are not those that were judged.
     """
     from evaluation.lab.asking import disagreements, judge_by_model, read_seed
+    from evaluation.lab.collab import read_collab
     from evaluation.lab.results import findings_of, gather
     from evaluation.report import write_report
     from evaluation.scores import Scores
@@ -76,7 +79,8 @@ def run_lab(plan: LabPlan, output: Path, console: Console) -> Findings:
         ):
             for name, folder in models.models.items():
                 judge_by_model(place, name, folder, on_progress)
-        records.append(read_seed(place, models.seed, slots, list(models.routers), list(models.models)))
+        heard = read_seed(place, models.seed, slots, list(models.routers), list(models.models))
+        records.append(replace(heard, unjudged=read_collab(place)))
         examples = place.examples() or examples
     compared, differing = 0, list[str]()
     for record in records:
@@ -102,31 +106,39 @@ def run_lab(plan: LabPlan, output: Path, console: Console) -> Findings:
 def _train(plan: LabPlan) -> list[SeedModels]:
     from evaluation.lab.plan import CDPO, SFT
     from fusionroute.cli.lab import build_families
+    from trainer.lab_family.reward import reward_of
 
     found = []
     for family in build_families(plan.size, plan.seeds, plan.variants):
         of_routers = {name: path for name, path in family.variants.items() if name.startswith((SFT, CDPO))}
         rest = {name: path for name, path in family.variants.items() if name not in of_routers}
         routers = {SFT: family.router_sft, CDPO: family.router, **of_routers}
-        found.append(SeedModels(family.facts["seed"], family, routers, rest))
+        reward = reward_of(family) if plan.per_task_written else None
+        found.append(SeedModels(family.facts["seed"], family, routers, rest, reward))
     return found
 
 
 def _place(output: Path, plan: LabPlan, questions: Sequence[Question], models: SeedModels) -> SeedFolder:
     from evaluation.lab.asking import SeedFolder
+    from evaluation.lab.collab import COLLAB
 
     family = models.family
     of_family = dict.fromkeys((*models.routers, *models.models), family.folder.name)
-    origins = of_family | {name: f"{path.parent.name}/{path.name}" for name, path in family.variants.items()}
+    others = dict(family.variants) | ({COLLAB: models.reward} if models.reward else {})
+    origins = of_family | {name: f"{path.parent.name}/{path.name}" for name, path in others.items()}
     return SeedFolder(output / "answers" / f"seed-{models.seed}", plan, questions, origins)
 
 
 def _ask_services(place: SeedFolder, models: SeedModels, on_progress: Callable[[str, int], None]) -> None:
     """Serves one router checkpoint after the other and asks it; nothing is started where all is known."""
+    from evaluation.lab.collab import is_collab_known
+    from evaluation.lab.plan import SFT
     from fusionroute.cli.stack import temporary_stack
     from fusionroute.local_stack import StackPlan
 
     missing = _missing(place, models)
+    if not missing and not is_collab_known(place):
+        missing = [SFT]  # its journals are full; whichever router serves, the experts are the same
     if not missing:
         return
     plan = StackPlan(
@@ -154,6 +166,7 @@ async def _ask_all(
     on_progress: Callable[[str, int], None],
 ) -> None:
     from evaluation.lab.asking import judge_by_router, trace_examples, ways_of, write_by_router, written_ways
+    from evaluation.lab.collab import is_collab_known, write_by_collab
     from evaluation.lab.plan import CDPO
     from evaluation.lab.systems import FUSIONROUTE
     from evaluation.systems.ways import SUM, rule_names
@@ -167,6 +180,8 @@ async def _ask_all(
             ways = ways_of(checkpoint, slots, rule_names((await router.info()).available_combine))
             await judge_by_router(router, place, checkpoint, ways, on_progress)
             await write_by_router(router, place, checkpoint, written_ways(checkpoint, slots), on_progress)
+            if number == 0 and models.reward is not None and not is_collab_known(place):
+                await write_by_collab(router, place, slots, models.reward, on_progress)
             if checkpoint == CDPO:
                 place.keep_examples(await trace_examples(router, FUSIONROUTE, SUM))
 

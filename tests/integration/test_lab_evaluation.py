@@ -21,6 +21,7 @@ from evaluation.lab.asking import (
     write_by_router,
     written_ways,
 )
+from evaluation.lab.collab import COLLAB, is_collab_known, read_collab, write_by_collab
 from evaluation.lab.plan import CDPO, PLANS, SFT
 from evaluation.lab.results import findings_of, gather
 from evaluation.lab.systems import FUSIONROUTE, systems_of
@@ -30,6 +31,7 @@ from tests.served_stack import Family as ServedFamily
 from tests.served_stack import Stack, served
 from trainer.lab_family import Family, build
 from trainer.lab_family.quality import exact_matches
+from trainer.lab_family.reward import reward_of
 
 pytestmark = [
     pytest.mark.lab,
@@ -63,13 +65,15 @@ async def place(stack: Stack, family: Family, tmp_path_factory: pytest.TempPathF
         tmp_path_factory.mktemp("answers"),
         PLAN,
         PLAN.questions(),
-        dict.fromkeys((SFT, CDPO, "single_from_base"), "demo"),
+        dict.fromkeys((SFT, CDPO, COLLAB, "single_from_base"), "demo"),
     )
     slots = list(family.experts)
     rules = rule_names((await stack.client.info()).available_combine)
     for checkpoint in (SFT, CDPO):
         await judge_by_router(stack.client, place, checkpoint, ways_of(checkpoint, slots, rules), quiet)
         await write_by_router(stack.client, place, checkpoint, written_ways(checkpoint, slots), quiet)
+    reward = await asyncio.to_thread(reward_of, family)
+    await write_by_collab(stack.client, place, slots, reward, quiet)
     place.keep_examples(await trace_examples(stack.client, FUSIONROUTE, SUM))
     await asyncio.to_thread(judge_by_model, place, "single_from_base", family.base, quiet)
     return place
@@ -107,12 +111,13 @@ async def test_written_answers_are_right_exactly_where_judging_says_so(
 
 async def test_what_is_known_is_not_asked_again(place: SeedFolder, family: Family) -> None:
     slots = list(family.experts)
-    assert is_known(place, SFT, slots) and is_known(place, CDPO, slots)
+    assert is_known(place, SFT, slots) and is_known(place, CDPO, slots) and is_collab_known(place)
     assert not is_known(replace(place, plan=replace(PLAN, per_task_written=2)), SFT, slots)
 
 
 async def test_the_findings_hold_every_system_in_every_division(place: SeedFolder, family: Family) -> None:
-    records = [read_seed(place, 0, list(family.experts), [SFT, CDPO], ["single_from_base"])]
+    heard = read_seed(place, 0, list(family.experts), [SFT, CDPO], ["single_from_base"])
+    records = [replace(heard, unjudged=read_collab(place))]
     gathered = gather(place.questions, records)
     findings = findings_of(PLAN, place.questions, records, gathered, place.examples(), {})
     names = [note.name for note in findings.systems]
@@ -130,7 +135,7 @@ async def test_the_findings_hold_every_system_in_every_division(place: SeedFolde
     assert cells["sft/route", "seen=covered"].num_questions == 17
     assert cells["oracle/token", f"group={Group.DOMAIN}"].estimate.value > 0.9
     assert {(each.first, each.second) for each in findings.comparisons} >= {
-        (FUSIONROUTE, "sft/route"), (FUSIONROUTE, "select/likelihood"), ("sft/sum", "sft/route")
+        (FUSIONROUTE, "sft/route"), (FUSIONROUTE, "select/likelihood"), (FUSIONROUTE, COLLAB), ("sft/sum", "sft/route")
     }  # fmt: skip
     assert all(abs(sum(each.shares.values()) - 1.0) < 1e-9 for each in findings.routing)
     overruled = {(each.system, each.stratum): each for each in findings.overrulings}

@@ -150,7 +150,7 @@ async def test_experts_of_one_mind_are_asked_once_and_no_reward_is_needed():
 
 
 async def test_a_stop_string_of_two_experts_tokens_ends_the_answer():
-    turns = {"math": {(): 1, (1,): 4}, "strings": {(1,): 2}, "format": {}}
+    turns: dict[str, dict[Ids, int]] = {"math": {(): 1, (1,): 4}, "strings": {(1,): 2}, "format": {}}
     experts = Experts(0)
     experts.next = lambda slot, ids: turns[slot].get(ids[1:], 3)  # type: ignore[method-assign]
     question = Question("q", "t", "z", reference="ab", max_tokens=6, stop=("ab",))
