@@ -66,26 +66,30 @@ def held_out_texts(family: Family, tokenizer: PreTrainedTokenizerBase) -> list[T
     return found
 
 
-def judge_all(family: Family, texts: Sequence[Text], serve: Serve) -> dict[str, Judged]:
+def judge_all(
+    family: Family, texts: Sequence[Text], serve: Serve, *, phase_two: bool = True
+) -> dict[str, Judged]:
     """By router checkpoint and model; trains phase II between, since its pairs come from the router that serves.
 
     Raises:
         FusionRouteError: as services and jobs do.
     """
-    models = {**family.experts, BASE_SLOT: family.base}
     found = {}
-    for name, checkpoint in {"sft": family.sft, "cdpo": family.cdpo}.items():
-        if name == "cdpo":
-            family.train_cdpo()
-        if not _is_known(family, name, texts):
-            with serve(checkpoint, models) as address:
-                if name == "sft":
-                    family.collect_pairs(address)
-                asyncio.run(_judge_router(family, name, address, texts))
-        found[name] = _read(family, name)
-        family.tell(f"judged: {name}")
     for name, folder in family.models.items():
         _judge_model(family, name, folder, texts)
+        found[name] = _read(family, name)
+    models = {**family.experts, BASE_SLOT: family.base}
+    checkpoints = {"sft": family.sft, "cdpo": family.cdpo} if phase_two else {"sft": family.sft}
+    for name, checkpoint in checkpoints.items():
+        if name == "cdpo":
+            family.train_cdpo()
+        wants_pairs = phase_two and name == "sft" and not family.pairs.exists()
+        if wants_pairs or not _is_known(family, name, texts):
+            with serve(checkpoint, models) as address:
+                asyncio.run(_judge_router(family, name, address, texts))
+                family.tell(f"judged: {name}")
+                if wants_pairs:
+                    family.collect_pairs(address)
         found[name] = _read(family, name)
     return found
 
@@ -94,11 +98,11 @@ def outcomes_of(judged: Mapping[str, Judged], texts: Sequence[Text], seed: int) 
     """One for each system and text; systems are named as in "sft/sum", experts and models by themselves."""
     for text in texts:
         id_ = text.question.id
-        for checkpoint, ways in WAYS.items():
-            for way in ways:
+        for checkpoint in (each for each in WAYS if each in judged):
+            for way in WAYS[checkpoint]:
                 outcome = outcome_of(text, judged[checkpoint][id_], way.name, seed)
                 yield replace(outcome, system=system_name(checkpoint, way))
-        for name in judged.keys() - WAYS.keys():
+        for name in (each for each in judged if each not in WAYS):
             yield outcome_of(text, judged[name][id_], name, seed)
         chosen = {ORACLE: by_token(judged["sft"][id_]), ORACLE_TEXT: by_text(judged["sft"][id_])}
         oracles = JudgedText(text.ids, chosen)

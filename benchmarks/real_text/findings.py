@@ -59,15 +59,18 @@ LIMITS = (
 
 def findings_of(outcomes: Sequence[Outcome], facts: Mapping[str, Any]) -> Findings:
     """Of all seeds' outcomes."""
-    names = [note.name for note in SYSTEMS]
-    losses = weighted_compare(outcomes, PAIRS, STRATA)
-    accuracies = accuracy_compare(outcomes, PAIRS, STRATA)
-    labels = {note.name: note.label for note in SYSTEMS}
+    asked = {each.system for each in outcomes}
+    systems = tuple(note for note in SYSTEMS if note.name in asked)
+    names = [note.name for note in systems]
+    pairs = [pair for pair in PAIRS if asked.issuperset(pair)]
+    losses = weighted_compare(outcomes, pairs, STRATA)
+    accuracies = accuracy_compare(outcomes, pairs, STRATA)
+    labels = {note.name: note.label for note in systems}
     return Findings(
         name="real_text",
         summary=tuple(verdict_sentence(each, labels) for each in losses if each.stratum == ALL),
         limits=LIMITS,
-        systems=SYSTEMS,
+        systems=systems,
         divisions={"task": ASKED},
         cells=(*weighted_cells(outcomes, names, STRATA), *accuracy_cells(outcomes, names, STRATA)),
         comparisons=(*losses, *accuracies),
@@ -91,6 +94,9 @@ def _routing(outcomes: Sequence[Outcome]) -> Iterator[RoutingShare]:
         if outcome.system in shown:
             for stratum in (ALL, f"task={outcome.question.task}"):
                 counts.setdefault((outcome.system, stratum), Counter()).update(outcome.answer.experts)
-    for (system, stratum), of_slots in counts.items():
+    for system, stratum in ((system, stratum) for system in shown for stratum in STRATA):
+        of_slots = counts.get((system, stratum), Counter())
         total = sum(of_slots.values())
+        if not total:
+            continue
         yield RoutingShare(system, stratum, total, {slot: of_slots[slot] / total for slot in (*EXPERTS, "")})

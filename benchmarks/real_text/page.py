@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.real_text.findings import MEANING, PAIRS, STRATA
+from benchmarks.real_text.findings import MEANING, STRATA
 from evaluation.findings import ACCURACY, ALL, NLL, Cell, Comparison, Findings
 from evaluation.report.encoding import to_text
 from evaluation.statistics.verdicts import is_shown
@@ -42,11 +42,12 @@ def _tables(findings: Findings) -> Iterator[str]:
         yield f"### {title}"
         yield _cells(findings, [cell for cell in findings.cells if cell.measure == measure])
     yield "### Differences, first minus second, paired by text"
+    losses = [each for each in findings.comparisons if each.measure == NLL]
     yield (
         "Of negative log-probability, so that below 0 the first is better; in **bold** where it is shown: after Holm "
-        f"over all {len(PAIRS) * len(STRATA)} of them, and by the interval over seeds and texts too."
+        f"over all {len(losses)} of them, and by the interval over seeds and texts too."
     )
-    yield _differences(findings, [each for each in findings.comparisons if each.measure == NLL])
+    yield _differences(findings, losses)
     yield "The same of the share of right tokens; above 0 the first is better."
     yield _differences(findings, [each for each in findings.comparisons if each.measure == ACCURACY])
     yield "### Whom tokens went to"
@@ -70,7 +71,7 @@ def _differences(findings: Findings, comparisons: Sequence[Comparison]) -> str:
     labels = {note.name: note.label for note in findings.systems}
     by = {(each.first, each.second, each.stratum): each for each in comparisons}
     lines = _head("first − second")
-    for first, second in PAIRS:
+    for first, second in dict.fromkeys((each.first, each.second) for each in comparisons):
         row = [_difference(by[first, second, stratum]) for stratum in STRATA]
         lines.append(f"| {labels[first]} − {labels[second]} | {' | '.join(row)} |")
     return "\n".join(lines)

@@ -33,6 +33,7 @@ class Plan:
     Attributes:
         work: where models and answers are kept; of these sizes only.
         processes: seeds at a time, each in a process of its own.
+        phase_two: whether pairs are collected and CDPO is trained and asked.
         serve: how a stack is started; used where there is one process.
     """
 
@@ -41,6 +42,7 @@ class Plan:
     seeds: tuple[int, ...]
     work: Path
     processes: int = 1
+    phase_two: bool = True
     serve: Serve = serve_processes
 
 
@@ -62,7 +64,7 @@ def run_all(plan: Plan, output: Path) -> Path:
     outcomes = [outcome for of_seed in found for outcome in of_seed]
     one = [each for each in found[0] if each.system == "base"]
     facts = {
-        "command": COMMAND,
+        "command": COMMAND if plan.phase_two else f"{COMMAND} --phase-one",
         "seeds": list(plan.seeds),
         "sizes": plan.sizes.to_json(),
         "tokens": sum(each.answer.num_tokens for each in one),
@@ -88,7 +90,7 @@ def run_seed(plan: Plan, seed: int) -> list[Outcome]:
     family.train_experts()
     family.train_sft()
     asked = held_out_texts(family, tokenizer)
-    return list(outcomes_of(judge_all(family, asked, plan.serve), asked, seed))
+    return list(outcomes_of(judge_all(family, asked, plan.serve, phase_two=plan.phase_two), asked, seed))
 
 
 def _claim(plan: Plan) -> None:

@@ -44,7 +44,7 @@ class Sizes:
     pair_tokens: int = 48
     pair_epochs: float = 2.0
     pair_learning_rate: float = 3e-4
-    documents: int = 60
+    documents: int = 40
     batch_rows: int = 8
     chunk_tokens: int = 192
 
