@@ -37,6 +37,7 @@ def _drawn(results: Results) -> Figure:
     rows = -(-len(panels) // columns)
     height = HEAD_INCHES + rows * ROW_INCHES
     figure = Figure(figsize=(WIDTH_INCHES, height), facecolor="white")
+    has_long_labels = any("\n" in level.label for level in results.study.levels)
     all_axes = figure.subplots(rows, columns, squeeze=False).flat
     for axes, panel in zip(all_axes, panels, strict=False):
         _draw_panel(axes, results, panel)
@@ -46,7 +47,8 @@ def _drawn(results: Results) -> Figure:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.006, 1 - 0.27 / height), ncols=len(labels),
                   handlelength=2.2, columnspacing=1.4, fontsize=7.5)  # fmt: skip
-    figure.subplots_adjust(left=0.06, right=0.99, top=1 - (HEAD_INCHES + 0.08) / height, bottom=0.48 / height,
+    room = 0.6 if has_long_labels else 0.48
+    figure.subplots_adjust(left=0.06, right=0.99, top=1 - (HEAD_INCHES + 0.08) / height, bottom=room / height,
                            hspace=0.46, wspace=0.16)  # fmt: skip
     return figure
 
@@ -57,6 +59,8 @@ def _draw_panel(axes: Axes, results: Results, panel: Panel) -> None:
         _draw_line(axes, results, panel, line, (place - (len(lines) - 1) / 2) * _APART)
     axes.set_title(panel.title[0].upper() + panel.title[1:])
     axes.set_xticks(range(len(panel.levels)), [results.study.level(name).label for name in panel.levels])
+    if any("\n" in results.study.level(name).label for name in panel.levels):
+        axes.tick_params(axis="x", labelsize=6.3)
     axes.set_xlim(-0.45, len(panel.levels) - 0.55)
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel(panel.axis)
