@@ -89,8 +89,8 @@ class LabPlan:
 PLANS = {
     plan.name: plan
     for plan in (
-        LabPlan("lab", "full", (1, 2, 3), 300, 100, 20),
-        LabPlan("lab-ablations", "full", (1, 2, 3), 100, 100, 0, MORE_VARIANTS),
+        LabPlan("lab", "full", (1, 2, 3), 300, 60, 8),
+        LabPlan("lab-ablations", "full", (1, 2, 3), 100, 30, 0, MORE_VARIANTS),
         LabPlan("lab-quick", "demo", (0,), 20, 10, 4, ("cdpo_bias0", "single_from_format", "merge_average")),
     )
 }

@@ -197,6 +197,8 @@ def _comparisons(gathered: Gathered, whole: Sequence[str], some: Sequence[str]) 
     pairs = [(FUSIONROUTE, name) for name in whole if name != FUSIONROUTE]
     pairs += [pair for pair in BOLD_PAIRS if set(pair) <= set(whole) and pair not in pairs]
     found = compare(gathered.held_out, pairs, COMPARED)
+    if gathered.seen:
+        found += compare(gathered.seen, [pair for pair in pairs if pair[0] == FUSIONROUTE], SEEN)
     for name in some:
         asked = {(each.seed, each.question.id) for each in gathered.partial if each.system == name}
         own = [each for each in gathered.partial if each.system == name]

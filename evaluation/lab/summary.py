@@ -24,6 +24,14 @@ LIMITS = (
     "With three or four seeds the bootstrap is too sure of the seeds; Student's interval over them stands beside it.",
 )
 
+WHERE = {
+    ALL: "over all tasks",
+    "coverage=covered": "on covered tasks",
+    "coverage=gap": "on gap tasks",
+    "seen=covered": "on covered tasks whose payloads its data hold",
+    "seen=gap": "on gap tasks whose payloads its data hold",
+}
+
 _ROUTE_SFT = f"{SFT}/{ROUTING_ONLY.name}"
 _SUM_SFT = f"{SFT}/{SUM.name}"
 
@@ -48,29 +56,42 @@ def summary_of(
             if (each.first, each.second) == (first, second) and each.stratum != ALL
         ]
     told += _better_than_ours(comparisons, labels)
+    told += _as_good_as_ours(comparisons, labels)
     return tuple(told)
 
 
 def _better_than_ours(comparisons: Sequence[Comparison], labels: dict[str, str]) -> list[str]:
     """Where another system beats FusionRoute for certain; said plainly."""
-    names = {ALL: "over all tasks", "coverage=covered": "on covered tasks", "coverage=gap": "on gap tasks"}
     told = []
-    for stratum, where in names.items():
-        better = sorted(
-            (
-                each
-                for each in comparisons
-                if each.first == FUSIONROUTE
-                and each.stratum == stratum
-                and each.is_significant
-                and each.difference.value < 0
-            ),
-            key=lambda each: each.difference.value,
-        )
+    for stratum, where in WHERE.items():
+        better = [
+            each
+            for each in _with_ours(comparisons, stratum)
+            if each.is_significant and each.difference.value < 0
+        ]
+        better.sort(key=lambda each: each.difference.value)
         if better:
             listed = "; ".join(f"{labels[each.second]} by {-each.difference.value:.3f}" for each in better)
             told.append(f"Better than FusionRoute {where}: {listed}.")
     return told
+
+
+def _as_good_as_ours(comparisons: Sequence[Comparison], labels: dict[str, str]) -> list[str]:
+    """Who is not shown to be worse over all tasks."""
+    equal = [each for each in _with_ours(comparisons, ALL) if not each.is_significant]
+    if not equal:
+        return []
+    listed = "; ".join(
+        f"{labels[each.second]} ({-each.difference.value:+.3f}, would show {each.detectable:.3f})"
+        for each in equal
+    )
+    return [
+        f"Neither better nor worse than FusionRoute over all tasks, as far as these questions show: {listed}."
+    ]
+
+
+def _with_ours(comparisons: Sequence[Comparison], stratum: str) -> list[Comparison]:
+    return [each for each in comparisons if each.first == FUSIONROUTE and each.stratum == stratum]
 
 
 def _share(cell: Cell) -> str:
