@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from evaluation.systems.rewards import ModelReward
 from evaluation.systems.tokens import TokenizerCodec
 from evaluation.systems.ways import Way, available_ways, rule_names
 from fusionroute.client import RouterClient
-from fusionroute.errors import invalid
+from fusionroute.errors import Reason, Unavailable, invalid
 from fusionroute.questions import Options
 from fusionroute.remote_models import RemoteModel
 
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[[str, int], None]
 """Told who is asked what, and how many more questions are done."""
+
+
+EXPERTS_SECONDS = 60.0
+EXPERTS_POLL_SECONDS = 0.2
 
 
 @dataclass(slots=True)
@@ -73,7 +78,7 @@ async def ask_suite(
     """
     info = await router.info()
     slots = tuple(slot.slot for slot in info.slots)
-    experts = {expert.slot: expert.model for expert in await router.experts()}
+    experts = await _serving(router, slots)
     heard = Heard(slots=slots, models={"checkpoint": info.checkpoint, "experts": experts})
     systems = list(suite.systems) or _everybody(slots, rule_names(info.available_combine))
     asker = _Asker(suite, output, router, heard, on_progress)
@@ -82,6 +87,27 @@ async def ask_suite(
         await asker.ask(table, tasks)
     await asker.view(texts, [way_of(table) for table in systems if table.kind == "served"])
     return heard
+
+
+async def _serving(router: RouterClient, slots: Sequence[str]) -> dict[str, str]:
+    """The model of each slot's expert, once all are there: whose answers these are must not depend on a late lease.
+
+    Raises:
+        Unavailable: a slot has nobody.
+    """
+    deadline = time.monotonic() + EXPERTS_SECONDS
+    while True:
+        experts = {each.slot: each.model for each in await router.experts() if each.state == "ready"}
+        missing = [slot for slot in slots if slot not in experts]
+        if not missing:
+            return {slot: experts[slot] for slot in slots}
+        if time.monotonic() > deadline:
+            raise Unavailable(
+                Reason.EXPERT_UNAVAILABLE,
+                f"nobody serves slot {', '.join(missing)} after {EXPERTS_SECONDS:g} s",
+                retry_after_seconds=1.0,
+            )
+        await asyncio.sleep(EXPERTS_POLL_SECONDS)
 
 
 def way_of(table: SystemTable) -> Way:
