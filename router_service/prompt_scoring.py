@@ -16,6 +16,7 @@ from uuid import uuid4
 from fusionroute.errors import Reason, Unavailable, invalid
 from fusionroute.sampling import logprob
 from fusionroute.v1 import router_pb2
+from router_service.chunk_memory import ChunkMemory
 from router_service.costs import Costs
 from router_service.drafting import Drafter, Plan
 from router_service.rounds import RoundAsker
@@ -34,8 +35,8 @@ CHUNK_BYTES = 16 * 2**20
 FLOAT_BYTES = 4
 MAX_CHUNK_TOKENS = 256
 MAX_WAYS = 32
-MOST_CHUNKS = 4
-"""Chunks whose rows are in memory at a time, of all prompts together."""
+ALL_CHUNKS_BYTES = 4 * CHUNK_BYTES
+"""Rows that are in memory at a time, of all prompts together."""
 QUICK_NUMBERS = 65536
 """Scores of more numbers than these take milliseconds, which the event loop is spared."""
 
@@ -48,6 +49,14 @@ class _Judged:
     expert: int | None
     top: Candidates | None
     judgements: Sequence[Judgement] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _ChunkSize:
+    """Tokens of one chunk at most, and what the rows of one token take."""
+
+    num_tokens: int
+    token_bytes: int
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +74,7 @@ class PromptScorer:
     closer: SessionCloser
     is_draining: Callable[[], bool]
     max_chunk_tokens: int = MAX_CHUNK_TOKENS
-    _rooms: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_CHUNKS))
+    _memory: ChunkMemory = field(default_factory=lambda: ChunkMemory(ALL_CHUNKS_BYTES))
 
     async def score(
         self, request: router_pb2.ScorePromptRequest
@@ -94,11 +103,11 @@ class PromptScorer:
                 try:
                     # for each token a row of the router and one of each expert that may be picked
                     rows = num_rows([turn, *ways], len(serving.offer.slots))
-                    room = max(1, CHUNK_BYTES // (rows * FLOAT_BYTES * serving.offer.logits_width))
-                    chunk_tokens = min(self.max_chunk_tokens, room)
-                    scoring = _Scoring(
-                        serving, turn, ways, num_candidates, ids, text, chunk_tokens, self._rooms
+                    token_bytes = rows * FLOAT_BYTES * serving.offer.logits_width
+                    size = _ChunkSize(
+                        min(self.max_chunk_tokens, max(1, CHUNK_BYTES // token_bytes)), token_bytes
                     )
+                    scoring = _Scoring(serving, turn, ways, num_candidates, ids, text, size, self._memory)
                     async for tokens in scoring.run(request.from_position):
                         yield router_pb2.ScorePromptResponse(tokens=tokens)
                 finally:
@@ -116,11 +125,11 @@ class _Scoring:
         num_candidates: int,
         ids: Sequence[int],
         text: Text,
-        chunk_tokens: int,
-        rooms: asyncio.Semaphore,
+        size: _ChunkSize,
+        memory: ChunkMemory,
     ) -> None:
         self._serving, self._turn, self._ways, self._num_candidates = serving, turn, ways, num_candidates
-        self._ids, self._text, self._chunk_tokens, self._rooms = ids, text, chunk_tokens, rooms
+        self._ids, self._text, self._size, self._memory = ids, text, size, memory
         self._asker = RoundAsker(serving.ensemble, turn, text, Costs(), unsure_seconds=math.inf)
 
     async def run(self, from_position: int) -> AsyncGenerator[list[router_pb2.PromptToken], None]:
@@ -129,8 +138,8 @@ class _Scoring:
         if from_position == 0:
             yield [self._message(0, None, pieces)]
         while (start := len(text.tokens)) < len(ids):
-            chunk = ids[start : start + self._chunk_tokens]
-            async with self._rooms:
+            chunk = ids[start : start + self._size.num_tokens]
+            async with self._memory.held(len(chunk) * self._size.token_bytes):
                 judged = await self._judge(chunk)
             text.tokens.extend(chunk[: len(judged)])
             yield [self._message(start + index, each, pieces) for index, each in enumerate(judged)]
