@@ -16,15 +16,17 @@ import os
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lm_eval
-from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
-from lm_eval.tasks import TaskManager
+if TYPE_CHECKING:
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 
 def main() -> None:
     """Does what standard input asks for."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     asked = json.load(sys.stdin)
     folder = asked["folder"]
     manager = TaskManager(include_path=folder, include_defaults=folder is None)
@@ -48,6 +50,8 @@ def main() -> None:
 
 def opened(asked: dict[str, Any]) -> LocalCompletionsAPI:
     """`local-completions` or `local-chat-completions`; what is in `extra_body` goes into every request."""
+    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+
     base: type[LocalCompletionsAPI] = LocalChatCompletion if asked["chat"] else LocalCompletionsAPI
     extra = asked["extra_body"]
 
