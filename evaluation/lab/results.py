@@ -60,6 +60,11 @@ class Gathered:
     seen: Sequence[Outcome]
     partial: Sequence[Outcome]
 
+    def on_seen(self, names: Sequence[str]) -> list[str]:
+        """Those of the systems that were asked about seen payloads too."""
+        asked = {outcome.system for outcome in self.seen}
+        return [name for name in names if name in asked]
+
     def outcomes(self) -> Iterator[Outcome]:
         """All of them."""
         return chain(self.held_out, self.seen, self.partial)
@@ -87,7 +92,7 @@ def findings_of(
     some = [note.name for note in gathered.notes if _is_partial(gathered, note.name)]
     found = cells(gathered.held_out, whole, (*HELD_OUT, *TASK_STRATA))
     if gathered.seen:
-        found += cells(gathered.seen, whole, SEEN)
+        found += cells(gathered.seen, gathered.on_seen(whole), SEEN)
     if some:
         found += cells(gathered.partial, some, HELD_OUT)
     comparisons = _comparisons(gathered, whole, some)
@@ -198,7 +203,8 @@ def _comparisons(gathered: Gathered, whole: Sequence[str], some: Sequence[str]) 
     pairs += [pair for pair in BOLD_PAIRS if set(pair) <= set(whole) and pair not in pairs]
     found = compare(gathered.held_out, pairs, COMPARED)
     if gathered.seen:
-        found += compare(gathered.seen, [pair for pair in pairs if pair[0] == FUSIONROUTE], SEEN)
+        with_ours = [(FUSIONROUTE, name) for name in gathered.on_seen(whole) if name != FUSIONROUTE]
+        found += compare(gathered.seen, with_ours, SEEN)
     for name in some:
         asked = {(each.seed, each.question.id) for each in gathered.partial if each.system == name}
         own = [each for each in gathered.partial if each.system == name]
