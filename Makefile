@@ -99,6 +99,10 @@ browser-test: $(READY) ## The playground in headless Chromium (apt-get install c
 chaos: $(READY) ## The kill matrix: every part hurt in every way while it writes (ten minutes)
 	$(BIN)/python -m tests.chaos $(CHAOS_FLAGS)
 
+.PHONY: eval-test
+eval-test: $(READY) ## Extra: evaluations and studies from nothing to their report (a few minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m whole -n 0 tests
+
 .PHONY: bench
 bench: $(READY) ## Measure everything that docs/performance.md shows, and fill it (half an hour)
 	$(BIN)/fusionroute bench all --output benchmarks/results $(BENCH_FLAGS)

@@ -12,14 +12,15 @@ import pytest
 
 from trainer.lab_family import build
 
-pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(900)]
-
 
 def fusionroute(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fusionroute.cli", "eval", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=dict(os.environ))
 
 
+@pytest.mark.whole
+@pytest.mark.lab
+@pytest.mark.timeout(900)
 def test_from_a_family_to_a_report_and_once_more_without_asking(tmp_path: Path) -> None:
     build("demo", seed=0)
     run = (

@@ -52,6 +52,7 @@ def serve_here(checkpoint: Path, models: Mapping[str, Path]) -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.whole
 def test_one_command_goes_from_nothing_to_a_page_and_takes_up_what_it_has(tmp_path: Path) -> None:
     plan = Plan(MadeUp(), QUICK, (1,), tmp_path / "work", serve=serve_here)
     page = run_all(plan, tmp_path / "out")

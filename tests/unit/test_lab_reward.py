@@ -46,6 +46,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return Family.at(folder)
 
 
+@pytest.mark.whole
 def test_it_is_the_same_for_the_same_seed(family: Family, tmp_path: Path):
     few = replace(STAGE, num_steps=3)
     facts = [train_reward(family, tmp_path / name, lambda step, loss: None, few) for name in ("one", "two")]
@@ -54,6 +55,7 @@ def test_it_is_the_same_for_the_same_seed(family: Family, tmp_path: Path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.whole
 def test_it_likes_right_answers_better(family: Family, tmp_path: Path):
     facts = train_reward(family, tmp_path / "one", lambda step, loss: None, STAGE)
     assert facts["num_pairs"] > 40 and facts["loss"] < 0.5 and facts["held_back_right"] > 0.7

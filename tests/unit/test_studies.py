@@ -158,6 +158,7 @@ def test_every_study_says_what_its_panels_need():
     assert plan.experts_of(BAD.level("liar").phases["sft"]) == (*EXPERT_SLOTS, "liar")
 
 
+@pytest.mark.whole
 def test_a_study_trains_what_is_missing_once_and_keeps_what_people_wrote(family, tmp_path):
     told: list[str] = []
     items = evaluation_items(per_task=PER_TASK)
