@@ -31,7 +31,7 @@ from tests.served_stack import Stack, make_family, served
 from tests.tiny_models import save_tiny_model
 
 OF_A_TURN = (LiveTurn, TurnRunner, TurnWriter, TokenLog, Text, Draft)
-ALONE_SECONDS = 0.05
+ALONE_SECONDS = 0.02
 WAIT_SECONDS = 10.0
 NUM_TURNS = 12
 NUM_SCRIPTS = 4
