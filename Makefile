@@ -13,7 +13,8 @@ MAKEFLAGS += --no-print-directory
 VENV ?= .venv
 PYTHON ?=
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -n 2
+# three on two cores: a third of the time tests wait for other processes
+PYTEST_FLAGS ?= -n 3
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.installed
 
