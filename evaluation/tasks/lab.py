@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from evaluation.items import cluster_of
 from evaluation.questions import RIGHT, Answer, Question, Verdict
-from fusionroute.lab.tasks import TASKS, Group, Item, Split, evaluation_items, fact_of
+from fusionroute.lab.tasks import TASKS, Group, Item, Split, evaluation_items
 
 PAYLOAD = {Split.TEST: "held-out", Split.TRAIN: "seen"}
 """What the router's data knows of a payload, by the split it is drawn from."""
@@ -42,11 +43,6 @@ def lab_questions(
             numbers[item.task, split] += 1
             questions.append(_question(item, split, numbers[item.task, split]))
     return questions
-
-
-def cluster_of(item: Item) -> str:
-    """What items share that are right and wrong together: the fact they ask for, else the whole prompt."""
-    return fact_of(item.prompt) or item.prompt
 
 
 def verify(question: Question, answer: Answer) -> Verdict:
