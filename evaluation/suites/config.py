@@ -21,6 +21,7 @@ Relative paths are meant from the folder of the file.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -29,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fusionroute.errors import InvalidRequest, Reason
 
-_PATHS = ("file", "api_key_file", "examples_file")
+_PATHS = ("file", "api_key_file", "examples_file", "reward")
 
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/+-]{0,63}$")]
@@ -47,6 +48,20 @@ class TaskKind(StrEnum):
     LAB = "lab"
 
 
+_WITH_PROGRAMS = (TaskKind.HUMANEVAL, TaskKind.MBPP, TaskKind.JSONL)
+_ONLY_OF: Mapping[str, tuple[TaskKind, ...]] = {
+    "chat": (TaskKind.GSM8K, TaskKind.MATH500, TaskKind.HUMANEVAL),
+    "num_examples": (TaskKind.GSM8K, TaskKind.MBPP),
+    "examples_file": (TaskKind.GSM8K, TaskKind.MBPP),
+    "verifier": (TaskKind.JSONL,),
+    "split": (TaskKind.MBPP,),
+    "gold": (TaskKind.MATH500,),
+    "cpu_seconds": _WITH_PROGRAMS,
+    "memory_mib": _WITH_PROGRAMS,
+    "allow_weak_sandbox": _WITH_PROGRAMS,
+}
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -59,6 +74,11 @@ class SystemTable(_Table):
     kind: Literal["served", "model", "remote", "collab"] = Field(
         default="served",
         description="A way to ask the router, a model in a folder, another server, or experts that a reward chooses.",
+    )
+    address: str = Field(
+        default="",
+        description="HOST:PORT of another router than the one that the suite is run against, for example one with "
+        "another checkpoint before the same experts (served).",
     )
     combine: Literal["", "sum", "gated_sum", "mixture", "select", "route", "router", "ensemble", "proxy"] = (
         Field(default="", description="Rule (served); empty = the checkpoint's own.")
@@ -84,8 +104,10 @@ class SystemTable(_Table):
             raise ValueError("a system of kind remote needs `url`")
         if (self.kind == "collab") is not bool(self.reward):
             raise ValueError("a system of kind collab, and no other, needs `reward`")
-        if self.kind != "served" and (self.combine or self.expert or self.random_expert):
-            raise ValueError(f"combine, expert and random_expert are of kind served, not {self.kind}")
+        if self.kind != "served" and (self.combine or self.expert or self.random_expert or self.address):
+            raise ValueError(
+                f"combine, expert, random_expert and address are of kind served, not {self.kind}"
+            )
         return self
 
 
@@ -104,14 +126,30 @@ class TaskTable(_Table):
     )
     examples_file: Path | None = Field(default=None, description="Where they are, if not in `file`.")
     verifier: str = Field(default="", description="How a jsonl task is judged, unless its rows say it.")
+    split: Literal["", "prompt", "test", "validation", "train", "all"] = Field(
+        default="", description="Part of mbpp's full set; empty = test."
+    )
+    gold: Literal["", "number", "constant", "other"] = Field(
+        default="", description="Only questions of math500 whose answer is of this kind; empty = all."
+    )
+    cpu_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
+        default=10, description="Of a program, and again of its tests; twice as long in all."
+    )
+    memory_mib: Annotated[int, Field(ge=64, le=1 << 20)] = Field(
+        default=1024, description="Address space of a program, and again of its tests."
+    )
     allow_weak_sandbox: bool = Field(
         default=False, description="Run programs of models even where the kernel cannot lock them in fully."
     )
 
     @model_validator(mode="after")
-    def _file(self) -> Self:
+    def _of_its_kind(self) -> Self:
         if (self.file is None) is not (self.kind is TaskKind.LAB):
             raise ValueError("`file` is needed, and only lab has none")
+        for field, kinds in _ONLY_OF.items():
+            if self.kind not in kinds and getattr(self, field) != type(self).model_fields[field].default:
+                named = ", ".join(kinds)
+                raise ValueError(f"{field} = {getattr(self, field)} is not for {self.kind}, only for {named}")
         return self
 
     @property
@@ -209,9 +247,7 @@ def _absolute(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         if not isinstance(table, dict):
             return table
         return {
-            key: str(folder / value)
-            if key in ("file", "api_key_file", "examples_file", "reward") and isinstance(value, str)
-            else value
+            key: str(folder / value) if key in _PATHS and isinstance(value, str) else value
             for key, value in table.items()
         }
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from evaluation.questions import Question, check_unique
 from evaluation.sandbox.box import Sandbox
-from evaluation.suites.config import Suite, TaskKind, TaskTable
-from evaluation.suites.texts import Text, load_texts
+from evaluation.sandbox.protection import Limits
+from evaluation.suites.config import Suite, TaskKind, TaskTable, TextTable
+from evaluation.suites.texts import LEAST_TOKENS, Text, load_texts
 from evaluation.systems.answering import Verify
 from evaluation.tasks.gsm8k import gsm8k_questions
 from evaluation.tasks.humaneval import humaneval_questions
@@ -19,14 +20,17 @@ from evaluation.tasks.jsonl import jsonl_questions
 from evaluation.tasks.lab import lab_questions
 from evaluation.tasks.lab import verify as verify_lab
 from evaluation.tasks.math500 import math500_questions
-from evaluation.tasks.mbpp import mbpp_questions
+from evaluation.tasks.mbpp import Split, mbpp_questions
 from evaluation.verifiers.by_name import VerifiersByName
 from evaluation.verifiers.instructions.judging import verify as verify_instructions
+from evaluation.verifiers.numbers import GoldKind
+from fusionroute.errors import invalid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LAB_QUESTIONS_PER_TASK = 20
+LEAST_TEXTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +69,19 @@ def loaded_texts(suite: Suite, max_rows: int | None = None) -> list[Text]:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         suite.tokenizer, trust_remote_code=False
     )
-    return [
-        text
-        for table in suite.texts
-        for text in load_texts(
-            table.file,
-            table.name,
-            tokenizer,
-            max_tokens=table.max_tokens,
-            max_rows=_least(table.max_rows, max_rows),
+    return [text for table in suite.texts for text in _texts(table, tokenizer, max_rows)]
+
+
+def _texts(table: TextTable, tokenizer: PreTrainedTokenizerBase, max_rows: int | None) -> list[Text]:
+    most = _least(table.max_rows, max_rows)
+    texts = load_texts(table.file, table.name, tokenizer, max_tokens=table.max_tokens, max_rows=most)
+    if len(texts) < LEAST_TEXTS:
+        raise invalid(
+            f"texts.{table.name}",
+            f"{len(texts)} of {LEAST_TOKENS} tokens or more",
+            f"at least {LEAST_TEXTS}: intervals take whole texts for draws",
         )
-    ]
+    return texts
 
 
 def _loaded(table: TaskTable, max_questions: int | None) -> LoadedTask:
@@ -94,12 +100,13 @@ def _questions(table: TaskTable) -> Iterable[Question]:
             path, examples_path=table.examples_file, num_examples=table.num_examples or 0, chat=table.chat
         )
     if kind is TaskKind.MATH500:
-        return math500_questions(path, chat=table.chat)
+        return math500_questions(path, only=GoldKind(table.gold) if table.gold else None, chat=table.chat)
     if kind is TaskKind.HUMANEVAL:
         return humaneval_questions(path, chat=table.chat)
     if kind is TaskKind.MBPP:
         num_examples = 3 if table.num_examples is None else table.num_examples
-        return mbpp_questions(path, examples_path=table.examples_file, num_examples=num_examples)
+        split = Split[table.split.upper() or Split.TEST.name]
+        return mbpp_questions(path, split=split, examples_path=table.examples_file, num_examples=num_examples)
     if kind is TaskKind.IFEVAL:
         return ifeval_questions(path)
     return jsonl_questions(path, task=table.title, verifier=table.verifier or "exact")
@@ -111,7 +118,8 @@ def _verifier(table: TaskTable, questions: Iterable[Question]) -> Verify:
         return verify_instructions
     if table.kind is TaskKind.LAB:
         return verify_lab
-    sandbox = Sandbox(allow_weak=table.allow_weak_sandbox)
+    limits = Limits(2.0 * table.cpu_seconds, table.cpu_seconds, table.memory_mib << 20)
+    sandbox = Sandbox(limits, allow_weak=table.allow_weak_sandbox)
     if any(question.facts.get("verifier") == "code" for question in questions):
         sandbox.require()
     return VerifiersByName(sandbox).verify

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_TOKENS = 8192
+BATCH_LOGITS = 1 << 28
+"""Numbers of one batch of judged answers: 1 GiB in float32, whatever the vocabulary."""
 
 OnProgress = Callable[[int], None]
 
@@ -56,7 +58,8 @@ class ModelFolder:
         """What the model would have written at each token of the gold answers; the way's name is the model's."""
         pairs = [tuple(map(list, encode(question))) for question in questions]
         found: list[JudgedText | None] = [None] * len(pairs)
-        for batch in _batches([len(prompt) + len(answer) for prompt, answer in pairs]):
+        most = min(BATCH_TOKENS, BATCH_LOGITS // self.model.config.vocab_size)
+        for batch in _batches([len(prompt) + len(answer) for prompt, answer in pairs], most):
             logits = self._logits([[*pairs[index][0], *pairs[index][1]] for index in batch])
             for row, index in enumerate(batch):
                 prompt, answer = pairs[index]
@@ -74,7 +77,7 @@ class ModelFolder:
         prompts = [self._prompt(question) for question in questions]
         found: list[Answer | None] = [None] * len(prompts)
         lengths = [len(ids) + question.max_tokens for ids, question in zip(prompts, questions, strict=True)]
-        for batch in _batches(lengths):
+        for batch in _batches(lengths, BATCH_TOKENS):
             for index, answer in zip(
                 batch, self._write([prompts[i] for i in batch], [questions[i] for i in batch]), strict=True
             ):
@@ -91,16 +94,16 @@ class ModelFolder:
         return list(ids["input_ids"])
 
     def _logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """``[B, L, V]`` float32, rows padded on the right, where no real token looks."""
+        """``[B, L, V]`` as the model has them, rows padded on the right, where no real token looks."""
         width = max(map(len, rows))
         ids = torch.zeros((len(rows), width), dtype=torch.long)
         for place, row in enumerate(rows):
             ids[place, : len(row)] = torch.tensor(row)
         logits: Tensor = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
-        return logits.float().cpu()
+        return logits
 
     def _judged(self, logits: Tensor, answer: Sequence[int]) -> JudgedText:
-        gold = torch.tensor(answer)[:, None]
+        logits, gold = logits.float().cpu(), torch.tensor(answer)[:, None]
         logprobs = logits.gather(1, gold)[:, 0] - torch.logsumexp(logits, dim=1)
         opinion = Opinion(tuple(logits.argmax(dim=1).tolist()), tuple(logprobs.tolist()), ("",) * len(answer))
         return JudgedText(tuple(answer), {self.name: opinion})
@@ -138,11 +141,11 @@ class ModelFolder:
         return Answer(text, is_complete=end is not None or bool(cuts), num_tokens=num_tokens)
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of like lengths together, at most BATCH_TOKENS padded tokens at a time."""
+def _batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
+    """Indices of like lengths together, at most so many padded tokens at a time, but always one."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda each: lengths[each]):
-        if batch and (len(batch) + 1) * lengths[index] > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * lengths[index] > most_tokens:
             yield batch
             batch = []
         batch.append(index)

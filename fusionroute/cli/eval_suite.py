@@ -38,8 +38,8 @@ def run_suite(
     findings = findings_of(suite, heard, {"command": command})
     write_report(findings, output)
     by_id = {each.question.id: each.question for each in heard.outcomes}
+    Scores.of(by_id.values(), heard.notes, heard.outcomes, heard.views).write(output)
     if by_id:
-        Scores.of(by_id.values(), heard.notes, heard.outcomes).write(output)
         write_answers(heard.outcomes, output / "written")
     return findings
 

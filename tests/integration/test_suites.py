@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import (
 
 from evaluation.findings import ACCURACY, ALL, NLL, SCORE
 from evaluation.judging.pairs import read_answer_pairs
-from evaluation.questions import Question
+from evaluation.questions import Outcome, Question
 from evaluation.report import write_report
 from evaluation.suites.asking import Heard, ask_suite
 from evaluation.suites.config import Suite
@@ -27,7 +28,7 @@ from evaluation.suites.results import findings_of, write_answers
 from evaluation.systems.rewards import Candidate, ModelReward
 from evaluation.systems.tokens import TokenizerCodec
 from fusionroute.errors import InvalidRequest
-from tests.served_stack import Stack, make_family, served
+from tests.served_stack import Stack, make_family, record_of, save_router, served
 from tests.tiny_models import WIDTH, word_tokenizer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -128,6 +129,60 @@ async def test_texts_are_worth_what_the_model_alone_gives_them(
         assert view.answer.num_tokens == len(gold)
         assert view.answer.logprob == pytest.approx(logprobs.gather(1, gold[:, None]).sum().item(), abs=1e-3)
         assert view.verdict.score == pytest.approx((logprobs.argmax(1) == gold).float().mean().item())
+        (folder,) = [
+            each for each in heard.views if (each.system, each.question.id) == ("folder", view.question.id)
+        ]
+        assert folder.answer.logprob == pytest.approx(view.answer.logprob, abs=1e-3)
+        assert folder.verdict == view.verdict
+
+
+async def test_texts_are_refused_where_a_model_has_other_tokens_or_there_is_but_one(
+    stack: Stack, suite_file: Path, tmp_path: Path
+) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["another"])
+    AutoModelForCausalLM.from_pretrained(stack.family.experts["math"]).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    told = suite_file.read_text()
+    suite_file.write_text(told.replace('model = "', f'model = "{tmp_path}/other" #'))
+    with pytest.raises(InvalidRequest, match=r"systems.folder.model = .*/other.*judged token by token"):
+        await run(stack, suite_file, tmp_path / "out")
+    suite_file.write_text(told + "max_rows = 1\n")
+    with pytest.raises(InvalidRequest, match=r"texts.held-out = '?1 of 2 tokens or more.* at least 2"):
+        loaded_texts(Suite.from_toml(suite_file))
+
+
+async def test_two_checkpoints_stand_in_one_report_where_a_system_names_its_own_router(
+    stack: Stack, suite_file: Path, tmp_path: Path
+) -> None:
+    records = tuple(record_of(slot, path) for slot, path in stack.family.experts.items())
+    other = replace(stack.family, router=save_router(tmp_path / "router", records, seed=7))
+    async with served(other) as second:
+        address = second.router.server.address
+        told = suite_file.read_text()
+        suite_file.write_text(
+            told.replace(
+                "[[tasks]]", f'[[systems]]\nname = "new"\ncombine = "sum"\naddress = "{address}"\n[[tasks]]'
+            )
+        )
+        suite, heard = await run(stack, suite_file, tmp_path / "both")
+        _, alone = await run(second, with_systems_of(suite_file, told), tmp_path / "alone")
+    notes = {note.name: note.note for note in heard.notes}
+    assert address in notes["new"] and not notes["sum"]
+    assert heard.models["others"][address]["checkpoint"] != heard.models["checkpoint"]
+    for mine, theirs in ((heard.outcomes, alone.outcomes), (heard.views, alone.views)):
+        new, first = values_of(mine, "new"), values_of(mine, "sum")
+        assert new == values_of(theirs, "sum") and new != first
+    assert {note.name for note in findings_of(suite, heard, {}).systems} >= {"sum", "new"}
+
+
+def with_systems_of(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def values_of(outcomes: list[Outcome], system: str) -> list[tuple[str, float | None]]:
+    return [(each.answer.text, each.answer.logprob) for each in outcomes if each.system == system]
 
 
 async def test_a_run_goes_on_where_it_stopped_and_the_report_is_the_same(
@@ -159,9 +214,6 @@ async def test_findings_have_scores_of_answers_and_losses_of_texts(
     cells = {(cell.system, cell.stratum, cell.measure) for cell in findings.cells if cell.stratum != ALL}
     of_sum = {(stratum, measure) for system, stratum, measure in cells if system == "sum"}
     assert of_sum == {("task=own", SCORE), ("task=held-out", NLL), ("task=held-out", ACCURACY)}
-    assert not [each for each in cells if each[:2] == ("folder", "task=held-out")], (
-        "texts are judged by services"
-    )
     assert {(each.first, each.second) for each in findings.comparisons} == {
         ("sum", "math"), ("sum", "drawn"), ("sum", "folder")
     }  # fmt: skip
@@ -257,6 +309,10 @@ async def test_answers_of_other_questions_are_not_taken_for_ours(
         (('kind = "model"', 'kind = "collab"'), r"a system of kind collab, and no other, needs `reward`"),
         (("max_tokens = 5", "max_tokens = 0"), r"tasks.0.max_tokens = 0 is not allowed"),
         (('name = "own"', 'names = "own"'), r"tasks.0.names = 'own' is not allowed"),
+        (("max_tokens = 5", 'split = "train"'), r"split = train is not for jsonl, only for mbpp"),
+        (("max_tokens = 5", "chat = true"), r"chat = True is not for jsonl"),
+        (("max_tokens = 5", "cpu_seconds = 0"), r"tasks.0.cpu_seconds = 0 is not allowed"),
+        (('kind = "model"', 'kind = "model"\naddress = "h:1"'), r"address are of kind served, not model"),
     ],
 )
 async def test_a_suite_that_cannot_be_meant_is_refused_by_field_and_value(

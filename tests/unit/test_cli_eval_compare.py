@@ -63,7 +63,7 @@ def test_asked_the_other_way_round_it_says_the_opposite(folder: Path):
         (("good", "late"), "good and late were asked no question alike, of the same training seed"),
         (
             ("good", "bad", "--stratum", "half=c"),
-            "stratum = 'half=c' is not allowed: seed 0 has no question of it",
+            "stratum = 'half=c' is not allowed: one of all, half=a, half=b, task=t",
         ),
         (("good", "bad", "--stratum", "half"), "stratum = 'half' is not allowed"),
     ],

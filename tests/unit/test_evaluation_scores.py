@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.findings import SystemNote
+from evaluation.findings import ACCURACY, NLL, SystemNote
 from evaluation.pairing import compare_scores
 from evaluation.questions import Answer, Outcome, Question, Verdict
 from evaluation.scores import FILE, Scores
@@ -36,8 +36,8 @@ def test_scores_are_read_back_and_the_same_scores_give_the_same_bytes(tmp_path: 
     scores.write(tmp_path)
     before = (tmp_path / FILE).read_bytes()
     again = Scores.read(tmp_path)
-    assert [each.verdict.score for each in again.outcomes("a")] == [float(n in {1, 2}) for n in range(40)]
-    assert len(list(again.outcomes("b"))) == 10, "what was not asked is no zero"
+    assert [each.verdict.score for each in again.outcomes_of("a")] == [float(n in {1, 2}) for n in range(40)]
+    assert len(list(again.outcomes_of("b"))) == 10, "what was not asked is no zero"
     again.write(tmp_path)
     assert (tmp_path / FILE).read_bytes() == before
 
@@ -56,6 +56,36 @@ def test_the_same_system_of_two_evaluations_is_compared_under_two_names() -> Non
     (found,), labels = compare_scores(new, "a", old, "a", ["all"])
     assert found.difference.value == pytest.approx(19 / 40)
     assert "other evaluation" in labels[found.second]
+
+
+def read_texts(system: str, better_at: int, num: int = 24) -> list[Outcome]:
+    """Texts of 10 tokens, of which every `better_at`th is worth more to this system."""
+    return [
+        Outcome(
+            Question(f"x/{number}", "x", "", facts={"ids": [number]}, cluster=f"x/{number}"),
+            system,
+            0,
+            Answer("", True, 10, -20.0 - number + 5.0 * (number % better_at == 0)),
+            Verdict(0.5 + 0.1 * (number % better_at == 0)),
+        )
+        for number in range(num)
+    ]
+
+
+def test_views_of_texts_are_read_back_and_compared_by_loss_and_by_accuracy(tmp_path: Path) -> None:
+    notes = [SystemNote(name, name.upper(), "served") for name in "ab"]
+    views = [*read_texts("a", 1), *read_texts("b", 2, num=20)]
+    Scores.of(QUESTIONS, notes, outcomes("a", {1}), views).write(tmp_path)
+    again = Scores.read(tmp_path)
+    assert [each.answer.logprob for each in again.views_of("a")] == [-15.0 - number for number in range(24)]
+    assert not list(again.outcomes_of("b")), "it was asked nothing"
+    found, _ = compare_scores(again, "a", again, "b", ["task=x"])
+    loss, accuracy = found
+    assert (loss.measure, accuracy.measure) == (NLL, ACCURACY)
+    assert loss.num_questions == 20 and loss.difference.value == pytest.approx(-0.25)
+    assert accuracy.difference.value == pytest.approx(0.05)
+    strata = [(each.measure, each.stratum) for each in compare_scores(again, "a", again, "a")[0]]
+    assert ("nll", "all") in strata and ("score", "half=b") in strata and ("nll", "half=b") not in strata
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
