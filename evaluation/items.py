@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 
 from fusionroute.lab.tasks import Group, Item, Split, evaluation_items, fact_of
 
@@ -29,8 +28,3 @@ def is_covered(item: Item) -> bool:
 def cluster_of(item: Item) -> str:
     """What items share that rise and fall together: the fact they ask for, else the whole prompt."""
     return fact_of(item.prompt) or item.prompt
-
-
-def longest_answer_tokens(items: Iterable[Item]) -> int:
-    """Tokens of the longest answer, its end of sequence included; the lab has one token per character."""
-    return max(len(item.answer) for item in items) + 1

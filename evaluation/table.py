@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from evaluation import questions
-from evaluation.items import cluster_of, is_covered
-from evaluation.runner import Outcome
+from evaluation.questions import Outcome
 from evaluation.statistics.cells import cells
 from evaluation.statistics.comparing import compare as compare_pairs
 from evaluation.statistics.intervals import Estimate
-from evaluation.systems.served import System
+from evaluation.systems.ways import Way
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,12 +23,12 @@ class Score:
     """How a system did.
 
     Attributes:
-        system: which one.
+        system: whom.
         covered: share of right answers on tasks that experts cover.
         gap: share on tasks that no expert covers.
     """
 
-    system: System
+    system: Way
     covered: Estimate
     gap: Estimate
 
@@ -40,31 +37,30 @@ class Score:
 class Comparison:
     """Paired difference of two systems: first minus second."""
 
-    first: System
-    second: System
+    first: Way
+    second: Way
     covered: Estimate
     gap: Estimate
 
 
-def scores(outcomes: Sequence[Outcome]) -> list[Score]:
-    """One score for each system, in the order in which systems first appear.
+def scores(outcomes: Sequence[Outcome], systems: Sequence[Way]) -> list[Score]:
+    """One score for each system.
 
     Raises:
-        ValueError: a system has no covered or no gap items.
+        ValueError: a system has no covered or no gap questions.
     """
-    systems = list(dict.fromkeys(outcome.system for outcome in outcomes))
-    found = cells(_judged(outcomes), [system.name for system in systems], STRATA)
+    found = cells(outcomes, [system.name for system in systems], STRATA)
     estimates = {(cell.system, cell.stratum): cell.estimate for cell in found}
     return [Score(system, estimates[system.name, COVERED], estimates[system.name, GAP]) for system in systems]
 
 
-def compare(outcomes: Sequence[Outcome], first: System, second: System) -> Comparison:
-    """The paired difference of two systems that answered the same items in the same order.
+def compare(outcomes: Sequence[Outcome], first: Way, second: Way) -> Comparison:
+    """The paired difference of two systems.
 
     Raises:
-        ValueError: one of them has answered an item that the other has not.
+        ValueError: one of them has answered a question that the other has not.
     """
-    covered, gap = compare_pairs(_judged(outcomes), [(first.name, second.name)], STRATA)
+    covered, gap = compare_pairs(outcomes, [(first.name, second.name)], STRATA)
     return Comparison(first, second, covered.difference, gap.difference)
 
 
@@ -101,9 +97,7 @@ def price_sentence(against_routing_only: Comparison) -> str:
     covered = against_routing_only.covered
     if not covered.excludes_zero:
         difference = shown(covered, signed=True)
-        return (
-            f"Whether the complement costs anything on covered tasks these items do not tell ({difference})."
-        )
+        return f"Whether the complement costs anything on covered tasks these questions do not tell ({difference})."
     if covered.value > 0:
         return f"The complement costs nothing on covered tasks; it gains ({shown(covered, signed=True)})."
     return (
@@ -129,27 +123,6 @@ def to_json(rows: Iterable[Score], comparisons: Iterable[Comparison]) -> dict[st
             for each in comparisons
         ],
     }
-
-
-def _judged(outcomes: Iterable[Outcome]) -> list[questions.Outcome]:
-    """The same as statistics know them; item number i of every system is the same question."""
-    numbers: Counter[str] = Counter()
-    judged = []
-    for outcome in outcomes:
-        system, item = outcome.system.name, outcome.item
-        question = questions.Question(
-            id=f"{item.task}/{numbers[system]}",
-            task=item.task,
-            prompt=item.prompt,
-            reference=item.answer,
-            cluster=cluster_of(item),
-            strata={"coverage": "covered" if is_covered(item) else "gap"},
-        )
-        numbers[system] += 1
-        answer = questions.Answer(outcome.answer.text, outcome.answer.is_complete)
-        verdict = questions.RIGHT if outcome.is_right else questions.Verdict(0.0)
-        judged.append(questions.Outcome(question, system, 0, answer, verdict))
-    return judged
 
 
 def _verb(difference: Estimate) -> str:

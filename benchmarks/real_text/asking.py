@@ -28,7 +28,11 @@ BASE_SLOT = "base"
 NUM_CONCURRENT = 8
 RULES = (SUM, *GATED, ROUTING_ONLY, ROUTER_ALONE, PROXY)
 ALONE = expert_ways(EXPERTS)
-WAYS: Mapping[str, Sequence[Way]] = {"sft": (*ALONE, ENSEMBLE, *RULES), "cdpo": RULES}
+WAYS: Mapping[str, Sequence[Way]] = {
+    "sft": (*ALONE, ENSEMBLE, *RULES),
+    "mixture_sft": (SUM, *GATED, ROUTING_ONLY, ROUTER_ALONE),
+    "cdpo": RULES,
+}
 """What each router checkpoint is asked for."""
 ORACLE, ORACLE_TEXT = "oracle/token", "oracle/text"
 
@@ -79,7 +83,9 @@ def judge_all(
         _judge_model(family, name, folder, texts)
         found[name] = _read(family, name)
     models = {**family.experts, BASE_SLOT: family.base}
-    checkpoints = {"sft": family.sft, "cdpo": family.cdpo} if phase_two else {"sft": family.sft}
+    checkpoints = {"sft": family.sft, "mixture_sft": family.mixture_sft}
+    if phase_two:
+        checkpoints["cdpo"] = family.cdpo
     for name, checkpoint in checkpoints.items():
         if name == "cdpo":
             family.train_cdpo()

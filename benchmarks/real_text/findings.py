@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.real_text.asking import ALONE, ORACLE, ORACLE_TEXT, RULES
+from benchmarks.real_text.asking import ALONE, ORACLE, ORACLE_TEXT, RULES, WAYS
 from benchmarks.real_text.sizes import ASKED, EXPERTS, GAP, MIXED, UNSEEN
 from evaluation.findings import ALL, Comparison, Findings, RoutingShare, SystemNote
 from evaluation.questions import Outcome
@@ -16,7 +16,7 @@ from evaluation.statistics.verdicts import verdict_sentence
 from evaluation.systems.ways import GATED
 
 PAPER = "sft/sum"
-LABELS = {"sft": "after SFT", "cdpo": "after CDPO"}
+LABELS = {"sft": "after SFT", "mixture_sft": "after SFT with mixture routes", "cdpo": "after CDPO"}
 SYSTEMS = (
     SystemNote("base", "base, not fine-tuned", "model"),
     *(way.system() for way in ALONE),
@@ -26,7 +26,8 @@ SYSTEMS = (
     *(
         SystemNote(f"{checkpoint}/{way.name}", f"{way.label}, {label}", "served")
         for checkpoint, label in LABELS.items()
-        for way in RULES
+        for way in WAYS[checkpoint]
+        if way in RULES
     ),
     SystemNote(ORACLE_TEXT, "oracle: best expert for each text", "selection"),
     SystemNote(ORACLE, "oracle: best expert at each token", "forced", "looks at the right token; nobody can serve it"),
@@ -34,6 +35,7 @@ SYSTEMS = (
 PAIRS = (
     *((f"sft/{way.name}", PAPER) for way in (*GATED, *RULES[4:])),
     ("cdpo/sum", PAPER),
+    ("mixture_sft/sum", PAPER),
     *((other, PAPER) for other in ("single", "ensemble", "merged", ORACLE_TEXT)),
     ("sft/mixture", "single"),
     ("sft/mixture", "sft/select"),
@@ -41,6 +43,9 @@ PAIRS = (
     ("sft/mixture", "sft/route"),
     ("sft/mixture", ORACLE_TEXT),
     ("cdpo/mixture", "sft/mixture"),
+    ("mixture_sft/route", "sft/route"),
+    ("mixture_sft/mixture", "sft/mixture"),
+    ("mixture_sft/mixture", "mixture_sft/sum"),
 )
 """First minus second."""
 STRATA = (ALL, *(f"task={domain}" for domain in ASKED))

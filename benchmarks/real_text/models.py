@@ -3,6 +3,7 @@
 base/                    the same for all seeds
 experts/math ...         from the base, on one domain each
 sft/                     router of phase I with gates, from the base
+mixture_sft/             the same with `sft.aggregate = "mixture"`
 data/pairs.jsonl         what the served router of phase I writes instead of right answers
 cdpo/                    router of phase II with gates
 single/                  from the base, on the router's data alone
@@ -62,6 +63,11 @@ class Family:
         return self.folder / "sft"
 
     @property
+    def mixture_sft(self) -> Path:
+        """Router checkpoint of phase I whose routing loss is the likelihood of the experts' mixture."""
+        return self.folder / "mixture_sft"
+
+    @property
     def cdpo(self) -> Path:
         """Router checkpoint of phase II."""
         return self.folder / "cdpo"
@@ -87,10 +93,15 @@ class Family:
                 self._train_expert(slot, folder)
 
     def train_sft(self) -> None:
-        """Phase I with its gates; the single model on the same rows; the merged one."""
-        if not self.sft.exists():
-            values = {"gates": self._gates(), **self._loop("router", self.sizes.router_epochs)}
-            self._run(SftJob.from_values({**self._common(), "router": str(self.base), **values}), self.sft)
+        """Phase I with its gates, for both routing losses; the single model on the same rows; the merged one."""
+        for folder, aggregate in ((self.sft, "linear"), (self.mixture_sft, "mixture")):
+            if not folder.exists():
+                values = {
+                    "gates": self._gates(),
+                    "sft": {"aggregate": aggregate},
+                    **self._loop("router", self.sizes.router_epochs),
+                }
+                self._run(SftJob.from_values({**self._common(), "router": str(self.base), **values}), folder)
         single = self.models["single"]
         if not single.exists():
             values = {

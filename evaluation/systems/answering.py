@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evaluation.questions import Answer, Question, Verdict
+from evaluation.questions import Answer, Outcome, Question, Verdict
 from evaluation.systems.ways import Way
 from fusionroute.answers import Completion, FinishReason
 from fusionroute.client import RouterClient
@@ -38,6 +38,12 @@ class RouterWriter:
             options["stop"] = list(question.stop)
         prompt = question.prompt if isinstance(question.prompt, str) else list(question.prompt)
         return await self.router.complete(prompt, **options)
+
+    async def outcome(self, question: Question) -> Outcome:
+        """The answer, judged; of training seed 0."""
+        answer = answer_of(await self.complete(question))
+        verdict = await asyncio.to_thread(self.verify, question, answer)
+        return Outcome(question, self.way.name, 0, answer, verdict)
 
     async def ask(self, question: Question) -> dict[str, Any]:
         """The answer and what the verifier says of it, as JSON has it."""

@@ -75,6 +75,18 @@ def fixed_ways(slots: Sequence[str]) -> list[Way]:
     return [Way(f"fixed/{slot}", f"router + always {slot}", "sum", slot) for slot in slots]
 
 
+def main_ways(slots: Sequence[str], rules: Iterable[str]) -> list[Way]:
+    """Those that users choose among: experts alone, the router alone, routing only, the sum and the gated rules.
+
+    Args:
+        slots: of the checkpoint, in its order.
+        rules: that the router says it can serve, as requests name them.
+    """
+    known = set(rules)
+    ways = (ROUTER_ALONE, ROUTING_ONLY, SUM, *GATED)
+    return [*expert_ways(slots), *(way for way in ways if way.combine in known)]
+
+
 def available_ways(slots: Sequence[str], rules: Iterable[str]) -> list[Way]:
     """Every way that a router can be asked in.
 
@@ -83,8 +95,8 @@ def available_ways(slots: Sequence[str], rules: Iterable[str]) -> list[Way]:
         rules: that the router says it can serve, as requests name them.
     """
     known = set(rules)
-    ways = [ROUTER_ALONE, ROUTING_ONLY, SUM, *GATED, ENSEMBLE, PROXY, RANDOM]
-    return [*expert_ways(slots), *(way for way in ways if way.combine in known), *fixed_ways(slots)]
+    others = [way for way in (ENSEMBLE, PROXY, RANDOM) if way.combine in known]
+    return [*main_ways(slots, known), *others, *fixed_ways(slots)]
 
 
 def rule_names(rules: Iterable[CombineRule.ValueType]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from evaluation.items import cluster_of
+from evaluation.items import cluster_of, is_covered, rounds_of_items
 from evaluation.questions import RIGHT, Answer, Question, Verdict
 from fusionroute.lab.tasks import TASKS, Group, Item, Split, evaluation_items
 
@@ -45,6 +45,19 @@ def lab_questions(
     return questions
 
 
+def lab_rounds(num_rounds: int, seed: int = 0) -> list[list[Question]]:
+    """Held-out questions in rounds: each round has one question of every task, so that any number of rounds is fair.
+
+    Args:
+        num_rounds: questions of each task.
+        seed: of the draw; the same one gives the same questions, also in the rounds of a longer call.
+    """
+    return [
+        [_question(item, Split.TEST, number) for item in items]
+        for number, items in enumerate(rounds_of_items(num_rounds, seed), start=1)
+    ]
+
+
 def verify(question: Question, answer: Answer) -> Verdict:
     """Exact match, the end included."""
     if answer.is_complete and answer.text == question.reference:
@@ -60,7 +73,7 @@ def _question(item: Item, split: Split, number: int) -> Question:
         reference=item.answer,
         cluster=cluster_of(item),
         strata={
-            "coverage": "gap" if item.group is Group.GAP else "covered",
+            "coverage": "covered" if is_covered(item) else "gap",
             "group": str(item.group),
             "payload": PAYLOAD[split],
         },

@@ -18,8 +18,8 @@ from fusionroute.cli.target import json_option
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from evaluation.runner import Outcome
-    from fusionroute.lab.tasks import Item
+    from evaluation.questions import Outcome, Question
+    from evaluation.systems.ways import Way
     from fusionroute.stack_state import StackState
 
 MAX_ITEMS_PER_TASK = 40
@@ -50,10 +50,10 @@ def demo(seed: int, num_rounds: int | None, budget_seconds: float | None, as_jso
       fusionroute demo
       fusionroute demo --items 5 --json > table.json
     """
-    from evaluation.items import rounds_of_items
+    from evaluation.tasks.lab import lab_rounds
     from fusionroute.cli.console import console
     from fusionroute.cli.lab import build_family
-    from fusionroute.cli.scoreboard import num_rounds_of, show_scores
+    from fusionroute.cli.scoreboard import PREFERRED_SUM, num_rounds_of, show_scores
     from fusionroute.cli.stack import temporary_stack
     from fusionroute.local_stack import ROUTER, StackPlan, threads_for
 
@@ -74,18 +74,23 @@ def demo(seed: int, num_rounds: int | None, budget_seconds: float | None, as_jso
         with clock.stage("2  services: a router with the checkpoint of phase I, three experts, a trainer"):
             state, folder = running.enter_context(temporary_stack(plan))
         budget = float("inf") if num_rounds else budget_seconds or clock.seconds_for_the_table()
-        rounds = rounds_of_items(num_rounds or MAX_ITEMS_PER_TASK, seed)
+        rounds = lab_rounds(num_rounds or MAX_ITEMS_PER_TASK, seed)
         with clock.stage("3  phase I: every system answers held-out items"):
-            outcomes = asyncio.run(_ask(screen, state.router_address, rounds, PHASE_ONE_SHARE * budget))
-        with clock.stage("4  phase II: the CDPO checkpoint is published, and promoted while the router serves"):
+            systems = asyncio.run(_systems(state.router_address))
+            outcomes = asyncio.run(
+                _ask(screen, state.router_address, systems, rounds, PHASE_ONE_SHARE * budget)
+            )
+        with clock.stage(
+            "4  phase II: the CDPO checkpoint is published, and promoted while the router serves"
+        ):
             asyncio.run(_promote(screen, state, folder, family.router))
         clock.say(f"\n   while this runs, the page in a browser: {state.http_urls[ROUTER]}/")
         with clock.stage("5  answers, each token in the colour of the expert that took part"):
             asyncio.run(_show(screen, state.router_address, seed))
         with clock.stage("6  table: the same items, asked of the new checkpoint as well"):
             asked = rounds[: num_rounds_of(outcomes)]
-            outcomes += asyncio.run(_ask_again(screen, state.router_address, asked))
-            result = show_scores(screen, outcomes)
+            outcomes += asyncio.run(_ask(screen, state.router_address, [PREFERRED_SUM], asked))
+            result = show_scores(screen, outcomes, [*systems, PREFERRED_SUM])
     clock.say(f"done in {clock.seconds:.0f} s; nothing is left running")
     if as_json:
         click.echo(json.dumps({"seed": seed, "seconds": round(clock.seconds, 1), **result}, indent=2))
@@ -103,23 +108,26 @@ async def _show(console: Console, address: str, seed: int) -> None:
         await show_answers(console, router, [item for item in examples() if is_covered(item)], gaps)
 
 
-async def _ask(
-    console: Console, address: str, rounds: Sequence[Sequence[Item]], budget_seconds: float
-) -> list[Outcome]:
-    from fusionroute.cli.scoreboard import ask, available_systems
+async def _systems(address: str) -> list[Way]:
+    from fusionroute.cli.scoreboard import available_systems
     from fusionroute.client import RouterClient
 
     async with RouterClient.open(address) as router:
-        return await ask(console, router, await available_systems(router), rounds, budget_seconds)
+        return await available_systems(router)
 
 
-async def _ask_again(console: Console, address: str, rounds: Sequence[Sequence[Item]]) -> list[Outcome]:
-    from evaluation.systems.served import PREFERRED_SUM
+async def _ask(
+    console: Console,
+    address: str,
+    systems: Sequence[Way],
+    rounds: Sequence[Sequence[Question]],
+    budget_seconds: float = float("inf"),
+) -> list[Outcome]:
     from fusionroute.cli.scoreboard import ask
     from fusionroute.client import RouterClient
 
     async with RouterClient.open(address) as router:
-        return await ask(console, router, [PREFERRED_SUM], rounds)
+        return await ask(console, router, systems, rounds, budget_seconds)
 
 
 async def _promote(console: Console, state: StackState, folder: Path, checkpoint: Path) -> None:
@@ -130,7 +138,9 @@ async def _promote(console: Console, state: StackState, folder: Path, checkpoint
     await asyncio.to_thread(shutil.copytree, checkpoint, folder / CHECKPOINTS / PROMOTED)
     _, revision = await tell_trainer(state.addresses[TRAINER], PROMOTED)
     info = await wait_for_router(state.router_address, revision, PROMOTION_SECONDS)
-    console.print(f"   the router serves {info.checkpoint_id}; a turn begun before ends on the checkpoint of phase I")
+    console.print(
+        f"   the router serves {info.checkpoint_id}; a turn begun before ends on the checkpoint of phase I"
+    )
 
 
 class _Clock:

@@ -6,18 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from evaluation.items import is_covered, longest_answer_tokens
-from evaluation.runner import Outcome, ServedAnswerer, run_rounds
-from evaluation.systems.served import FUSED_SUM, GATED, PREFERRED_SUM, ROUTING_ONLY, System, systems_of
+from evaluation.questions import Outcome, Question
+from evaluation.rounds import run_rounds
+from evaluation.systems.answering import RouterWriter
+from evaluation.systems.ways import GATED, ROUTING_ONLY, SUM, Way, main_ways, rule_names
 from evaluation.table import compare, price_sentence, score_table, scores, sentence, to_json
+from evaluation.tasks.lab import verify
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fusionroute.client import RouterClient
-    from fusionroute.lab.tasks import Item
 
 NUM_CONCURRENT = 16
+
+PREFERRED_SUM = SUM.of("cdpo", "after CDPO")
+"""Asked of a router that has been through phase II; all others of the one before."""
 
 LIMITS = (
     "Gap tasks need what no expert was taught: experts and routing only cannot answer them. CDPO has repaired",
@@ -30,52 +34,56 @@ LIMITS = (
 async def ask(
     console: Console,
     router: RouterClient,
-    systems: Sequence[System],
-    rounds: Sequence[Sequence[Item]],
+    systems: Sequence[Way],
+    rounds: Sequence[Sequence[Question]],
     budget_seconds: float = float("inf"),
 ) -> list[Outcome]:
-    """Asks the systems every item, as many rounds as the budget allows.
+    """Asks the systems every question, as many rounds as the budget allows.
 
     Args:
         console: to show the progress on.
         router: that answers.
         systems: ways to ask it.
-        rounds: items of every task, once each.
+        rounds: a question of every task each.
         budget_seconds: no further round is begun after so long.
     """
-    answerer = ServedAnswerer(router, longest_answer_tokens(item for each in rounds for item in each) + 2)
+
+
+    async def answered(question: Question, way: Way) -> Outcome:
+        return await RouterWriter(router, way, verify).outcome(question)
+
     with _counter(console, sum(len(each) for each in rounds) * len(systems)) as on_outcome:
         return await run_rounds(
-            answerer, rounds, systems,
+            answered, rounds, systems,
             num_concurrent=NUM_CONCURRENT, budget_seconds=budget_seconds, on_outcome=on_outcome,
         )  # fmt: skip
 
 
-async def available_systems(router: RouterClient) -> list[System]:
+async def available_systems(router: RouterClient) -> list[Way]:
     """The systems that a router can be asked as."""
     info = await router.info()
-    return systems_of([slot.slot for slot in info.slots], info.available_combine)
+    return main_ways([slot.slot for slot in info.slots], rule_names(info.available_combine))
 
 
 def num_rounds_of(outcomes: Sequence[Outcome]) -> int:
     """How many whole rounds were asked: each asks every task once of every system."""
-    tasks = {outcome.item.task for outcome in outcomes}
+    tasks = {outcome.question.task for outcome in outcomes}
     systems = {outcome.system for outcome in outcomes}
     return len(outcomes) // (len(tasks) * len(systems))
 
 
-def show_scores(console: Console, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Prints the table and what it says, and returns the same for programs."""
-    rows = scores(outcomes)
-    present = {row.system for row in rows}
+def show_scores(console: Console, outcomes: Sequence[Outcome], systems: Sequence[Way]) -> dict[str, Any]:
+    """Prints the table of these systems and what it says, and returns the same for programs."""
+    rows, present = scores(outcomes, systems), set(systems)
     pairs = [
-        (FUSED_SUM, ROUTING_ONLY),
-        (PREFERRED_SUM, FUSED_SUM),
+        (SUM, ROUTING_ONLY),
+        (PREFERRED_SUM, SUM),
         (PREFERRED_SUM, ROUTING_ONLY),
         *((rule, PREFERRED_SUM) for rule in GATED),
     ]
     comparisons = [compare(outcomes, *pair) for pair in pairs if present.issuperset(pair)]
-    num_covered, num_gap = _item_counts(outcomes, len(rows))
+    num_gap = sum(outcome.question.strata["coverage"] == "gap" for outcome in outcomes) // len(rows)
+    num_covered = len(outcomes) // len(rows) - num_gap
     console.print(score_table(rows, num_covered, num_gap))
     console.print()
     for each in comparisons:
@@ -87,11 +95,6 @@ def show_scores(console: Console, outcomes: Sequence[Outcome]) -> dict[str, Any]
     for line in LIMITS:
         console.print(f"   {line}", style="dim", markup=False)
     return {"num_covered": num_covered, "num_gap": num_gap, **to_json(rows, comparisons)}
-
-
-def _item_counts(outcomes: Sequence[Outcome], num_systems: int) -> tuple[int, int]:
-    num_covered = sum(is_covered(outcome.item) for outcome in outcomes) // num_systems
-    return num_covered, len(outcomes) // num_systems - num_covered
 
 
 @contextmanager
