@@ -197,6 +197,8 @@ async def test_a_turn_that_fails_for_want_of_a_model_goes_on_as_it_would_have(
     stack: Stack, way: Way, slot: str
 ) -> None:
     undisturbed = await stack.answer(way.request(exact=True))
+    await stack.stop_expert(slot)
+    await stack.start_expert(slot, kv_tokens=96, linked=True)
     session_id = f"broken-{way.rule}-{slot}"
     request = way.request(
         exact=True, session_id=session_id, on_expert_unavailable=router_pb2.ON_EXPERT_UNAVAILABLE_FAIL
@@ -207,6 +209,7 @@ async def test_a_turn_that_fails_for_want_of_a_model_goes_on_as_it_would_have(
             if event.WhichOneof("event") == "token":
                 written.append(event.token.id)
                 if len(written) == 3:
+                    stack.links[slot].base_delay_seconds = 1.0  # the turn must not end meanwhile
                     await stack.stop_expert(slot)
     await stack.start_expert(slot, kv_tokens=96)
     assert caught.value.reason is Reason.EXPERT_UNAVAILABLE
