@@ -154,12 +154,7 @@ def build_request(
     if trace:
         request.return_routing_weights = True
         request.num_top_candidates = TRACE_CANDIDATES
-    if json_schema is not None and regex is not None:
-        raise click.UsageError("--json-schema and --regex are not given together")
-    if json_schema is not None:
-        request.sampling.constraint.json_schema = _text_or_file(json_schema)
-    if regex is not None:
-        request.sampling.constraint.regex = regex
+    _constrain(request, json_schema, regex)
     request.sampling.stop.extend(sampling.pop("stop", ()))
     for token_id, value in parse_logit_bias(sampling.pop("logit_bias", ())).items():
         request.sampling.logit_bias[token_id] = value
@@ -167,6 +162,15 @@ def build_request(
         if value is not None:
             setattr(request.sampling, field, value)
     return request
+
+
+def _constrain(request: GenerateRequest, json_schema: str | None, regex: str | None) -> None:
+    if json_schema is not None and regex is not None:
+        raise click.UsageError("--json-schema and --regex are not given together")
+    if json_schema is not None:
+        request.sampling.constraint.json_schema = _text_or_file(json_schema)
+    if regex is not None:
+        request.sampling.constraint.regex = regex
 
 
 def _text_or_file(text: str) -> str:

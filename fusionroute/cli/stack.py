@@ -130,7 +130,6 @@ def up(
 
     folder = folder_of(name)
     checkpoint, models = models_to_serve(experts, router, lab, preset)
-    num_experts = len(models)
     if base is not None:
         models = {**models, **base_to_serve(base, models)}
     plan = StackPlan(
@@ -149,16 +148,22 @@ def up(
     if foreground:
         _stay_attached(plan, folder)
         return
-    state = start_stack(plan, folder)
-    behind = "the router" if routers == 1 else f"{routers} routers"
-    beside = " and a base model" if base is not None else ""
+    _tell_what_is_up(plan, start_stack(plan, folder), folder)
+
+
+def _tell_what_is_up(plan: StackPlan, state: StackState, folder: Path) -> None:
+    from fusionroute.local_stack import TARGETS_FILE
+
+    behind = "the router" if plan.routers == 1 else f"{plan.routers} routers"
+    num_experts = len(plan.experts) - bool(plan.base_slot)
+    beside = " and a base model" if plan.base_slot else ""
     click.echo(f"up: {num_experts} experts{beside} behind {behind} on {state.router_address}")
     for url in state.http_urls.values():
         click.echo(f"    {url}/ in a browser, {url}/v1 for OpenAI's clients")
-    if trainer:
+    if plan.trainer:
         click.echo(f"    and a trainer on {state.addresses['trainer']}")
-    if watch:
-        click.echo(f"    watch ports for Prometheus in {folder / local_stack.TARGETS_FILE}")
+    if plan.watch:
+        click.echo(f"    watch ports for Prometheus in {folder / TARGETS_FILE}")
     click.echo("try: fusionroute generate 'PROMPT'   stop: fusionroute down", err=True)
 
 
