@@ -62,9 +62,13 @@ async def measure_experts(
 def _report(
     configuration: Mapping[str, Any], runs: Mapping[int, Runs], measured: Mapping[int, Sequence[ServedTurn]]
 ) -> Report:
-    familiar = {
-        count: [_ms(turn.familiar_gaps()) for turn in of_stack] for count, of_stack in measured.items()
-    }
+    familiar, same, changed = (
+        {
+            count: [_ms(turn.familiar_gaps(changed=which)) for turn in of_stack]
+            for count, of_stack in measured.items()
+        }
+        for which in (None, False, True)
+    )
     few, many = min(runs), max(runs)
     named = {each.name: each for each in runs.values()}
     return Report(
@@ -74,12 +78,16 @@ def _report(
         findings=[
             Finding(f"ms / token with {many} experts / with {few}, once an expert has written",
                     ratio(familiar[many], familiar[few]), at_most=MOST_GROWTH),
+            *(Finding(name, ratio(kind[many], kind[few])) for name, kind in (
+                ("of it tokens by the same expert as the token before", same),
+                ("of it tokens by another expert, which has to catch up", changed),
+            ) if all(kind[many] + kind[few])),
             Finding(f"ms / token with {many} experts / with {few}, whole turns",
                     ratio(runs[many].ms_per_token, runs[few].ms_per_token)),
             Finding(f"CPU ms / token with {many} experts / with {few}, whole turns",
                     ratio(runs[many].cpu_ms_per_token, runs[few].cpu_ms_per_token)),
         ],
-        tables=[speed_table("Whole turns", named), _table(measured, familiar)],
+        tables=[speed_table("Whole turns", named), _table(measured, familiar, same, changed)],
         panels=[
             Bars("Once an expert has written in the session", "ms per token",
                  {runs[count].name: Spread.of(values) for count, values in familiar.items()}),
@@ -87,22 +95,36 @@ def _report(
                  {name: Spread.of(each.ms_per_token) for name, each in named.items()}),
         ],
         notes=["An expert that writes for the first time in a session has the whole session to read; that is once for"
-               " each expert, not for each token, and counted in whole turns only."],
+               " each expert, not for each token, and counted in whole turns only.",
+               "Routes of random heads change the more often the more experts there are, and an expert that comes back"
+               " has the more tokens to catch up with: one forward of several rows. That is what routes cost, whatever"
+               " the number of experts; tokens by the same expert as before show what experts that are idle cost."],
         runs={"experts": named},
     )  # fmt: skip
 
 
 def _ms(gaps: Sequence[float]) -> float:
-    """Mean, in milliseconds."""
-    return 1000 * sum(gaps) / len(gaps)
+    """Mean, in milliseconds; of none 0, as for turns too short to change between experts."""
+    return 1000 * sum(gaps) / len(gaps) if gaps else 0.0
 
 
-def _table(measured: Mapping[int, Sequence[ServedTurn]], familiar: Mapping[int, Sequence[float]]) -> Table:
+def _table(
+    measured: Mapping[int, Sequence[ServedTurn]],
+    familiar: Mapping[int, Sequence[float]],
+    same: Mapping[int, Sequence[float]],
+    changed: Mapping[int, Sequence[float]],
+) -> Table:
     rows: list[list[Cell]] = []
     for count, turns in measured.items():
         speed = Spread.of(familiar[count])
         visited = Spread.of(len(set(turn.experts)) for turn in turns)
         changes = Spread.of(sum(a != b for a, b in pairwise(turn.experts)) for turn in turns)
-        rows.append([f"{count} experts", speed.median, speed.low, speed.high, visited.median, changes.median])
-    columns = ("stack", "ms / token", "least", "most", "experts that wrote", "changes of expert")
+        parts = [Spread.of(each[count]).median for each in (same, changed)]
+        rows.append(
+            [f"{count} experts", speed.median, speed.low, speed.high, *parts, visited.median, changes.median]
+        )
+    columns = (
+        "stack", "ms / token", "least", "most", "same expert", "another one", "experts that wrote",
+        "changes of expert",
+    )  # fmt: skip
     return Table("Tokens of experts that had written before", columns, rows)

@@ -43,12 +43,17 @@ class ServedTurn:
         """Seconds from each token to the next, one fewer than there are tokens."""
         return [after - before for before, after in pairwise(self.arrived)]
 
-    def familiar_gaps(self) -> list[float]:
-        """Those gaps whose token's expert had written in this turn before: without the prefill of an expert."""
+    def familiar_gaps(self, *, changed: bool | None = None) -> list[float]:
+        """Those gaps whose token's expert had written in this turn before: without the prefill of an expert.
+
+        Args:
+            changed: only those whose expert is another one than that of the token before, or only those where it is
+                the same; None = both.
+        """
         seen: set[str] = set(self.experts[:1])
         kept: list[float] = []
-        for gap, expert in zip(self.gaps, self.experts[1:], strict=True):
-            if expert in seen:
+        for gap, (before, expert) in zip(self.gaps, pairwise(self.experts), strict=True):
+            if expert in seen and changed in (None, before != expert):
                 kept.append(gap)
             seen.add(expert)
         return kept

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
+
+from tests.served_stack import Stack, make_family, served
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -38,6 +43,14 @@ class Api:
 
     http: httpx2.AsyncClient
 
+    @classmethod
+    @asynccontextmanager
+    async def of(cls, stack: Stack) -> AsyncIterator[Api]:
+        """That of a stack with an HTTP port."""
+        assert stack.router.http_url is not None
+        async with httpx2.AsyncClient(base_url=stack.router.http_url, timeout=30) as client:
+            yield cls(client)
+
     async def post(self, path: str, body: Any, **headers: str) -> httpx2.Response:
         """Whatever comes back."""
         return await self.http.post(
@@ -59,6 +72,15 @@ class Api:
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
         assert response.text.endswith("data: [DONE]\n\n")
         return [read_event(each) for each in response.text.split("\n\n")[:-2]]
+
+
+@asynccontextmanager
+async def openai_stack(folder: Path) -> AsyncIterator[Stack]:
+    """A stack whose models have a chat template, with an HTTP port and room for six turns."""
+    family = make_family(folder)
+    (family.router / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    async with served(family, http_port=0, max_running_turns=6) as stack:
+        yield stack
 
 
 def read_event(text: str) -> Chunk:

@@ -44,9 +44,8 @@ async def stack(family: Family) -> AsyncIterator[Stack]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def api(stack: Stack) -> AsyncIterator[Api]:
-    assert stack.router.http_url is not None
-    async with httpx2.AsyncClient(base_url=stack.router.http_url, timeout=30) as client:
-        yield Api(client)
+    async with Api.of(stack) as api:
+        yield api
 
 
 # --- any body ----------------------------------------------------------------------------------------------------

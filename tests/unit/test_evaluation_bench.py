@@ -130,6 +130,10 @@ def test_gaps_before_an_expert_has_written_are_no_familiar_gaps() -> None:
     turn = ServedTurn(arrived=[1.0, 2.0, 5.0, 6.0], experts=["a", "a", "b", "a"])
     assert turn.gaps == [1.0, 3.0, 1.0]
     assert turn.familiar_gaps() == [1.0, 1.0]
+    changes = ServedTurn(arrived=[0, 1, 3, 6, 10, 15], experts=["a", "a", "b", "a", "b", "b"])
+    assert changes.familiar_gaps() == [1, 3, 4, 5]
+    assert changes.familiar_gaps(changed=True) == [3, 4]
+    assert changes.familiar_gaps(changed=False) == [1, 5]
 
 
 def test_a_report_tells_programs_everything_and_can_be_drawn(tmp_path: Path) -> None:
