@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import stat
@@ -20,8 +21,7 @@ def kernels_kept() -> Iterator[None]:
     from numba import config
 
     before = config.CACHE_DIR
-    root = os.environ.get("FUSIONROUTE_CACHE_DIR") or "~/.cache/fusionroute"
-    if not before and (folder := kernel_folder(Path(root))) is not None:
+    if not before and (folder := _own_folder()) is not None:
         config.CACHE_DIR = str(folder)
     try:
         yield
@@ -29,11 +29,30 @@ def kernels_kept() -> Iterator[None]:
         config.CACHE_DIR = before
 
 
+@contextmanager
+def one_compiler() -> Iterator[None]:
+    """Processes that start together compile one after the other, so that all but the first find its code.
+
+    Without a folder of our own nothing is kept, and nobody waits. Whoever dies lets the next one in.
+    """
+    folder = _own_folder()
+    if folder is None:
+        yield
+        return
+    with (folder / "compiling.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def is_cached() -> bool:
     """Whether there is a place for compiled code just now."""
     from numba import config
 
     return bool(config.CACHE_DIR)
+
+
+def _own_folder() -> Path | None:
+    return kernel_folder(Path(os.environ.get("FUSIONROUTE_CACHE_DIR") or "~/.cache/fusionroute"))
 
 
 def kernel_folder(root: Path) -> Path | None:

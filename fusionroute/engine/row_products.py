@@ -67,12 +67,13 @@ def compiled_kernel(module: str, name: str, dtype: torch.dtype) -> Any:
     if dtype not in FORMATS:
         return None
     try:
-        from fusionroute.engine.kernel_cache import kernels_kept
+        from fusionroute.engine.kernel_cache import kernels_kept, one_compiler
 
         with kernels_kept():
             kernels = import_module(f"fusionroute.engine.{module}")
         kernel = getattr(kernels, f"{name}_{FORMATS[dtype]}")
-        kernel.compile(getattr(kernels, f"{name.upper()}_SIGNATURE"))
+        with one_compiler():
+            kernel.compile(getattr(kernels, f"{name.upper()}_SIGNATURE"))
     except Exception as error:
         log.warning("row_kernels_missing", why=f"{type(error).__name__}: {error}")
         return None

@@ -15,7 +15,7 @@ from fusionroute.engine import prepare_model
 from fusionroute.engine.attention import RaggedBatch, Segment
 from fusionroute.engine.crew import Crew
 from fusionroute.engine.decoder import Decoder
-from fusionroute.engine.kernel_cache import kernel_folder
+from fusionroute.engine.kernel_cache import kernel_folder, one_compiler
 from fusionroute.engine.kv_cache import SessionCache
 from fusionroute.engine.row_products import FEWEST_SHARED_BYTES, RowProducts
 from tests.tiny_models import eager_rows, tiny_model, word_tokenizer
@@ -139,3 +139,25 @@ def test_compiled_code_is_kept_only_where_nobody_else_may_write(tmp_path: Path) 
     assert kernel_folder(tmp_path) is None
     (tmp_path / "file").touch()
     assert kernel_folder(tmp_path / "file") is None
+
+
+def test_processes_that_start_together_compile_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locks are of files, so threads stand for processes."""
+    monkeypatch.setenv("FUSIONROUTE_CACHE_DIR", str(tmp_path))
+    entered = threading.Event()
+
+    def second() -> None:
+        with one_compiler():
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    with one_compiler():
+        thread.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(20)
+    thread.join()
+    (tmp_path / "kernels").chmod(0o777)
+    with one_compiler(), one_compiler():  # nothing is kept: nobody waits
+        pass
