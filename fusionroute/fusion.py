@@ -47,7 +47,9 @@ __all__ = [
     "best_ids",
     "choose",
     "decide",
+    "decide_all",
     "drawn_expert",
+    "drawn_experts",
     "fuse",
     "logprob",
     "logsumexp",
@@ -118,12 +120,12 @@ class HeadLayout:
     has_sum_gate: bool = False
 
     def routing(self, scores: Row) -> Row:
-        """Routing scores [n]."""
-        return scores[: self.num_experts]
+        """Routing scores [..., n]."""
+        return scores[..., : self.num_experts]
 
     def gate(self, scores: Row) -> Row:
-        """Gate scores [n + 1], the last one the router's own."""
-        return scores[self.num_experts : 2 * self.num_experts + 1]
+        """Gate scores [..., n + 1], the last one the router's own."""
+        return scores[..., self.num_experts : 2 * self.num_experts + 1]
 
     def sum_gate(self, scores: Row) -> float:
         """Score of the sum gate."""
@@ -162,7 +164,15 @@ def drawn_expert(seed: int, position: int, num_experts: int) -> int:
     It is the one whose id 2**32 + index draws most noise, so it is as much a pure function of (seed, position) as the
     choice of the token is, and independent of that.
     """
-    return int(np.argmax(noise_bits(seed, position, np.arange(_EXPERT_IDS, _EXPERT_IDS + num_experts))))
+    return drawn_experts(seed, position, 1, num_experts)[0]
+
+
+def drawn_experts(seed: int, position: int, num_tokens: int, num_experts: int) -> list[int]:
+    """`drawn_expert` of so many positions from one on."""
+    positions = np.arange(position, position + num_tokens, dtype=np.uint64)[:, None]
+    ids = np.arange(_EXPERT_IDS, _EXPERT_IDS + num_experts)
+    drawn: list[int] = noise_bits(seed, positions, ids).argmax(axis=1).tolist()
+    return drawn
 
 
 def needs_router(rule: CombineRule, given_expert: int | None) -> bool:
@@ -188,8 +198,41 @@ def decide(
     if scores is None:
         assert given_expert is not None
         return Decision(given_expert, NO_WEIGHTS)
+    weights = softmax(layout.gate(scores) if rule in _GATE_RULES else layout.routing(scores))
+    return _decide_by(rule, layout, scores, weights, given_expert)
+
+
+def decide_all(
+    rules: Sequence[CombineRule],
+    layout: HeadLayout,
+    scores: Row | None,
+    given_experts: Sequence[Sequence[int | None]],
+) -> list[list[Decision]]:
+    """`decide` for several rules and T tokens: by rule, then by token. Weights are computed once for all rules.
+
+    Args:
+        scores: of the router's heads [T, k]; may be None where no rule needs a router.
+        given_experts: by rule, then by token.
+    """
+    gate = routing = None
+    if scores is not None:
+        routing = softmax(layout.routing(scores))
+        gate = softmax(layout.gate(scores)) if layout.has_gate else None
+    found = []
+    for rule, given in zip(rules, given_experts, strict=True):
+        weights = gate if rule in _GATE_RULES else routing
+        if scores is None or weights is None or rule in (CombineRule.ROUTER, CombineRule.ENSEMBLE):
+            found.append([decide(rule, layout, None, expert) for expert in given])
+        else:
+            each = enumerate(given)
+            found.append([_decide_by(rule, layout, scores[at], weights[at], expert) for at, expert in each])
+    return found
+
+
+def _decide_by(
+    rule: CombineRule, layout: HeadLayout, scores: Row, weights: Row, given_expert: int | None
+) -> Decision:
     if rule in _GATE_RULES:
-        weights = softmax(layout.gate(scores))
         expert = int(np.argmax(weights[:-1])) if given_expert is None else given_expert
         alone = (
             weights[-1] > weights[expert]
@@ -197,7 +240,6 @@ def decide(
             else 1.0 - weights[-1] < ROUTER_ALONE_BELOW
         )
         return Decision(None if alone else expert, weights)
-    weights = softmax(layout.routing(scores))
     expert = int(np.argmax(weights)) if given_expert is None else given_expert
     complement = softplus(layout.sum_gate(scores) + _UNIT_GATE) if rule is CombineRule.GATED_SUM else 1.0
     others = (layout.num_experts,) if rule is CombineRule.PROXY else ()

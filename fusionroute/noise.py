@@ -13,10 +13,11 @@ def gumbel_noise(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np
     return gumbel(noise_bits(seed, position, ids))
 
 
-def noise_bits(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """52 bits for each candidate [n]; the higher, the more noise."""
+def noise_bits(seed: int, position: int | NDArray[np.uint64], ids: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """52 bits for each candidate [n]; the higher, the more noise. Of several positions [T, 1] those of each, [T, n]."""
     with np.errstate(over="ignore"):
-        key = _mix(np.uint64(seed & (2**64 - 1)) + _mix(np.uint64(position + 1) * _GOLDEN))
+        place = np.asarray(position, dtype=np.uint64) + np.uint64(1)
+        key = _mix(np.uint64(seed & (2**64 - 1)) + _mix(place * _GOLDEN))
         return _mix(key + np.asarray(ids, dtype=np.uint64) * _GOLDEN) >> np.uint64(12)
 
 

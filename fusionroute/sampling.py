@@ -231,10 +231,17 @@ def best_ids(row: NDArray[np.floating], count: int) -> NDArray[np.int64]:
 
 
 def softmax(scores: Row) -> Row:
-    """Probabilities [n] of scores [n]."""
-    weights = np.exp(scores - scores.max())
-    result: Row = weights / weights.sum()
+    """Probabilities [..., n] of scores [..., n]."""
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    result: Row = weights / weights.sum(axis=-1, keepdims=True)
     return result
+
+
+def logsumexps(rows: Row) -> list[float]:
+    """`logsumexp` of each of the rows [n, V], the same bits."""
+    highest = rows.max(axis=1)
+    sums = np.exp(rows - highest[:, None]).sum(axis=1)
+    return [high + math.log(total) for high, total in zip(highest.tolist(), sums.tolist(), strict=True)]
 
 
 def logsumexp(row: Row) -> float:

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusionroute.background import end_task
-from fusionroute.fusion import Decision, decide, needs_router
-from fusionroute.sampling import logprob
+from fusionroute.fusion import Decision, decide_all, needs_router
+from fusionroute.sampling import logprob, logsumexps
 from router_service.asking import Answer, ask
 from router_service.ensemble import Ensemble
 from router_service.scores import Scores, scored
 from router_service.session_text import Text, Wanted
 from router_service.turn_request import Turn
+
+MOST_STACKED = 4096
+"""Rows of no more numbers than these are judged all at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,12 @@ class Rows:
     experts: dict[int, Answer]
     places: dict[int, dict[int, int]]
 
+    @property
+    def width(self) -> int:
+        """Of a row."""
+        answers = [*self.experts.values(), *([] if self.router is None else [self.router])]
+        return int(answers[0].rows.shape[1])
+
     def seen_by(self, way: int, place: int) -> Scores:
         """What a way, by its number, judges the token at a place of the chunk by."""
         decision = self.decisions[way][place]
@@ -77,7 +86,12 @@ async def ask_rows(ensemble: Ensemble, ways: Sequence[Turn], text: Text, chunk: 
     if any(needs_router(way.rule, way.given_expert(position)) for way in ways):
         wanted = Wanted(draft, rows, exact=exact)
         router = await ask(ensemble.router, text, ensemble.router_patience, wanted)
-    decisions = [[_decide(ensemble, way, router, row, position + row) for row in rows] for way in ways]
+    decisions = decide_all(
+        [way.rule for way in ways],
+        ensemble.layout,
+        None if router is None else router.head_scores,
+        [way.given_experts(position, len(chunk)) for way in ways],
+    )
     needed: dict[int, set[int]] = {}
     for of_way in decisions:
         for row, decision in enumerate(of_way):
@@ -109,10 +123,8 @@ async def ask_rows(ensemble: Ensemble, ways: Sequence[Turn], text: Text, chunk: 
 
 def judge(rows: Rows, ways: Sequence[Turn], chunk: Sequence[int]) -> list[list[Judgement]]:
     """What each way says about each token of the chunk: first by token, then by way."""
-    return [
-        [_judge(rows.seen_by(number, place), way, token) for number, way in enumerate(ways)]
-        for place, token in enumerate(chunk)
-    ]
+    by_way = [_judge(rows, number, way, chunk) for number, way in enumerate(ways)]
+    return [list(of_token) for of_token in zip(*by_way, strict=True)]
 
 
 def num_rows(ways: Sequence[Turn], num_experts: int) -> int:
@@ -122,11 +134,20 @@ def num_rows(ways: Sequence[Turn], num_experts: int) -> int:
     return 1 + min(num_experts, len(ways))
 
 
-def _decide(ensemble: Ensemble, way: Turn, router: Answer | None, row: int, position: int) -> Decision:
-    scores = None if router is None or router.head_scores is None else router.head_scores[row]
-    return decide(way.rule, ensemble.layout, scores, way.given_expert(position))
-
-
-def _judge(seen: Scores, way: Turn, token: int) -> Judgement:
-    fused = seen.fused(way.rule)
-    return Judgement(logprob(fused, token), int(np.argmax(fused)), seen.taken.expert)
+def _judge(rows: Rows, number: int, way: Turn, chunk: Sequence[int]) -> list[Judgement]:
+    seen = [rows.seen_by(number, place) for place in range(len(chunk))]
+    fused = (each.fused(way.rule) for each in seen)
+    experts = [each.taken.expert for each in seen]
+    if rows.width > MOST_STACKED:  # one at a time: a copy would cost more than calls that are saved
+        return [
+            Judgement(logprob(row, token), int(np.argmax(row)), expert)
+            for row, token, expert in zip(fused, chunk, experts, strict=True)
+        ]
+    stacked = np.stack(list(fused))
+    picked = stacked[np.arange(len(chunk)), chunk].tolist()
+    return [
+        Judgement(score - total, best, expert)
+        for score, total, best, expert in zip(
+            picked, logsumexps(stacked), stacked.argmax(axis=1).tolist(), experts, strict=True
+        )
+    ]

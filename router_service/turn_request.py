@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fusionroute.errors import InvalidRequest, Reason, SessionStateError, invalid
-from fusionroute.fusion import CombineRule, ExpertChoice, OnExpertUnavailable, drawn_expert
+from fusionroute.fusion import CombineRule, ExpertChoice, OnExpertUnavailable, drawn_expert, drawn_experts
 from fusionroute.sampling import Sampling
 from fusionroute.v1 import router_pb2
 from router_service.constraints import Constraint, Language
@@ -116,6 +116,12 @@ class Turn:
         if self.expert_choice is ExpertChoice.RANDOM:
             return drawn_expert(self.sampling.seed, position, len(self.slots))
         return self.fixed_expert
+
+    def given_experts(self, position: int, num_tokens: int) -> list[int | None]:
+        """`given_expert` of so many positions from one on."""
+        if self.expert_choice is ExpertChoice.RANDOM:
+            return [*drawn_experts(self.sampling.seed, position, num_tokens, len(self.slots))]
+        return [self.fixed_expert] * num_tokens
 
     def to_stored(self) -> TurnParameters:
         """As it stands in the store, so that another writer can go on with it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusionroute.fusion import (
+    NO_WEIGHTS,
     Choice,
     CombineRule,
     HeadLayout,
@@ -18,7 +20,9 @@ from fusionroute.fusion import (
     SeenTokens,
     choose,
     decide,
+    decide_all,
     drawn_expert,
+    drawn_experts,
     fuse,
     needs_router,
     next_best,
@@ -28,6 +32,7 @@ from fusionroute.fusion import (
     without_expert,
 )
 from fusionroute.noise import gumbel_noise
+from fusionroute.sampling import logsumexp, logsumexps
 
 FULL = HeadLayout(num_experts=3, has_gate=True, has_sum_gate=True)
 #                   routing          gate                  sum gate
@@ -352,3 +357,34 @@ def test_a_token_that_mixture_gives_no_probability_can_still_be_forced() -> None
     far = np.array([0.0, -500.0], np.float32)
     fused = fuse(CombineRule.MIXTURE, decide(CombineRule.MIXTURE, FULL, SCORES), far, far)
     assert choose(fused, Sampling(logit_bias={1: 100.0}), 0).token_id == 1
+
+
+@pytest.mark.parametrize("has_scores", [True, False])
+def test_decisions_of_several_rules_and_tokens_are_those_of_each(has_scores: bool) -> None:
+    layout, rng = HeadLayout(5, has_gate=True, has_sum_gate=True), np.random.default_rng(3)
+    scores = rng.normal(size=(40, 12)).astype(np.float32) * 4 if has_scores else None
+    rules = list(CombineRule) if has_scores else [CombineRule.ROUTE, CombineRule.ENSEMBLE]
+    given: list[list[int | None]] = [
+        [place % 5 if which % 2 else None for place in range(40)] for which in range(9)
+    ]
+    if not has_scores:
+        given = [[3] * 40] * 2
+    found = decide_all(rules, layout, scores, given[: len(rules)])
+    for rule, experts, of_rule in zip(rules, given, found, strict=False):
+        for place, decision in enumerate(of_rule):
+            alone = decide(rule, layout, None if scores is None else scores[place], experts[place])
+            assert decision.weights.tobytes() == alone.weights.tobytes()
+            assert replace(decision, weights=NO_WEIGHTS) == replace(alone, weights=NO_WEIGHTS)
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 65, 129, 4096])
+def test_many_rows_at_once_have_the_bits_of_each_alone(width: int) -> None:
+    rows = np.random.default_rng(width).normal(size=(33, width)).astype(np.float32) * 9
+    assert logsumexps(rows) == [logsumexp(row) for row in rows]
+    assert softmax(rows).tobytes() == b"".join(softmax(row).tobytes() for row in rows)
+
+
+def test_experts_of_many_positions_are_those_of_each() -> None:
+    drawn = drawn_experts(77, 5, 200, 4)
+    assert drawn == [drawn_expert(77, 5 + place, 4) for place in range(200)]
+    assert set(drawn) == {0, 1, 2, 3}
