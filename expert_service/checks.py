@@ -22,6 +22,7 @@ MOST_LISTED = 10_000
 MAX_BATCH_TOKENS = 1_048_576
 """In one StepBatch, StepStream or Score message, over all steps or sequences."""
 MAX_STREAM_CANCELLED = 4096
+MAX_STREAM_CLOSINGS = 4096
 LONGEST_TIMEOUT_SECONDS = 86_400.0
 MAX_CALLER_CHARACTERS = 256
 """Of a streamed step's request_id and traceparent."""
@@ -136,6 +137,14 @@ def check_streamed(request: expert_pb2.StepStreamRequest) -> None:
         raise invalid(
             "cancelled", f"{len(request.cancelled)} ids", f"at most {MAX_STREAM_CANCELLED} ids in one message"
         )
+    if len(request.closings) > MAX_STREAM_CLOSINGS:
+        raise invalid(
+            "closings",
+            f"{len(request.closings)} sessions",
+            f"at most {MAX_STREAM_CLOSINGS} sessions in one message",
+        )
+    for closing in request.closings:
+        check_session_id(closing.session_id)
     _check_num_tokens("steps", sum(len(streamed.step.token_ids) for streamed in request.steps))
 
 

@@ -153,6 +153,8 @@ class StepStream:
             running = self._running.get(step_id)
             if running is not None:
                 running.give_up(_CANCELLED)
+        if request.closings:
+            self._stepping.let_go(request.closings)
 
     def _can_connect(self, request: expert_pb2.StepStreamRequest) -> bool:
         is_offered = self._takes_lines and bool(request.shared_memory.line_address)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from torch import Tensor
 
 from expert_service import checks, watching
 from expert_service.served_model import Held, ServedModel
-from fusionroute.engine import Draft, StepCall, StepOutcome
+from fusionroute.engine import Closing, Draft, StepCall, StepOutcome
 from fusionroute.errors import FusionRouteError
 from fusionroute.fusion import Sampling
 from fusionroute.top_logits import top_logits_to_message, top_of_rows
@@ -59,6 +59,12 @@ class Stepping:
             watching.note_failed_step(self._slot, error.reason.value, arrived)
             raise
         return BegunStep(request, held, self._slot, arrived, future)
+
+
+    def let_go(self, closings: Iterable[expert_pb2.CloseSessionRequest]) -> None:
+        """Begins to forget sessions; nobody is told."""
+        wanted = [Closing(each.session_id, each.fence, not each.may_share) for each in closings]
+        self._served.engine.let_go(wanted)
 
 
 class BegunStep:

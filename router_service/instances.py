@@ -271,6 +271,15 @@ class Instance:
             or self.entry.state == registry_pb2.EXPERT_STATE_DRAINING
         )
 
+    def let_go(self, session_id: str, fence: int) -> bool:
+        """Tells the expert that nobody will step a session again; others may still begin with what it computed.
+
+        Returns:
+            Whether there is a stream to tell it on; it is not answered, and evicted in time where it is not heard.
+        """
+        request = expert_pb2.CloseSessionRequest(session_id=session_id, fence=fence, may_share=True)
+        return self.has_streams and self.line.let_go(request)
+
     async def close_session(self, session_id: str, fence: int, *, may_share: bool = False) -> None:
         """Asks the expert to forget a session; an expert that does not answer will evict it in time.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from fusionroute.background import end_task
-from fusionroute.errors import FusionRouteError
+from fusionroute.engine import Closing
 from router_service.experts import Directory
+from router_service.instances import Instance
 from router_service.serving import ServedCheckpoints, Serving
 from router_service.session_text import Text
 
@@ -51,26 +52,25 @@ class SessionCloser:
     def give_back(self, serving: Serving, text: Text) -> None:
         """Begins to close a session that nobody will go on with, in all models that may hold some of it.
 
+        One that another writer goes on with, with a higher fence, stays.
+
         Beginnings that it has in common with others stay, until the room is needed.
         """
-        serving.enter()
-        task = asyncio.create_task(self._give_back(serving, text), name=f"close {text.session_id}")
-        self._tasks.add(task)
-
-        def ended(task: asyncio.Task[None]) -> None:
-            self._tasks.discard(task)
-            serving.leave()
-
-        task.add_done_callback(ended)
-
-    async def _give_back(self, serving: Serving, text: Text) -> None:
         asked, anywhere = text.asked, text.may_be_anywhere
-        instances = [each for each in self.directory.instances.values() if anywhere or each.name in asked]
-        closing = [each.close_session(text.session_id, text.fence, may_share=True) for each in instances]
         for each in self.served.all() if anywhere else [serving]:
-            with suppress(FusionRouteError), each.in_use():  # stale: another router goes on with it
-                await each.engine.close_session(text.session_id, text.fence)
-        await asyncio.gather(*closing)
+            each.engine.let_go([Closing(text.session_id, text.fence)])
+        instances = [each for each in self.directory.instances.values() if anywhere or each.name in asked]
+        unheard = [each for each in instances if not each.let_go(text.session_id, text.fence)]
+        if unheard:
+            closing = self._close(unheard, text.session_id, text.fence)
+            task = asyncio.create_task(closing, name=f"close {text.session_id}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    @staticmethod
+    async def _close(instances: Sequence[Instance], session_id: str, fence: int) -> None:
+        """Of those to which there is no stream."""
+        await asyncio.gather(*(each.close_session(session_id, fence, may_share=True) for each in instances))
 
     @staticmethod
     async def _forget_here(serving: Serving, session_id: str) -> None:

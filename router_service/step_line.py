@@ -111,6 +111,13 @@ class StepLine:
             stream.forget(waiting)
             raise
 
+    def let_go(self, closing: expert_pb2.CloseSessionRequest) -> bool:
+        """Tells of a session that nobody will step again. Returns whether there is a stream to tell it on."""
+        if self._stream is None or not self._stream.takes_steps:
+            return False
+        self._stream.let_go(closing)
+        return True
+
     async def close(self) -> None:
         """Ends all streams; steps that wait fail."""
         for stream in (self._stream, *self._retired):

@@ -37,6 +37,7 @@ from fusionroute.wire import step_error_from_message
 MAX_MESSAGE_STEPS = 256
 MAX_MESSAGE_TOKENS = 65_536
 MAX_MESSAGE_CANCELLED = 4096
+MAX_MESSAGE_CLOSINGS = 1024
 MAX_LINE_BYTES = 2**31
 """Of one answer over a line, which comes from a process of our own user."""
 
@@ -103,6 +104,7 @@ class StepStream:
         self._waiting: dict[int, Waiting] = {}
         self._steps: deque[expert_pb2.StreamedStep] = deque()
         self._cancelled: list[int] = []
+        self._closings: deque[expert_pb2.CloseSessionRequest] = deque()
         self._lone = LoneCaller()
         self._wake = asyncio.Event()
         self._first_by_line = 0
@@ -168,6 +170,11 @@ class StepStream:
             self._go_on()
         return waiting
 
+    def let_go(self, closing: expert_pb2.CloseSessionRequest) -> None:
+        """Tells of a session that nobody will step again, with whatever goes next; it is not answered."""
+        self._closings.append(closing)
+        self._go_on()
+
     def forget(self, waiting: Waiting) -> None:
         """Nobody waits for a step any more. Its place stays the expert's until the expert has let go of it."""
         if waiting.timer is not None:
@@ -198,6 +205,7 @@ class StepStream:
 
     async def close(self) -> None:
         """Ends it now; steps that wait fail."""
+        self._flush()
         self._end(_gone(f"the connection to {self._address} was closed"))
         await end_task(self._writing)
         await end_task(self._reading)
@@ -217,9 +225,8 @@ class StepStream:
 
     def _flush(self) -> None:
         self._is_flushing = False
-        while self._line is not None and self._line.is_open and (self._steps or self._cancelled):
-            message = self._next()
-            if message.steps or message.cancelled:
+        while self._line is not None and self._line.is_open and self._has_more():
+            if (message := self._next()) is not None:
                 self._line.send(message.SerializeToString())
 
     async def _connect(self, listener: LineListener, proof: bytes) -> None:
@@ -239,9 +246,8 @@ class StepStream:
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
             await self._call.write(self._first())
             while True:
-                while self._line is None and (self._steps or self._cancelled):
-                    message = self._next()
-                    if message.steps or message.cancelled:
+                while self._line is None and self._has_more():
+                    if (message := self._next()) is not None:
                         await self._call.write(message)
                 if self._is_retired and not self._waiting:
                     await self._call.done_writing()
@@ -254,7 +260,7 @@ class StepStream:
                 await self._wake.wait()
 
     def _first(self) -> expert_pb2.StepStreamRequest:
-        message = self._next()
+        message = self._next() or expert_pb2.StepStreamRequest()
         if self._offered is not None:
             message.shared_memory.name = self._offered.name
             message.shared_memory.num_bytes = self._offered.num_bytes
@@ -263,8 +269,11 @@ class StepStream:
                 message.shared_memory.line_address = self._listener.address
         return message
 
-    def _next(self) -> expert_pb2.StepStreamRequest:
-        """All that is ready, as far as one message holds it."""
+    def _has_more(self) -> bool:
+        return bool(self._steps or self._cancelled or self._closings)
+
+    def _next(self) -> expert_pb2.StepStreamRequest | None:
+        """All that is ready, as far as one message holds it; None if it is wanted no more."""
         steps: list[expert_pb2.StreamedStep] = []
         num_tokens = 0
         while self._steps and len(steps) < MAX_MESSAGE_STEPS and num_tokens < MAX_MESSAGE_TOKENS:
@@ -276,7 +285,11 @@ class StepStream:
                 num_tokens += len(streamed.step.token_ids)
         cancelled = self._cancelled[:MAX_MESSAGE_CANCELLED]
         del self._cancelled[:MAX_MESSAGE_CANCELLED]
-        return expert_pb2.StepStreamRequest(steps=steps, cancelled=cancelled)
+        most = min(len(self._closings), MAX_MESSAGE_CLOSINGS)
+        closings = [self._closings.popleft() for _ in range(most)]
+        if not (steps or cancelled or closings):
+            return None
+        return expert_pb2.StepStreamRequest(steps=steps, cancelled=cancelled, closings=closings)
 
     # --- coming in -------------------------------------------------------------------------------------------------
 
@@ -374,6 +387,7 @@ class StepStream:
         self._waiting.clear()
         self._steps.clear()
         self._cancelled.clear()
+        self._closings.clear()
         self._writing.cancel()
         self.on_end(self)
 

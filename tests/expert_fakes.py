@@ -14,7 +14,7 @@ import torch
 from expert_service.bootstrap import progress_of, service_of
 from expert_service.served_model import ServedModel
 from expert_service.servicer import ExpertServicer
-from fusionroute.engine import Engine, EngineLoad, ModelFacts, SessionView, StepCall, StepOutcome
+from fusionroute.engine import Closing, Engine, EngineLoad, ModelFacts, SessionView, StepCall, StepOutcome
 from fusionroute.errors import FusionRouteError, InvalidRequest, ModelRejected, Reason, SessionStateError
 from fusionroute.grpc_runtime import RunningServer, Service, channel, server
 from fusionroute.v1 import expert_pb2_grpc, registry_pb2, registry_pb2_grpc
@@ -45,6 +45,7 @@ class KnownEngine:
         self.gate = asyncio.Event()
         self.gate.set()
         self.num_closing = 0
+        self.let_go_of: list[Closing] = []
         self.closing_gate = asyncio.Event()
         self.closing_gate.set()
         self._dtype = getattr(torch, dtype)
@@ -95,6 +96,11 @@ class KnownEngine:
         await self.closing_gate.wait()
         self.num_closing -= 1
         return self.lengths.pop(session_id, None) is not None
+
+    def let_go(self, closings: Sequence[Closing]) -> None:
+        for each in closings:
+            self.let_go_of.append(each)
+            self.lengths.pop(each.session_id, None)
 
     async def list_sessions(self, limit: int) -> tuple[list[SessionView], int]:
         views = [SessionView(name, length, 64, 0.5, False, 2) for name, length in self.lengths.items()]

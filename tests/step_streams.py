@@ -36,8 +36,13 @@ class Caller:
         self.answers: dict[int, expert_pb2.StepResult] = {}
         self.messages: list[expert_pb2.StepStreamResponse] = []
 
-    async def send(self, *steps: Streamed, cancelled: tuple[int, ...] = ()) -> None:
-        await self.call.write(Message(steps=steps, cancelled=cancelled))
+    async def send(
+        self,
+        *steps: Streamed,
+        cancelled: tuple[int, ...] = (),
+        closings: tuple[expert_pb2.CloseSessionRequest, ...] = (),
+    ) -> None:
+        await self.call.write(Message(steps=steps, cancelled=cancelled, closings=closings))
 
     async def receive(self, *step_ids: int) -> None:
         """Reads until these are answered; an answer that comes twice is an error."""

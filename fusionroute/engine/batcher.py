@@ -20,7 +20,7 @@ from uuid import uuid4
 from torch import Tensor
 
 from fusionroute.engine.model import LoadedModel, ModelFacts
-from fusionroute.engine.session import SessionView, StepCall
+from fusionroute.engine.session import Closing, SessionView, StepCall
 from fusionroute.engine.sessions import SessionTable
 from fusionroute.engine.steps import EngineLimits, EngineLoad, Job, StepOutcome
 from fusionroute.engine.worker import Worker
@@ -148,6 +148,12 @@ class Engine:
             SessionStateError: STALE_FENCE.
         """
         return await self._ask(lambda table: table.close(session_id, fence, for_good=for_good))
+
+    def let_go(self, closings: Sequence[Closing]) -> None:
+        """Begins to forget sessions, which nobody is told of; one with a stale fence stays."""
+        if not self._stopping:
+            worker = self._worker
+            worker.inbox.put(lambda: worker.table.close_all(closings))
 
     async def list_sessions(self, limit: int) -> tuple[list[SessionView], int]:
         """The most recently used sessions, and how many there are in all."""

@@ -144,6 +144,20 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
+class Closing:
+    """A session to be forgotten.
+
+    Attributes:
+        fence: of whoever closes it.
+        for_good: other sessions are not to begin with its tokens either.
+    """
+
+    session_id: str
+    fence: int = 0
+    for_good: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class SessionView:
     """A session as others see it."""
 

@@ -7,12 +7,13 @@ and from where, whom to evict for it, and keeps what has been fed. It runs in th
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
 from typing import Never
 
-from fusionroute.engine.session import Session, SessionView, StepCall
+from fusionroute.engine.session import Closing, Session, SessionView, StepCall
 from fusionroute.engine.sharing import Found, Sharing
 from fusionroute.engine.step_checks import check_fence, check_state, check_values
-from fusionroute.errors import OutOfRoom, Reason
+from fusionroute.errors import OutOfRoom, Reason, SessionStateError
 
 ROOM_GRANULE_TOKENS = 16
 GROWTH_SHARE = 16
@@ -201,6 +202,12 @@ class SessionTable:
         else:
             self._close(session)
         return True
+
+    def close_all(self, closings: Sequence[Closing]) -> None:
+        """Forgets those of the sessions that nobody with a higher fence goes on with."""
+        for each in closings:
+            with suppress(SessionStateError):
+                self.close(each.session_id, each.fence, for_good=each.for_good)
 
     def views(self, limit: int, now: float) -> list[SessionView]:
         """The sessions, most recently used first."""

@@ -500,6 +500,7 @@ class StepStreamRequest(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     CANCELLED_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    CLOSINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamedStep]:
         """Steps that begin, of different sessions."""
@@ -512,16 +513,23 @@ class StepStreamRequest(_message.Message):
     def shared_memory(self) -> Global___SharedMemoryOffer:
         """Only in the first message: memory in which rows can be answered."""
 
+    @_builtins.property
+    def closings(self) -> _containers.RepeatedCompositeFieldContainer[Global___CloseSessionRequest]:
+        """Sessions that nobody will step again, as by CloseSession but not answered: what
+        is not heard, or has a stale fence, is evicted in time.
+        """
+
     def __init__(
         self,
         *,
         steps: _abc.Iterable[Global___StreamedStep] | None = ...,
         cancelled: _abc.Iterable[_builtins.int] | None = ...,
         shared_memory: Global___SharedMemoryOffer | None = ...,
+        closings: _abc.Iterable[Global___CloseSessionRequest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "shared_memory", b"shared_memory", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "closings", b"closings", "shared_memory", b"shared_memory", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,8 +9,10 @@ import grpc
 import pytest
 
 from expert_service.step_stream import MAX_UNANSWERED_STEPS
+from fusionroute.engine import Closing
 from fusionroute.errors import Reason
 from fusionroute.grpc_runtime import channel, error_from_rpc
+from fusionroute.v1 import expert_pb2
 from tests.expert_fakes import KnownEngine, served_expert, until
 from tests.step_streams import (
     Caller,
@@ -84,6 +86,23 @@ async def test_cancelled_and_late_steps_are_answered_once_and_leave_the_engine(e
         await until(lambda: engine.num_waiting == 0)
 
 
+async def test_sessions_that_are_closed_on_a_stream_are_forgotten_without_an_answer(
+    engine: KnownEngine,
+) -> None:
+    close = expert_pb2.CloseSessionRequest
+    async with calling(engine) as caller:
+        await caller.send(Streamed(id=1, step=step("a")), Streamed(id=2, step=step("b")))
+        await caller.receive(1, 2)
+        await caller.send(
+            Streamed(id=3, step=step("c")),
+            closings=(close(session_id="a", fence=4, may_share=True), close(session_id="unknown")),
+        )
+        await caller.receive(3)
+        assert engine.let_go_of == [Closing("a", 4), Closing("unknown", 0, for_good=True)]
+        assert engine.lengths.keys() == {"b", "c"}
+        assert caller.answers.keys() == {1, 2, 3}
+
+
 async def test_a_stream_that_breaks_cancels_its_steps(engine: KnownEngine) -> None:
     engine.gate.clear()
     async with calling(engine) as caller:
@@ -112,6 +131,8 @@ async def test_too_many_unanswered_steps_are_refused(engine: KnownEngine) -> Non
         (Message(steps=[Streamed(id=1, step=step()), Streamed(id=1, step=step("t"))]), "id"),
         (Message(steps=[Streamed(id=number) for number in range(257)]), "steps"),
         (Message(cancelled=range(5000)), "cancelled"),
+        (Message(closings=[expert_pb2.CloseSessionRequest(session_id="s")] * 5000), "closings"),
+        (Message(closings=[expert_pb2.CloseSessionRequest(session_id="no name")]), "session_id"),
     ],
 )
 async def test_a_message_that_is_none_ends_the_stream_with_its_name(

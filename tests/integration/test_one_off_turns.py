@@ -14,6 +14,7 @@ from fusionroute.engine import StepCall
 from fusionroute.errors import FusionRouteError, InvalidRequest, Reason
 from fusionroute.v1 import router_pb2
 from fusionroute.v1.router_pb2 import GenerateRequest, SamplingParameters
+from router_service.instances import Instance
 from tests.served_stack import Stack, make_family, served
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -59,6 +60,18 @@ async def test_the_models_forget_it_and_the_answer_can_be_read_again(stack: Stac
     assert (await stack.resume("once", 5)).ids == answer.ids[5:]
     assert (await stack.client.get_session("once")).expires_in_seconds <= 20.0
     assert (await stack.client.get_session("kept")).expires_in_seconds > 1000.0
+
+
+async def test_it_takes_no_call_of_its_own_to_each_expert(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(*_: object, **__: object) -> None:
+        raise AssertionError("there is a stream to each")
+
+    monkeypatch.setattr(Instance, "close_session", refused)
+    await stack.answer(asking("streamed"))
+    assert not [task for task in asyncio.all_tasks() if task.get_name() == "close streamed"]
+    await until_nobody_holds(stack, "streamed")
 
 
 async def test_what_it_began_with_is_still_shared(stack: Stack) -> None:

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from fusionroute.engine import Engine, EngineLimits, StepCall, StepOutcome, prepare_model
+from fusionroute.engine import Closing, Engine, EngineLimits, StepCall, StepOutcome, prepare_model
 from tests.tiny_models import WIDTH, eager_rows, tiny_model, word_tokenizer
 
 FAMILIES = ["llama", "gemma2", "qwen2", "qwen3"]
@@ -102,6 +102,19 @@ async def test_of_a_session_that_was_closed_for_good_nothing_is_left() -> None:
         assert await engine.close_session("a", for_good=True)
         outcome = await begin(engine, "b", [*PROMPT, 53, 54])
         assert outcome.num_computed_tokens == len(PROMPT) + 2
+
+
+async def test_sessions_that_are_let_go_are_forgotten_unless_somebody_else_goes_on_with_them() -> None:
+    async with make_engine() as engine:
+        for name in "abc":
+            await begin(engine, name, [*PROMPT, 50])
+        await engine.step(StepCall("b", 41, [7], 1, fence=9))
+        engine.let_go([Closing("a"), Closing("b", 8), Closing("unknown"), Closing("c", for_good=True)])
+        views, _ = await engine.list_sessions(10)
+        assert [view.session_id for view in views] == ["b"]
+        assert (await begin(engine, "d", [*PROMPT, 8])).num_computed_tokens == 1, (
+            "what they began with is shared"
+        )
 
 
 @pytest.mark.parametrize("length", [4, 20, 39])

@@ -159,6 +159,9 @@ TOO_MUCH: dict[str, tuple[Call, Any]] = {
     "StepStreamRequest.cancelled": (
         checks.check_streamed, E.StepStreamRequest(cancelled=range(MANY))
     ),
+    "StepStreamRequest.closings": (
+        checks.check_streamed, E.StepStreamRequest(closings=[E.CloseSessionRequest(session_id="s")] * 5000)
+    ),
     "StreamedStep.request_id": (checks.check_streamed_step, E.StreamedStep(request_id=LONG)),
     "StreamedStep.traceparent": (checks.check_streamed_step, E.StreamedStep(traceparent=LONG)),
     "SharedMemoryOffer.line_address": (line_address, E.SharedMemoryOffer(line_address=LONG)),
