@@ -106,12 +106,11 @@ class Workshop:
 
     def _sft(self, router: Sft, partial: Path) -> None:
         seed_torch(f"{self.seed}/studies/sft")
-        texts, labels = self._texts_of(router), self.family / LABELS
+        has_labels_of_family = _has_data_of_family(router) and router.experts == EXPERT_SLOTS
+        labels = (self.family if has_labels_of_family else partial) / LABELS
+        texts = (self.family if _has_data_of_family(router) else partial) / TEXTS
         if not _has_data_of_family(router):
-            texts, labels = partial / TEXTS, partial / LABELS
             router_stage.write_rows(texts, _written(self._items(router)))
-        elif router.experts != EXPERT_SLOTS:
-            labels = partial / LABELS
         stage = self.recipe.router
         values = {
             **self._common(router, [texts], labels),

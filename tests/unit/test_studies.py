@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from itertools import pairwise
@@ -156,6 +157,17 @@ def test_every_study_says_what_its_panels_need():
         made = [plan.digest_of(router) for level in study.levels for router in level.phases.values()]
         assert all(len(digest) == 12 for digest in made)
     assert plan.experts_of(BAD.level("liar").phases["sft"]) == (*EXPERT_SLOTS, "liar")
+
+
+@pytest.mark.whole
+def test_a_router_of_other_texts_learns_them(family):
+    workshop = Workshop(family, lambda told: None)
+    told = []
+    for router, count in ((Sft(num_items=9), 9), (Sft(gap_share=1.0), recipe_of("quick").num_router_items)):
+        texts = workshop.router(router).parent / TEXTS
+        told.append(gzip.decompress(texts.read_bytes()).decode().splitlines())
+        assert len(told[-1]) == count
+    assert not set(told[0]) & set(told[1])
 
 
 @pytest.mark.whole
