@@ -16,7 +16,7 @@ from evaluation.bench_served import ServedStack, request_for
 
 SESSIONS_PER_BLOCK = 16
 CLIENTS = 4
-QUIET_SECONDS = 0.3
+QUIET_SECONDS = 1.0
 NUM_WARMUPS = 2
 NEW_TOKENS = 8
 MOST_BYTES_PER_KV_BYTE = 1.10

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fusionroute.engine.expectation import Expectation
 from fusionroute.engine.hand_over import Answers, Inbox, SettledByLoop, deliver, settle
+from fusionroute.engine.idle_heap import IdleHeap
 from fusionroute.engine.kept_outcomes import KeptOutcomes
 from fusionroute.engine.kv_cache import KVCache
 from fusionroute.engine.model import ForwardOutput, LoadedModel
@@ -80,6 +81,7 @@ class Worker:
         self._num_received = 0
         self._quick_seconds = limits.quick_seconds if model.runs_in_any_thread else 0.0
         self._schedule = Schedule(limits)
+        self._heap = IdleHeap()
 
     def work(self) -> None:
         """Serves until it is told to stop; what is left then is refused."""
@@ -164,10 +166,14 @@ class Worker:
 
     def _collect(self) -> list[Job | Callable[[], None]]:
         """What has arrived; waits for it if there is nothing to do."""
-        wait_seconds: float | None = 0.0
-        if not self._running:
-            wait_seconds = ROOM_POLL_SECONDS if self._waiting else None
-        return self.inbox.take(wait_seconds)
+        if self._running:
+            return self.inbox.take(0.0)
+        if self._waiting:
+            return self.inbox.take(ROOM_POLL_SECONDS)
+        items = self.inbox.take(self._heap.wait_seconds(len(self.table)))
+        if not items:
+            self._heap.trim(len(self.table))
+        return items
 
     def _receive(self, items: list[Job | Callable[[], None]]) -> None:
         self._num_received += len(items)
@@ -275,13 +281,9 @@ class Worker:
             output = run_packed(self._model, self._cache, chunks)
             finite = are_finite(output.rows)
         except Exception as error:
-            fault = (
-                error
-                if isinstance(error, FusionRouteError)
-                else InternalFault(Reason.INTERNAL, f"the forward failed: {type(error).__name__}: {error}")
-            )
+            told = InternalFault(Reason.INTERNAL, f"the forward failed: {type(error).__name__}: {error}")
             for chunk in chunks:
-                self._spoiled(chunk.job, fault)
+                self._spoiled(chunk.job, error if isinstance(error, FusionRouteError) else told)
             return
         finally:
             self.num_forwards += 1
@@ -289,6 +291,7 @@ class Worker:
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         self._schedule.took(num_tokens, seconds)
         self._expectation.cost.took(num_tokens, seconds)
+        self._heap.computed(num_tokens)
         row = 0
         for chunk in chunks:
             job, rows = chunk.job, slice(row, row + len(chunk.wanted))
