@@ -22,13 +22,12 @@ from fusionroute.engine.expectation import Expectation
 from fusionroute.engine.hand_over import Answers, Inbox, SettledByLoop, deliver, settle
 from fusionroute.engine.idle_heap import IdleHeap
 from fusionroute.engine.kept_outcomes import KeptOutcomes
-from fusionroute.engine.kv_cache import KVCache
 from fusionroute.engine.model import ForwardOutput, LoadedModel
 from fusionroute.engine.packing import are_finite, joined, run_packed
 from fusionroute.engine.schedule import SHORT_TOKENS, Schedule
 from fusionroute.engine.session import StepCall
 from fusionroute.engine.sessions import NoRoomYet, SessionTable, room_taken
-from fusionroute.engine.sharing import DONORS_SHARE, Sharing
+from fusionroute.engine.sharing import sharing_within
 from fusionroute.engine.steps import Chunk, EngineLimits, Job, StepOutcome, not_finite
 from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
 from fusionroute.fusion import choose
@@ -69,7 +68,7 @@ class Worker:
             logits_width=model.facts.logits_width,
             epoch=model.facts.epoch,
             free=self._cache.free,
-            sharing=_sharing(self._cache, limits),
+            sharing=sharing_within(limits, self._cache),
             # Not a method of its own: a worker that has ended, and with it the model, is to be free at once.
             forget=_forgetting(self._kept, self._expectation),
         )
@@ -387,12 +386,6 @@ class Worker:
 
     def _no_rows(self) -> Tensor:
         return torch.empty((0, self._model.facts.logits_width), dtype=self._model.model.dtype)
-
-
-def _sharing(cache: KVCache, limits: EngineLimits) -> Sharing | None:
-    if not limits.share_prefixes:
-        return None
-    return Sharing(cache, limits.shortest_shared_tokens, limits.kv_tokens // DONORS_SHARE)
 
 
 def _forgetting(kept: KeptOutcomes, expectation: Expectation) -> Callable[[str], None]:
