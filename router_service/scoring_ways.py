@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fusionroute.background import end_task
-from fusionroute.fusion import Decision, decide_all, needs_router
+from fusionroute.fusion import CombineRule, Decision, decide_all, fuse, needs_router
 from fusionroute.sampling import logprob, logsumexps
 from router_service.asking import Answer, ask
 from router_service.ensemble import Ensemble
@@ -23,6 +24,9 @@ from router_service.turn_request import Turn
 
 MOST_STACKED = 4096
 """Rows of no more numbers than these are judged all at once."""
+
+_WEIGHED_BY_TOKEN = (CombineRule.GATED_SUM, CombineRule.MIXTURE)
+"""Rules by which tokens of the same expert are fused with weights of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,11 @@ class Rows:
         """Of a row."""
         answers = [*self.experts.values(), *([] if self.router is None else [self.router])]
         return int(answers[0].rows.shape[1])
+
+    def of(self, expert: int, places: Sequence[int]) -> NDArray[np.float32]:
+        """An expert's rows [n, V] for the tokens at these places of the chunk."""
+        answered = self.places[expert]
+        return self.experts[expert].rows[[answered[place] for place in places]]
 
     def seen_by(self, way: int, place: int) -> Scores:
         """What a way, by its number, judges the token at a place of the chunk by."""
@@ -135,15 +144,14 @@ def num_rows(ways: Sequence[Turn], num_experts: int) -> int:
 
 
 def _judge(rows: Rows, number: int, way: Turn, chunk: Sequence[int]) -> list[Judgement]:
-    seen = [rows.seen_by(number, place) for place in range(len(chunk))]
-    fused = (each.fused(way.rule) for each in seen)
-    experts = [each.taken.expert for each in seen]
+    experts = [decision.expert for decision in rows.decisions[number]]
     if rows.width > MOST_STACKED:  # one at a time: a copy would cost more than calls that are saved
+        fused = (rows.seen_by(number, place).fused(way.rule) for place in range(len(chunk)))
         return [
             Judgement(logprob(row, token), int(np.argmax(row)), expert)
             for row, token, expert in zip(fused, chunk, experts, strict=True)
         ]
-    stacked = np.stack(list(fused))
+    stacked = fused_rows(rows, number, way.rule)
     picked = stacked[np.arange(len(chunk)), chunk].tolist()
     return [
         Judgement(score - total, best, expert)
@@ -151,3 +159,23 @@ def _judge(rows: Rows, number: int, way: Turn, chunk: Sequence[int]) -> list[Jud
             picked, logsumexps(stacked), stacked.argmax(axis=1).tolist(), experts, strict=True
         )
     ]
+
+
+def fused_rows(rows: Rows, number: int, rule: CombineRule) -> NDArray[np.float32]:
+    """Fused scores [T, V] of a chunk's T tokens in one way, those of the same expert at a time."""
+    decisions = rows.decisions[number]
+    fused = np.empty((len(decisions), rows.width), np.float32)
+    if rule in _WEIGHED_BY_TOKEN:
+        for place in range(len(decisions)):
+            fused[place] = rows.seen_by(number, place).fused(rule)
+        return fused
+    groups: dict[int | None, list[int]] = {}
+    for place, decision in enumerate(decisions):
+        groups.setdefault(decision.expert, []).append(place)
+    for expert, places in groups.items():
+        of_expert = None if expert is None else rows.of(expert, places)
+        of_router = None if rows.router is None else rows.router.rows[places]
+        decision = decisions[places[0]]
+        others = [rows.of(other, places) for other in decision.others]
+        fused[places] = fuse(rule, decision, of_expert, of_router, others)
+    return fused

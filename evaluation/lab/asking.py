@@ -36,7 +36,7 @@ from fusionroute.lab.tasks import examples
 from fusionroute.lab.tokenizer import EOS_ID, encode
 from fusionroute.questions import Options
 
-NUM_CONCURRENT = 32
+NUM_CONCURRENT = 64
 _TRACED = {"routing_weights": True, "num_candidates": 1, "temperature": 0.0, "seed": 0, "exact": True}
 EXAMPLES = "examples.json"
 
