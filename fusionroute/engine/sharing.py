@@ -12,7 +12,6 @@ from typing import Protocol
 
 from fusionroute.engine.prefixes import MOST_PARTS, Part, PartUse, PrefixIndex, clipped
 from fusionroute.engine.session import Session, StepCall
-from fusionroute.engine.steps import EngineLimits
 
 MOST_BLOCK_TOKENS = 32
 DONORS_SHARE = 8
@@ -244,10 +243,3 @@ def _uses(holder: Session | Part) -> tuple[PartUse, ...]:
     if isinstance(holder, Part):
         return (*holder.before, PartUse(holder, len(holder.tokens)))
     return holder.parts
-
-
-def sharing_within(limits: EngineLimits, memory: Memory) -> Sharing | None:
-    """What an engine's limits allow; None = its sessions share nothing."""
-    if not limits.share_prefixes:
-        return None
-    return Sharing(memory, limits.shortest_shared_tokens, limits.kv_tokens // DONORS_SHARE)

@@ -27,7 +27,7 @@ from fusionroute.engine.packing import are_finite, joined, run_packed
 from fusionroute.engine.schedule import SHORT_TOKENS, Schedule
 from fusionroute.engine.session import StepCall
 from fusionroute.engine.sessions import NoRoomYet, SessionTable, room_taken
-from fusionroute.engine.sharing import sharing_within
+from fusionroute.engine.sharing import DONORS_SHARE, Sharing
 from fusionroute.engine.steps import Chunk, EngineLimits, Job, StepOutcome, not_finite
 from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
 from fusionroute.fusion import choose
@@ -68,7 +68,9 @@ class Worker:
             logits_width=model.facts.logits_width,
             epoch=model.facts.epoch,
             free=self._cache.free,
-            sharing=sharing_within(limits, self._cache),
+            sharing=Sharing(self._cache, limits.shortest_shared_tokens, limits.kv_tokens // DONORS_SHARE)
+            if limits.share_prefixes
+            else None,
             # Not a method of its own: a worker that has ended, and with it the model, is to be free at once.
             forget=_forgetting(self._kept, self._expectation),
         )
