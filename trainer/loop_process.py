@@ -42,6 +42,7 @@ def main(folder: Path) -> int:
     _quiet_libraries()
     try:
         _train(folder, meeting, stop)
+        _part()
     except Stopped:
         return STOPPED_EXIT_CODE
     except FusionRouteError as error:
@@ -103,6 +104,14 @@ def _join(device: str) -> None:
     )
 
 
+def _part() -> None:
+    """Leaves the other processes in order; on any other way out the end of this one is noticed."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def _watch(meeting: Path, stop: Stop, parent: int) -> None:
     """Asks for the end when the file says so, or when the parent is gone."""
     while not stop.requested:
@@ -140,4 +149,8 @@ def _write_failure(meeting: Path, error: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    exit_code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by way of the interpreter's end, where threads of libraries can still abort a process whose work is done.
+    os._exit(exit_code)
