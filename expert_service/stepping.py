@@ -60,7 +60,6 @@ class Stepping:
             raise
         return BegunStep(request, held, self._slot, arrived, future)
 
-
     def let_go(self, closings: Iterable[expert_pb2.CloseSessionRequest]) -> None:
         """Begins to forget sessions; nobody is told."""
         wanted = [Closing(each.session_id, each.fence, not each.may_share) for each in closings]

@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,6 @@ from fusionroute.cli.target import json_option
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from evaluation.questions import Outcome, Question
-    from evaluation.systems.ways import Way
     from fusionroute.stack_state import StackState
 
 MAX_ITEMS_PER_TASK = 40
@@ -53,7 +51,7 @@ def demo(seed: int, num_rounds: int | None, budget_seconds: float | None, as_jso
     from evaluation.tasks.lab import lab_rounds
     from fusionroute.cli.console import console
     from fusionroute.cli.lab import build_family
-    from fusionroute.cli.scoreboard import PREFERRED_SUM, num_rounds_of, show_scores
+    from fusionroute.cli.scoreboard import PREFERRED_SUM, ask, available_systems, num_rounds_of, show_scores
     from fusionroute.cli.stack import temporary_stack
     from fusionroute.local_stack import ROUTER, StackPlan, threads_for
 
@@ -76,20 +74,16 @@ def demo(seed: int, num_rounds: int | None, budget_seconds: float | None, as_jso
         budget = float("inf") if num_rounds else budget_seconds or clock.seconds_for_the_table()
         rounds = lab_rounds(num_rounds or MAX_ITEMS_PER_TASK, seed)
         with clock.stage("3  phase I: every system answers held-out items"):
-            systems = asyncio.run(_systems(state.router_address))
-            outcomes = asyncio.run(
-                _ask(screen, state.router_address, systems, rounds, PHASE_ONE_SHARE * budget)
-            )
-        with clock.stage(
-            "4  phase II: the CDPO checkpoint is published, and promoted while the router serves"
-        ):
+            systems = asyncio.run(available_systems(state.router_address))
+            outcomes = asyncio.run(ask(screen, state.router_address, systems, rounds, PHASE_ONE_SHARE * budget))
+        with clock.stage("4  phase II: the CDPO checkpoint is published, and promoted while the router serves"):
             asyncio.run(_promote(screen, state, folder, family.router))
         clock.say(f"\n   while this runs, the page in a browser: {state.http_urls[ROUTER]}/")
         with clock.stage("5  answers, each token in the colour of the expert that took part"):
             asyncio.run(_show(screen, state.router_address, seed))
         with clock.stage("6  table: the same items, asked of the new checkpoint as well"):
             asked = rounds[: num_rounds_of(outcomes)]
-            outcomes += asyncio.run(_ask(screen, state.router_address, [PREFERRED_SUM], asked))
+            outcomes += asyncio.run(ask(screen, state.router_address, [PREFERRED_SUM], asked))
             result = show_scores(screen, outcomes, [*systems, PREFERRED_SUM])
     clock.say(f"done in {clock.seconds:.0f} s; nothing is left running")
     if as_json:
@@ -108,28 +102,6 @@ async def _show(console: Console, address: str, seed: int) -> None:
         await show_answers(console, router, [item for item in examples() if is_covered(item)], gaps)
 
 
-async def _systems(address: str) -> list[Way]:
-    from fusionroute.cli.scoreboard import available_systems
-    from fusionroute.client import RouterClient
-
-    async with RouterClient.open(address) as router:
-        return await available_systems(router)
-
-
-async def _ask(
-    console: Console,
-    address: str,
-    systems: Sequence[Way],
-    rounds: Sequence[Sequence[Question]],
-    budget_seconds: float = float("inf"),
-) -> list[Outcome]:
-    from fusionroute.cli.scoreboard import ask
-    from fusionroute.client import RouterClient
-
-    async with RouterClient.open(address) as router:
-        return await ask(console, router, systems, rounds, budget_seconds)
-
-
 async def _promote(console: Console, state: StackState, folder: Path, checkpoint: Path) -> None:
     """Publishes a checkpoint as a finished job does, and has it promoted."""
     from fusionroute.cli.checkpoints import tell_trainer, wait_for_router
@@ -138,9 +110,7 @@ async def _promote(console: Console, state: StackState, folder: Path, checkpoint
     await asyncio.to_thread(shutil.copytree, checkpoint, folder / CHECKPOINTS / PROMOTED)
     _, revision = await tell_trainer(state.addresses[TRAINER], PROMOTED)
     info = await wait_for_router(state.router_address, revision, PROMOTION_SECONDS)
-    console.print(
-        f"   the router serves {info.checkpoint_id}; a turn begun before ends on the checkpoint of phase I"
-    )
+    console.print(f"   the router serves {info.checkpoint_id}; a turn begun before ends on the checkpoint of phase I")
 
 
 class _Clock:

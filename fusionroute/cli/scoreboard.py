@@ -12,11 +12,10 @@ from evaluation.systems.answering import RouterWriter
 from evaluation.systems.ways import GATED, ROUTING_ONLY, SUM, Way, main_ways, rule_names
 from evaluation.table import compare, price_sentence, score_table, scores, sentence, to_json
 from evaluation.tasks.lab import verify
+from fusionroute.client import RouterClient
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from fusionroute.client import RouterClient
 
 NUM_CONCURRENT = 16
 
@@ -33,7 +32,7 @@ LIMITS = (
 
 async def ask(
     console: Console,
-    router: RouterClient,
+    address: str,
     systems: Sequence[Way],
     rounds: Sequence[Sequence[Question]],
     budget_seconds: float = float("inf"),
@@ -42,26 +41,27 @@ async def ask(
 
     Args:
         console: to show the progress on.
-        router: that answers.
+        address: of the router that answers.
         systems: ways to ask it.
         rounds: a question of every task each.
         budget_seconds: no further round is begun after so long.
     """
+    async with RouterClient.open(address) as router:
+
+        async def answered(question: Question, way: Way) -> Outcome:
+            return await RouterWriter(router, way, verify).outcome(question)
+
+        with _counter(console, sum(len(each) for each in rounds) * len(systems)) as on_outcome:
+            return await run_rounds(
+                answered, rounds, systems,
+                num_concurrent=NUM_CONCURRENT, budget_seconds=budget_seconds, on_outcome=on_outcome,
+            )  # fmt: skip
 
 
-    async def answered(question: Question, way: Way) -> Outcome:
-        return await RouterWriter(router, way, verify).outcome(question)
-
-    with _counter(console, sum(len(each) for each in rounds) * len(systems)) as on_outcome:
-        return await run_rounds(
-            answered, rounds, systems,
-            num_concurrent=NUM_CONCURRENT, budget_seconds=budget_seconds, on_outcome=on_outcome,
-        )  # fmt: skip
-
-
-async def available_systems(router: RouterClient) -> list[Way]:
-    """The systems that a router can be asked as."""
-    info = await router.info()
+async def available_systems(address: str) -> list[Way]:
+    """The systems that the router at an address can be asked as."""
+    async with RouterClient.open(address) as router:
+        info = await router.info()
     return main_ways([slot.slot for slot in info.slots], rule_names(info.available_combine))
 
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _SOURCES = ("row_intrinsics.py", "row_kernels.py", "row_step_kernels.py")
@@ -33,14 +33,16 @@ def kernels_kept() -> Iterator[None]:
 def one_compiler() -> Iterator[None]:
     """Processes that start together compile one after the other, so that all but the first find its code.
 
-    Without a folder of our own nothing is kept, and nobody waits. Whoever dies lets the next one in.
+    Without a folder of our own nothing is kept, and nobody waits; nor where its file system knows no locks. Whoever
+    dies lets the next one in.
     """
     folder = _own_folder()
     if folder is None:
         yield
         return
     with (folder / "compiling.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

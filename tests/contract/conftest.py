@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from pydantic import SecretStr
 
 from fusionroute.private_redis import PrivateRedis, connect
@@ -15,6 +16,7 @@ from fusionroute.trainer_client import TrainerClient
 from tests.certificates import Authority
 from tests.doorman import SHOP
 from tests.fake_trainer import FAKE_JOB_COMMAND
+from tests.http_calls import Api
 from tests.served_stack import Family, Stack, make_family, served
 from tests.served_trainer import Serve, Served
 from trainer.bootstrap import running_trainer
@@ -42,6 +44,13 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 async def stack(family: Family) -> AsyncIterator[Stack]:
     async with served(family, early_asks="off") as running:
         yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def api(stack: Stack) -> AsyncIterator[Api]:
+    """OpenAI's API of a module's own stack, which lasts as long as the module's tests."""
+    async with Api.of(stack) as api:
+        yield api
 
 
 @pytest.fixture

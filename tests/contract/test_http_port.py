@@ -42,12 +42,6 @@ async def stack(family: Family) -> AsyncIterator[Stack]:
         yield stack
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def api(stack: Stack) -> AsyncIterator[Api]:
-    async with Api.of(stack) as api:
-        yield api
-
-
 # --- any body ----------------------------------------------------------------------------------------------------
 
 GOOD: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -30,12 +30,6 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack
         yield stack
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def api(stack: Stack) -> AsyncIterator[Api]:
-    async with Api.of(stack) as api:
-        yield api
-
-
 def ids_of(choice: dict[str, Any]) -> list[int]:
     return [token["id"] for token in choice["fusionroute"]["tokens"]]
 

@@ -26,12 +26,6 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack
         yield stack
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def api(stack: Stack) -> AsyncIterator[Api]:
-    async with Api.of(stack) as api:
-        yield api
-
-
 @pytest.mark.parametrize(
     ("path", "fields", "status", "param", "code"),
     [
