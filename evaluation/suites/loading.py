@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from evaluation.questions import Question, check_unique
@@ -17,7 +17,7 @@ from evaluation.tasks.gsm8k import gsm8k_questions
 from evaluation.tasks.humaneval import humaneval_questions
 from evaluation.tasks.ifeval import ifeval_questions
 from evaluation.tasks.jsonl import jsonl_questions
-from evaluation.tasks.lab import lab_questions
+from evaluation.tasks.lab import lab_rounds
 from evaluation.tasks.lab import verify as verify_lab
 from evaluation.tasks.math500 import math500_questions
 from evaluation.tasks.mbpp import Split, mbpp_questions
@@ -25,6 +25,7 @@ from evaluation.verifiers.by_name import VerifiersByName
 from evaluation.verifiers.instructions.judging import verify as verify_instructions
 from evaluation.verifiers.numbers import GoldKind
 from fusionroute.errors import invalid
+from fusionroute.lab.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +95,9 @@ def _loaded(table: TaskTable, max_questions: int | None) -> LoadedTask:
 def _questions(table: TaskTable) -> Iterable[Question]:
     path, kind = table.file, table.kind
     if path is None:
-        return lab_questions(table.max_questions or LAB_QUESTIONS_PER_TASK)
+        # the tasks in turns, so that the first so many are of all of them
+        num_rounds = max(LAB_QUESTIONS_PER_TASK, -(-(table.max_questions or 0) // len(TASKS)))
+        return chain.from_iterable(lab_rounds(num_rounds))
     if kind is TaskKind.GSM8K:
         return gsm8k_questions(
             path, examples_path=table.examples_file, num_examples=table.num_examples or 0, chat=table.chat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from evaluation.questions import Answer
 from evaluation.suites.config import Suite
 from evaluation.suites.loading import LoadedTask, loaded_tasks
+from fusionroute.lab.tasks import TASKS
 
 MBPP = [
     {"task_id": number, "text": f"Task {number}.", "code": f"def f{number}(): return {number}",
@@ -56,3 +58,14 @@ def test_programs_have_the_time_that_the_suite_gives_them(tmp_path: Path) -> Non
     task = loaded(tmp_path, HUNGRY, 'kind = "jsonl"\ncpu_seconds = 1')
     verdict = task.verify(task.questions[0], Answer("```python\ndef big():\n    while True: pass\n```", True))
     assert not verdict.is_right and "1 s" in verdict.note
+
+
+@pytest.mark.parametrize(("limit", "count"), [("", 460), ("max_questions = 46", 46), ("max_questions = 500", 500)])
+def test_the_first_so_many_of_the_labs_questions_are_of_all_its_tasks(
+    tmp_path: Path, limit: str, count: int
+) -> None:
+    (tmp_path / "suite.toml").write_text(f'name = "s"\n[[tasks]]\nkind = "lab"\n{limit}')
+    (task,) = loaded_tasks(Suite.from_toml(tmp_path / "suite.toml"))
+    assert len(task.questions) == count
+    of_tasks = Counter(question.id.split("/")[1] for question in task.questions)
+    assert len(of_tasks) == len(TASKS) and max(of_tasks.values()) - min(of_tasks.values()) <= 1
