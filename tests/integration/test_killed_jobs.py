@@ -284,7 +284,7 @@ async def test_what_a_killed_process_has_started_is_ended_also_when_the_job_is_n
         await client.cancel(job.job_id)
         await killed(trainer)
         worker.kill()
-    assert len(processes_of(scene.folder_of(job))) == 1
+    await until(lambda: len(processes_of(scene.folder_of(job))) == 1, SECONDS)
     job = await scene.ended(await scene.start_trainer(), job)
     assert (state_name(job.state), job.num_attempts) == ("cancelled", 1)
     await scene.nothing_runs(job)
