@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_SOURCES = ("row_intrinsics.py", "row_kernels.py", "row_step_kernels.py")
+_SOURCES = ("row_intrinsics.py", "row_kernels.py", "row_step_kernels.py", "row_tiles.py")
 
 
 @contextmanager

@@ -17,13 +17,15 @@ from torch.nn.functional import linear
 from fusionroute.engine.exact_tiles import ExactTiles, padded
 from fusionroute.engine.row_products import ASSUMED_ROWS, RowProducts, measuring_clock
 
-LAYOUT_ROWS = (1, 2, 4, 8)
+LAYOUT_ROWS = (1, 4, 16, 64)
 """Numbers of rows that are tried; one between counts as the next lower, more than the last go by rows."""
 FEWEST_BYTES = 8 << 20
 """Smaller heads fit into the processor's caches, where the layouts differ little."""
 BUDGET_SECONDS = 1.0
 _TIMES = 3
 _WORTH = 0.9
+_HOPELESS = 1.5
+"""What takes so much longer than the fastest is not tried again."""
 
 Layout = Callable[[Tensor, Tensor], Tensor]
 
@@ -111,6 +113,8 @@ def _fastest(hidden: Tensor, weight: Tensor, layouts: Sequence[Layout], deadline
         if attempt > 1 and time.monotonic() > deadline:
             break
         for index, layout in enumerate(layouts):
+            if attempt > 1 and seconds[index] > _HOPELESS * min(seconds):
+                continue
             if attempt <= 1 and time.monotonic() > deadline:
                 return None
             started = clock()

@@ -23,7 +23,7 @@ from fusionroute.engine.row_products import compiled_kernel, is_numba_there, mea
 if TYPE_CHECKING:
     from fusionroute.engine.decoder import Decoder
 
-MOST_ROWS = 16
+MOST_ROWS = 64
 PAST_TOKENS = 64
 """Tokens cached before, where rows are measured."""
 _TIMES = 3

@@ -13,8 +13,9 @@ import numpy as np
 from numba import njit
 
 from fusionroute.engine.kernel_cache import is_cached
-from fusionroute.engine.row_intrinsics import dot_1, load, power_of_two, rounded, store
-from fusionroute.engine.row_kernels import product
+from fusionroute.engine.row_intrinsics import load, power_of_two, rounded, store
+from fusionroute.engine.row_kernels import product, ready
+from fusionroute.engine.row_tiles import dot, row_bytes
 
 MODEL_FIELDS, LAYER_FIELDS, ROW_FIELDS = 8, 16, 4
 """Numbers in the tables before the first layer, of each layer, and of each row before its caches: see `row_step`."""
@@ -48,7 +49,7 @@ def _normed(
     f32 = np.float32(0)
     for r in range(num_rows):
         row, to = rows + 4 * r * length, out + 4 * r * length
-        squares = dot_1(f32, row, row, length, length)[0]
+        squares = dot(row, row, length)
         factor = np.float32(1.0) / np.sqrt(squares + floor_squared)
         for i in range(length):
             store(f32, to, i, rounded(tag, load(f32, row, i) * factor * load(f32, scale, i)))
@@ -116,17 +117,19 @@ def _weigh(scores: int, count: int, scale: float) -> Any:
 @_inner
 def _attend(
     tag: Any, size: int, queries: int, keys: int, values: int, capacity: int, begin: int, end: int,
-    scale: float, groups: int, num_keys: int, length: int, scores: int, out: int,
+    scale: float, groups: int, num_keys: int, length: int, scores: int, out: int, room: int,
 ) -> None:  # fmt: skip
     """One token's queries [num_keys * groups, length] over the keys [begin, end) of its session."""
     f32, count = np.float32(0), end - begin
+    asking = ready(tag, queries, num_keys * groups * length, room)
     for i in range(num_keys * groups * length):
         store(f32, out, i, f32)
     for k in range(num_keys):
         first = (k * capacity + begin) * length * size
         mine = 4 * k * groups * length
         product(
-            tag, f32, f32, size, keys + first, 0, queries + mine, scores, 0, count, count, length, groups
+            tag, f32, f32, size, keys + first, 0, asking + k * groups * length * row_bytes(tag), scores,
+            0, count, count, length, groups,
         )  # fmt: skip
         for g in range(groups):
             weights, to = scores + 4 * g * count, out + mine + 4 * g * length
@@ -150,22 +153,25 @@ def _step(tag: Any, size: int, model: Any, floats: Any, rows: Any, angles: int, 
     longest = 0
     for r in range(n):
         longest = max(longest, rows[r * fields + 2] + 1)
-    room = np.empty(n * (2 * hidden + width + seen + 3 * inner) + groups * longest + 1, np.float32)
+    most = max(hidden, seen, inner)
+    room = np.empty(n * (2 * hidden + width + seen + 3 * inner + most) + groups * longest + 1, np.float32)
     x = room.ctypes.data
     normal = x + 4 * n * hidden
     heads = normal + 4 * n * hidden
     attended = heads + 4 * n * width
     gates = attended + 4 * n * seen
     active = gates + 8 * n * inner
-    scores = active + 4 * n * inner
+    packed = active + 4 * n * inner
+    scores = packed + 4 * n * most
     for r in range(n):
         for i in range(hidden):
             store(f32, x, r * hidden + i, load(tag, model[6], rows[r * fields] * hidden + i))
     for layer in range(num_layers):
         at = MODEL_FIELDS + layer * LAYER_FIELDS
         _normed(tag, x, model[at + 8], floats[0], normal, n, hidden)
+        given = ready(tag, normal, n * hidden, packed)
         product(
-            tag, tag, f32, size, model[at], model[at + 1], normal, heads, 0, width, width, hidden, n
+            tag, tag, f32, size, model[at], model[at + 1], given, heads, 0, width, width, hidden, n
         )  # fmt: skip
         for r in range(n):
             row, mine = r * fields, heads + 4 * r * width
@@ -183,19 +189,22 @@ def _step(tag: Any, size: int, model: Any, floats: Any, rows: Any, angles: int, 
             begin = 0 if model[at + 12] == 0 else max(0, place + 1 - model[at + 12])
             _attend(
                 tag, size, mine, keys, values, capacity, begin, place + 1, floats[2 + layer],
-                groups, num_keys, length, scores, attended + 4 * r * seen,
+                groups, num_keys, length, scores, attended + 4 * r * seen, packed,
             )  # fmt: skip
+        given = ready(tag, attended, n * seen, packed)
         product(
-            tag, tag, f32, size, model[at + 2], model[at + 3], attended, normal, 0, hidden, hidden, seen, n
+            tag, tag, f32, size, model[at + 2], model[at + 3], given, normal, 0, hidden, hidden, seen, n
         )  # fmt: skip
         _add(tag, x, normal, n * hidden)
         _normed(tag, x, model[at + 9], floats[0], normal, n, hidden)
+        given = ready(tag, normal, n * hidden, packed)
         product(
-            tag, tag, f32, size, model[at + 4], model[at + 5], normal, gates, 0, 2 * inner, 2 * inner, hidden, n
+            tag, tag, f32, size, model[at + 4], model[at + 5], given, gates, 0, 2 * inner, 2 * inner, hidden, n
         )  # fmt: skip
         _activate(tag, gates, active, n, inner)
+        given = ready(tag, active, n * inner, packed)
         product(
-            tag, tag, f32, size, model[at + 6], model[at + 7], active, normal, 0, hidden, hidden, inner, n
+            tag, tag, f32, size, model[at + 6], model[at + 7], given, normal, 0, hidden, hidden, inner, n
         )  # fmt: skip
         _add(tag, x, normal, n * hidden)
     _normed(tag, x, model[7], floats[0], normal, n, hidden)
