@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import structlog
@@ -278,7 +278,8 @@ async def serve_checkpoint(
             f"{str(checkpoint.folder)!r} routes to slot {base_slot!r}, in which the settings have the base model",
         )
     stop = AsyncExitStack()
-    engine = await stop.enter_async_context(Engine(model, settings.engine_limits()))
+    limits = replace(settings.engine_limits(), in_groups=settings.in_groups)
+    engine = await stop.enter_async_context(Engine(model, limits))
     offer = Offer(
         slots=checkpoint.manifest.slots,
         rules=checkpoint.available_rules(has_base=bool(base_slot)),

@@ -105,6 +105,11 @@ class RouterSettings(ModelSettings):
         "auto",
         description="Whether the last token's expert is asked before the router has routed; auto = where it pays.",
     )
+    in_groups: bool = Field(
+        True,
+        description="Where it is faster, turns go in two groups: the router's forward of one while the experts have the"
+        " other.",
+    )
     draft_up_to_turns: Annotated[int, Field(ge=0)] = Field(
         64,
         description="With more turns than these at a time, auto drafts nothing and asks nobody early; with fewer it"

@@ -43,6 +43,7 @@ class Engine:
         self._draining = False
         self._stopping = False
         self._has_turned = True  # the event loop, since a step was run in it
+        self._gathered: dict[asyncio.AbstractEventLoop, list[Job]] = {}
         self._thread = threading.Thread(target=self._worker.work, name="engine", daemon=True)
 
     @property
@@ -62,6 +63,8 @@ class Engine:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        for loop in [*self._gathered]:
+            self._hand_over(loop)
         self._stopping = True
         self._worker.inbox.put(self._worker.stop)
         await asyncio.to_thread(self._thread.join)
@@ -93,7 +96,7 @@ class Engine:
         is_only = self._num_unfinished == 0
         self._num_accepted += 1
         if not (is_only and self._worker.is_quick(call)):
-            self._worker.inbox.put(job)
+            self._gather(job, loop, is_alone=is_only and self._worker.expectation.lone.is_(call.session_id))
         elif self._has_turned:
             self._has_turned = False
             loop.call_soon(self._turned)
@@ -101,6 +104,23 @@ class Engine:
         else:  # whoever asks again and again without waiting must not keep the event loop from all others
             loop.call_soon(self._run_here, job)
         return job.future
+
+    def _gather(self, job: Job, loop: asyncio.AbstractEventLoop, *, is_alone: bool) -> None:
+        """Hands over, at the end of this turn of the event loop, all steps that become ready until then.
+
+        The worker would begin with the first of them, while the event loop still readies the others.
+        """
+        gathered = self._gathered.setdefault(loop, [])
+        gathered.append(job)
+        if is_alone or len(gathered) == self._worker.expectation.group_size:
+            self._hand_over(loop)
+        elif len(gathered) == 1:
+            loop.call_soon(self._hand_over, loop)
+
+    def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
+        gathered = self._gathered.pop(loop, [])
+        for job in gathered:
+            self._worker.inbox.put(job)
 
     def _turned(self) -> None:
         self._has_turned = True

@@ -23,6 +23,11 @@ FEWEST_FORWARDS = 8.0
 LEAST_SECONDS = 5e-5
 """A thread does not wake more precisely."""
 GONE_SECONDS = 30.0
+RECENT_SECONDS = 1.0
+"""Sessions that were heard of later than that take part in what is going on."""
+FEWEST_GROUPED = 4
+CROWDED = 1.35
+"""Forwards that take so much longer than their processor time: others want the same processors."""
 LEAST_GAIN = 1.05
 """By so much more must a wait give, as it is a guess."""
 _LIKELY_SHARE = 0.7
@@ -78,6 +83,7 @@ class _Rhythm:
     answered: float | None = None
     gap: float | None = None
     deviation: float = 0.0
+    heard: float = 0.0
 
     def expected(self) -> float | None:
         """The time by which its next step has very likely come."""
@@ -94,17 +100,24 @@ class Expectation:
         cost: of forwards.
         confidence: how often steps come when they are expected, 0 to 1.
         lone: whose short steps were the only ones for a while.
+        in_groups: whether they may go in two groups.
+        crowding: seconds that a forward takes for each of processor time.
+        group_size: of how many sessions a forward should be, so that others can be elsewhere meanwhile; None = of all.
     """
 
     cost: ForwardCost = field(default_factory=ForwardCost)
     confidence: float = 1.0
     _rhythms: dict[str, _Rhythm] = field(default_factory=dict)
     lone: LoneCaller = field(default_factory=LoneCaller)
+    in_groups: bool = False
+    crowding: float = 1.0
+    group_size: int | None = None
 
     def stepped(self, session_id: str, now: float) -> None:
         """A short step of a session has come."""
         self.lone.came(session_id)
         rhythm = self._rhythms.setdefault(session_id, _Rhythm())
+        rhythm.heard = now
         if rhythm.answered is None:
             return
         gap, expected = now - rhythm.answered, rhythm.expected()
@@ -120,7 +133,7 @@ class Expectation:
     def answered(self, session_id: str, now: float) -> None:
         """A short step of a session was answered."""
         if (rhythm := self._rhythms.get(session_id)) is not None:
-            rhythm.answered = now
+            rhythm.answered = rhythm.heard = now
 
     def forget(self, session_id: str) -> None:
         """A session is no more."""
@@ -131,6 +144,11 @@ class Expectation:
         if len(self._rhythms) < 2:
             return 0.0
         fixed, per_token = self.cost.line()
+        if self.group_size is not None:
+            if num_ready >= self.group_size:
+                return 0.0
+            if self.is_crowded:
+                return fixed
         best, best_wait = LEAST_GAIN * num_ready / max(fixed + per_token * num_ready, 1e-9), 0.0
         for count, wait in enumerate(self._waits(now, fixed), start=1):
             num_tokens = num_ready + count * self.confidence
@@ -139,9 +157,45 @@ class Expectation:
                 best, best_wait = rate, wait
         return best_wait if best_wait > LEAST_SECONDS else 0.0
 
+    def computed(self, num_tokens: int, seconds: float, processor_seconds: float, now: float) -> None:
+        """Hears of a forward; `processor_seconds` of its thread."""
+        self.cost.took(num_tokens, seconds)
+        if self.in_groups:
+            if processor_seconds > 0.0:
+                self.crowding += SMOOTHING * (seconds / processor_seconds - self.crowding)
+            self._form_groups(now)
+
+    def _form_groups(self, now: float) -> None:
+        """Sets `group_size`.
+
+        N sessions that go to and fro together between here and elsewhere take a + b N and then a gap g for a token of
+        each; in two groups they take the longer of 2 (a + b N / 2), where forwards follow each other, and
+        a + b N / 2 + g, where there are pauses between.
+        """
+        gaps = sorted(
+            rhythm.gap
+            for rhythm in self._rhythms.values()
+            if rhythm.gap is not None and now - rhythm.heard < RECENT_SECONDS
+        )
+        if len(gaps) < FEWEST_GROUPED:
+            self.group_size = None
+            return
+        (fixed, per_token), gap = self.cost.line(), gaps[len(gaps) // 2]
+        half = -(-len(gaps) // 2)
+        of_half = fixed + per_token * half
+        together = fixed + per_token * len(gaps) + gap
+        is_better = together > LEAST_GAIN * max(2 * of_half, of_half + gap)
+        self.group_size = half if is_better else None
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether a forward for few would only take the processor from those whom they could wait for."""
+        return self.group_size is not None and self.crowding > CROWDED
+
     def waited_in_vain(self) -> None:
         """Nobody came in the time that was given."""
-        self._learn(False)
+        if not self.is_crowded:
+            self._learn(False)
 
     def _waits(self, now: float, longest: float) -> list[float]:
         """Seconds until each of the sessions that are due has come, ascending."""

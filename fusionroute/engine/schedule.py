@@ -39,16 +39,23 @@ class Schedule:
         if job.call.from_position > 0 and job.num_left <= SHORT_TOKENS:
             self._last_decode = now
 
-    def compose(self, running: Iterable[Job], now: float) -> list[Chunk]:
+    def compose(self, running: Iterable[Job], now: float, most_decoding: int | None = None) -> list[Chunk]:
         """The next forward, at most `max_batch_tokens`.
 
         Args:
             running: steps with tokens left to feed, in the order in which they should be served.
+            most_decoding: short steps of sessions that have begun, at most so many; None = all.
         """
         short: list[Job] = []
         long: list[Job] = []
+        num_decoding = 0
         for job in self._of_one_kind(list(running)):
-            (short if job.num_left <= SHORT_TOKENS else long).append(job)
+            if job.num_left > SHORT_TOKENS:
+                long.append(job)
+                continue
+            num_decoding += job.call.from_position > 0
+            if most_decoding is None or num_decoding <= most_decoding or job.call.from_position == 0:
+                short.append(job)
         budget = self.prefill_tokens(now)
         room = self.limits.max_batch_tokens
         kept_for_long = min(budget, FEWEST_PREFILL_TOKENS, max(1, room // 4)) if long else 0

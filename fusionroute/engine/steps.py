@@ -28,6 +28,8 @@ class EngineLimits:
         shortest_shared_tokens: shorter beginnings are not shared.
         await_others: whether a forward is put off for a moment when sessions that were just answered are about to step
             again and one forward for all is worth it.
+        in_groups: whether sessions that go to and fro between this model and others do so in two groups where that is
+            faster, so that one group is here while the other is elsewhere.
         quick_seconds: a forward that takes less, and has nobody to share it with, is run by the caller's event loop: it
             is held up by that less than by a second thread beside it. 0 = all are run by the worker's thread.
         mixed_forward_seconds: how long a forward may take, roughly, that prefills share with decoding sessions.
@@ -41,6 +43,7 @@ class EngineLimits:
     room_wait_seconds: float = 2.0
     mixed_forward_seconds: float = 0.05
     await_others: bool = True
+    in_groups: bool = False
     quick_seconds: float = 0.001
     share_prefixes: bool = True
     shortest_shared_tokens: int = 64

@@ -46,6 +46,7 @@ class Worker:
         limits: what may be used.
 
     Attributes:
+        expectation: who will step again soon, and in what groups.
         inbox: steps, and questions to be answered between forwards.
         num_finished: steps that have ended, one way or another.
         num_forwards: forwards that have run.
@@ -60,7 +61,7 @@ class Worker:
         self._model = model
         self._cache = model.kv_cache()
         self._kept = KeptOutcomes()
-        self._expectation = Expectation()
+        self.expectation = Expectation(in_groups=limits.in_groups)
         self.table = SessionTable(
             kv_tokens=limits.kv_tokens,
             max_sessions=limits.max_sessions,
@@ -72,7 +73,7 @@ class Worker:
             if limits.share_prefixes
             else None,
             # Not a method of its own: a worker that has ended, and with it the model, is to be free at once.
-            forget=_forgetting(self._kept, self._expectation),
+            forget=_forgetting(self._kept, self.expectation),
         )
         self._answers = Answers()
         self._waiting: deque[Job] = deque()  # for room
@@ -108,8 +109,8 @@ class Worker:
             and call.from_position > 0
             and call.draft is None
             and self._quick_seconds > 0.0
-            and self._expectation.cost.seconds(num_tokens) < self._quick_seconds
-            and self._expectation.lone.is_(call.session_id)
+            and self.expectation.cost.seconds(num_tokens) < self._quick_seconds
+            and self.expectation.lone.is_(call.session_id)
         )
 
     def run_here(self, job: Job) -> bool:
@@ -189,15 +190,15 @@ class Worker:
         give_up: float | None = None
         while self._running and all(job.num_left <= SHORT_TOKENS for job in self._running):
             now = time.monotonic()
-            wait_seconds = self._expectation.wait_seconds(len(self._running), now)
+            wait_seconds = self.expectation.wait_seconds(len(self._running), now)
             if give_up is None:
-                give_up = now + self._expectation.cost.line()[0]
+                give_up = now + self.expectation.cost.line()[0]
             wait_seconds = min(wait_seconds, give_up - now)
             if wait_seconds <= 0.0:
                 return
             items = self.inbox.take(wait_seconds)
             if not items:
-                self._expectation.waited_in_vain()
+                self.expectation.waited_in_vain()
                 return
             self._receive(items)
             self._admit_waiting()
@@ -255,7 +256,7 @@ class Worker:
         job.num_fed = job.num_cached
         self._schedule.arrived(job, now)
         if call.from_position > 0 and job.num_left <= SHORT_TOKENS:
-            self._expectation.stepped(call.session_id, job.arrived)
+            self.expectation.stepped(call.session_id, job.arrived)
         self._running.append(job)
 
     def _compose(self) -> list[Chunk]:
@@ -272,10 +273,10 @@ class Worker:
             else:  # all cached, nothing wanted
                 self._succeed(job)
         self._running = still_running
-        return self._schedule.compose(still_running, now)
+        return self._schedule.compose(still_running, now, self.expectation.group_size)
 
     def _execute(self, chunks: list[Chunk]) -> None:
-        started = time.monotonic()
+        started, processor_started = time.monotonic(), time.thread_time()
         served = {id(chunk.job) for chunk in chunks}
         self._running = [job for job in self._running if id(job) not in served]
         try:
@@ -291,7 +292,8 @@ class Worker:
         seconds = time.monotonic() - started
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         self._schedule.took(num_tokens, seconds)
-        self._expectation.cost.took(num_tokens, seconds)
+        processor_seconds = time.thread_time() - processor_started
+        self.expectation.computed(num_tokens, seconds, processor_seconds, started + seconds)
         self._heap.computed(num_tokens)
         row = 0
         for chunk in chunks:
@@ -373,7 +375,7 @@ class Worker:
 
     def _settle(self, job: Job, outcome: StepOutcome) -> None:
         self._finish(job)
-        self._expectation.answered(job.call.session_id, time.monotonic())
+        self.expectation.answered(job.call.session_id, time.monotonic())
         self._answers.add(job.future, outcome)
 
     def _fail(self, job: Job, error: FusionRouteError) -> None:

@@ -90,3 +90,40 @@ def test_whoever_is_often_waited_for_in_vain_is_waited_for_no_more() -> None:
     for _ in range(30):
         expectation.waited_in_vain()
     assert expectation.wait_seconds(1, now + 0.002) == 0.0
+
+
+def going_to_and_fro(num_sessions: int, gap: float, crowding: float = 1.0) -> tuple[Expectation, float]:
+    """Sessions that step again `gap` seconds after each answer, all together, after many forwards."""
+    expectation, now = rhythmic({f"s{number}": gap for number in range(num_sessions)})
+    expectation.in_groups = True
+    for _ in range(20):
+        expectation.computed(num_sessions, FIXED + PER_TOKEN * num_sessions, FIXED / crowding, now)
+    return expectation, now
+
+
+def test_sessions_that_are_long_elsewhere_go_in_two_groups() -> None:
+    assert going_to_and_fro(16, 0.060)[0].group_size == 8
+    assert going_to_and_fro(15, 0.060)[0].group_size == 8
+
+
+def test_one_group_stays_where_two_would_be_slower() -> None:
+    """Nearly all of a forward is its fixed part, and elsewhere takes less than that: two would take longer than one."""
+    assert going_to_and_fro(16, 0.002)[0].group_size is None
+    assert going_to_and_fro(3, 0.060)[0].group_size is None
+
+
+def test_groups_are_of_the_sessions_that_take_part_now() -> None:
+    expectation, now = going_to_and_fro(16, 0.060)
+    expectation.computed(1, FIXED, FIXED, now + 10.0)
+    assert expectation.group_size is None
+
+
+def test_a_group_is_waited_for_only_where_others_want_the_processors() -> None:
+    expectation, now = going_to_and_fro(16, 0.060)
+    assert expectation.wait_seconds(3, now + 0.5) == 0.0
+    expectation, now = going_to_and_fro(16, 0.060, crowding=2.0)
+    assert expectation.wait_seconds(3, now + 0.5) == pytest.approx(expectation.cost.line()[0])
+    assert expectation.wait_seconds(8, now + 0.5) == 0.0
+    for _ in range(50):
+        expectation.waited_in_vain()
+    assert expectation.confidence > 0.5, "a wait for whoever comes says nothing about who was expected"

@@ -240,3 +240,11 @@ def test_room_is_awaited_only_by_those_who_need_it() -> None:
         sessions.begin(StepCall("b", 0, [3] * 60, 1), 0.0)
     sessions.end(busy, 0.0)
     sessions.begin(StepCall("b", 0, [3] * 60, 1), 0.0)
+
+
+def test_a_group_is_of_sessions_that_decode_and_takes_the_oldest_of_them() -> None:
+    schedule = Schedule(EngineLimits())
+    running = [decode("a"), job("prompt", 8), decode("b"), decode("c"), job("other prompt", 8)]
+    assert counts(schedule.compose(running, now=0.0, most_decoding=2)) == {
+        "a": 1, "prompt": 8, "b": 1, "other prompt": 8
+    }  # fmt: skip
