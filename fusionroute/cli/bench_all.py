@@ -47,7 +47,11 @@ def _published(name: str, words: str, minutes: float) -> Published:
 PLAN = (
     _published("decode-demo", "decode", 0.8),
     _published("decode-h512", "decode --shape h512 --dtype bfloat16 --tokens 32 --runs 5 --threads 2", 2.5),
-    _published("throughput-h512", "throughput --shape h512 --sessions 1 --sessions 16 --sessions 64 --threads 1", 6.0),
+    _published(
+        "throughput-h512",
+        "throughput --shape h512 --tokens 32 --sessions 1 --sessions 16 --sessions 64 --threads 1",
+        6.0,
+    ),
     _published("experts", "experts", 1.0),
     _published("rules", "rules", 0.6),
     _published("context", "context", 0.8),
