@@ -158,7 +158,7 @@ class Expectation:
         return best_wait if best_wait > LEAST_SECONDS else 0.0
 
     def computed(self, num_tokens: int, seconds: float, processor_seconds: float, now: float) -> None:
-        """Hears of a forward; `processor_seconds` of its thread."""
+        """Hears of a forward; `processor_seconds` of its thread, or `seconds` where those say nothing."""
         self.cost.took(num_tokens, seconds)
         if self.in_groups:
             if processor_seconds > 0.0:

@@ -93,6 +93,11 @@ class LoadedModel:
         """Whether forwards may be run by one thread and then by another."""
         return str(self.model.device) == "cpu"
 
+    @property
+    def runs_in_one_thread(self) -> bool:
+        """Whether all that forwards compute is in the time of the thread that runs them."""
+        return self.runs_in_any_thread and torch.get_num_threads() == 1
+
     def kv_cache(self) -> KVCache:
         """Empty caches for the sessions of an engine."""
         return KVCache()

@@ -15,7 +15,7 @@ from numba import njit
 from fusionroute.engine.kernel_cache import is_cached
 from fusionroute.engine.row_intrinsics import load, power_of_two, rounded, store
 from fusionroute.engine.row_kernels import product, ready
-from fusionroute.engine.row_tiles import dot, row_bytes
+from fusionroute.engine.row_tiles import dot, row_bytes, weighted_1, weighted_4
 
 MODEL_FIELDS, LAYER_FIELDS, ROW_FIELDS = 8, 16, 4
 """Numbers in the tables before the first layer, of each layer, and of each row before its caches: see `row_step`."""
@@ -122,8 +122,6 @@ def _attend(
     """One token's queries [num_keys * groups, length] over the keys [begin, end) of its session."""
     f32, count = np.float32(0), end - begin
     asking = ready(tag, queries, num_keys * groups * length, room)
-    for i in range(num_keys * groups * length):
-        store(f32, out, i, f32)
     for k in range(num_keys):
         first = (k * capacity + begin) * length * size
         mine = 4 * k * groups * length
@@ -134,10 +132,19 @@ def _attend(
         for g in range(groups):
             weights, to = scores + 4 * g * count, out + mine + 4 * g * length
             total = _weigh(weights, count, scale)
-            for t in range(count):
-                weight, value = load(f32, weights, t), values + first + t * length * size
-                for i in range(length):
-                    store(f32, to, i, load(f32, to, i) + weight * load(tag, value, i))
+            i = 0
+            while i + 64 <= length:
+                weighted_4(tag, values + first + i * size, length, weights, count, to + 4 * i)
+                i += 64
+            while i + 16 <= length:
+                weighted_1(tag, values + first + i * size, length, weights, count, to + 4 * i)
+                i += 16
+            while i < length:
+                weighed = f32
+                for t in range(count):
+                    weighed += load(f32, weights, t) * load(tag, values + first, t * length + i)
+                store(f32, to, i, weighed)
+                i += 1
             for i in range(length):
                 store(f32, to, i, rounded(tag, load(f32, to, i) / total))
 

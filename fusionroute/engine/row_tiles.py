@@ -193,6 +193,50 @@ first_4_2, first_4_1 = _tile(4, 2, True), _tile(4, 1, True)
 """
 
 
+def _weighted(num_blocks: int) -> Any:
+    """Weighted sum of rows' parts of `LANES * num_blocks` numbers, as float32."""
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        tag = signature.args[0]
+        _, rows, stride, weights, count, out = arguments
+
+        def chains(num_chains: int) -> Any:
+            def body(index: Any, sums: list[Any]) -> list[Any]:
+                new = []
+                for chain in range(num_chains):
+                    at = b.add(index, number(chain))
+                    weight = _repeated(b, [loaded(b, FLOAT32, weights, at)], LANES, True)
+                    for block in range(num_blocks):
+                        part = b.add(b.mul(at, stride), number(LANES * block))
+                        lanes = loaded_lanes(b, tag, rows, part)
+                        new.append(fused_multiply_add(b, weight, lanes, sums[chain * num_blocks + block]))
+                return new
+
+            return body
+
+        pairs = b.sub(count, b.srem(count, number(2)))
+        zeros = [filled(FLOATS, 0.0)] * (2 * num_blocks)
+        sums = loop(b, number(0), pairs, 2, zeros, chains(2))
+        joined = [b.fadd(sums[block], sums[num_blocks + block]) for block in range(num_blocks)]
+        joined = loop(b, pairs, count, 1, joined, chains(1))
+        for block, total in enumerate(joined):
+            to = place(b, FLOAT32, out, number(LANES * block))
+            b.store(total, b.bitcast(to, FLOATS.as_pointer()), align=BYTES[FLOAT32])
+        return context.get_dummy_value()
+
+    @intrinsic
+    def weighted(
+        typing: Any, tag: Any, rows: Any, stride: Any, weights: Any, count: Any, out: Any
+    ) -> Any:  # fmt: skip
+        return types.void(tag, rows, stride, weights, count, out), generate
+
+    return weighted
+
+
+weighted_4, weighted_1 = _weighted(4), _weighted(1)
+"""(tag, address of the first row's part, numbers from row to row, weights, number of rows, out)."""
+
+
 @intrinsic
 def dot(typing: Any, first: Any, second: Any, length: Any) -> Any:
     """The scalar product of two rows of float32."""

@@ -292,7 +292,7 @@ class Worker:
         seconds = time.monotonic() - started
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         self._schedule.took(num_tokens, seconds)
-        processor_seconds = time.thread_time() - processor_started
+        processor_seconds = time.thread_time() - processor_started if self._model.runs_in_one_thread else seconds
         self.expectation.computed(num_tokens, seconds, processor_seconds, started + seconds)
         self._heap.computed(num_tokens)
         row = 0

@@ -6,6 +6,8 @@ import asyncio
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
+import pytest
+
 from fusionroute.client import RouterClient
 from fusionroute.v1.router_pb2 import GenerateRequest
 from tests.daemons import Daemon, daemon
@@ -34,6 +36,7 @@ class Experts:
         await process.communicate()
 
 
+@pytest.mark.timeout(300)  # it starts experts again and again
 async def test_experts_killed_and_restarted_in_mid_generation_change_nothing(tmp_path: Path) -> None:
     family = make_family(tmp_path / "family")
     cases = make_cases(family.reference(), 80)

@@ -9,8 +9,8 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -100,6 +100,17 @@ class Scene:
                 if "tests.fake_job" in process.cmdline():
                     return process
         return None
+
+    @contextmanager
+    def at_rest(self, job: Job) -> Iterator[None]:
+        """The job makes no steps within the context, however long that takes."""
+        worker = self.worker(job)
+        assert worker is not None
+        worker.suspend()
+        try:
+            yield
+        finally:
+            worker.resume()
 
     async def made_steps(self, job: Job, num_steps: int) -> None:
         await until(lambda: len(steps_done(self.folder_of(job))) >= num_steps, SECONDS)
@@ -246,8 +257,9 @@ async def test_another_trainer_takes_over_from_a_killed_one(scene: Scene) -> Non
     first = await scene.start_trainer()
     job = await submitted(first)
     await scene.made_steps(job, 3)
-    second = await scene.start_trainer()
-    await second.address()
+    with scene.at_rest(job):
+        second = await scene.start_trainer()
+        await second.address()
     await killed(first)
     job = await scene.succeeded_once(second, job, 100)
     assert job.num_attempts == 2
@@ -257,8 +269,9 @@ async def test_a_trainer_that_was_frozen_and_replaced_publishes_nothing_when_it_
     frozen = await scene.start_trainer()
     job = await submitted(frozen)
     await scene.made_steps(job, 3)
-    second = await scene.start_trainer()
-    await second.address()
+    with scene.at_rest(job):
+        second = await scene.start_trainer()
+        await second.address()
     frozen.process.send_signal(signal.SIGSTOP)
     job = await scene.succeeded_once(second, job, 100)
     assert job.num_attempts == 2
