@@ -192,10 +192,12 @@ class Expectation:
         """Whether a forward for few would only take the processor from those whom they could wait for."""
         return self.group_size is not None and self.crowding > CROWDED
 
-    def waited_in_vain(self) -> None:
-        """Nobody came in the time that was given."""
+    def waited_in_vain(self, *, others_came: bool = False) -> None:
+        """Nobody came in the time that was given, or nobody else."""
         if not self.is_crowded:
             self._learn(False)
+        elif not others_came:
+            self.crowding = 1.0  # it was not for want of processors; the next forwards tell again
 
     def _waits(self, now: float, longest: float) -> list[float]:
         """Seconds until each of the sessions that are due has come, ascending."""

@@ -188,17 +188,16 @@ class Worker:
     def _await_others(self) -> None:
         """Gives sessions that are about to step again a moment, where one forward for all is worth it."""
         give_up: float | None = None
+        num_before = len(self._running)
         while self._running and all(job.num_left <= SHORT_TOKENS for job in self._running):
             now = time.monotonic()
-            wait_seconds = self.expectation.wait_seconds(len(self._running), now)
-            if give_up is None:
-                give_up = now + self.expectation.cost.line()[0]
-            wait_seconds = min(wait_seconds, give_up - now)
+            give_up = give_up or now + self.expectation.cost.line()[0]
+            wait_seconds = min(self.expectation.wait_seconds(len(self._running), now), give_up - now)
             if wait_seconds <= 0.0:
                 return
             items = self.inbox.take(wait_seconds)
             if not items:
-                self.expectation.waited_in_vain()
+                self.expectation.waited_in_vain(others_came=len(self._running) > num_before)
                 return
             self._receive(items)
             self._admit_waiting()

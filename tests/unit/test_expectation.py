@@ -125,5 +125,7 @@ def test_a_group_is_waited_for_only_where_others_want_the_processors() -> None:
     assert expectation.wait_seconds(3, now + 0.5) == pytest.approx(expectation.cost.line()[0])
     assert expectation.wait_seconds(8, now + 0.5) == 0.0
     for _ in range(50):
-        expectation.waited_in_vain()
+        expectation.waited_in_vain(others_came=True)
     assert expectation.confidence > 0.5, "a wait for whoever comes says nothing about who was expected"
+    expectation.waited_in_vain()
+    assert expectation.wait_seconds(3, now + 0.5) == 0.0, "nobody came: not for want of processors"
