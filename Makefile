@@ -13,8 +13,8 @@ MAKEFLAGS += --no-print-directory
 VENV ?= .venv
 PYTHON ?=
 PIP_FLAGS ?=
-# four on two cores: half of the time tests wait for other processes
-PYTEST_FLAGS ?= -n 4
+# three on two cores: a third of the time tests wait for other processes
+PYTEST_FLAGS ?= -n 3
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.installed
 
