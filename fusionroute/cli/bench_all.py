@@ -53,7 +53,7 @@ PLAN = (
         6.0,
     ),
     _published("experts", "experts", 1.0),
-    _published("experts-h512", "experts --shape h512 --dtype bfloat16 --tokens 64", 5.0),
+    _published("experts-h512", "experts --shape h512 --dtype bfloat16 --tokens 64", 3.0),
     _published("rules", "rules", 0.6),
     _published("context", "context", 0.8),
     _published("memory", "memory", 2.0),

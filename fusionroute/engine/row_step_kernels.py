@@ -150,6 +150,30 @@ def _attend(
 
 
 @_inner
+def _see(
+    tag: Any, size: int, model: Any, floats: Any, rows: Any, row: int, layer: int, heads: int, angles: int,
+    scores: int, out: int, room: int,
+) -> None:  # fmt: skip
+    """What one row [queries, keys, values] of a layer sees of its session, once it is part of it."""
+    num_queries, num_keys, length, at = model[3], model[4], model[5], MODEL_FIELDS + layer * LAYER_FIELDS
+    new_keys = heads + 4 * num_queries * length
+    new_values = new_keys + 4 * num_keys * length
+    if model[at + 10] != 0:
+        _normed(tag, heads, model[at + 10], floats[1], heads, num_queries, length)
+        _normed(tag, new_keys, model[at + 11], floats[1], new_keys, num_keys, length)
+    _rotate(tag, size, heads, num_queries + num_keys, length, angles + rows[row + 1] * 2 * length * size)
+    place, capacity, keys = rows[row + 2], rows[row + 3], rows[row + ROW_FIELDS + 2 * layer]
+    values = rows[row + ROW_FIELDS + 2 * layer + 1]
+    _remember(tag, size, new_keys, num_keys, length, keys, capacity, place)
+    _remember(tag, size, new_values, num_keys, length, values, capacity, place)
+    begin = 0 if model[at + 12] == 0 else max(0, place + 1 - model[at + 12])
+    _attend(
+        tag, size, heads, keys, values, capacity, begin, place + 1, floats[2 + layer],
+        num_queries // num_keys, num_keys, length, scores, out, room,
+    )  # fmt: skip
+
+
+@_inner
 def _step(tag: Any, size: int, model: Any, floats: Any, rows: Any, angles: int, out: int, n: int) -> None:
     f32 = np.float32(0)
     num_layers, hidden, inner, num_queries, num_keys, length = (
@@ -181,22 +205,9 @@ def _step(tag: Any, size: int, model: Any, floats: Any, rows: Any, angles: int, 
             tag, tag, f32, size, model[at], model[at + 1], given, heads, 0, width, width, hidden, n
         )  # fmt: skip
         for r in range(n):
-            row, mine = r * fields, heads + 4 * r * width
-            new_keys = mine + 4 * seen
-            new_values = new_keys + 4 * num_keys * length
-            if model[at + 10] != 0:
-                _normed(tag, mine, model[at + 10], floats[1], mine, num_queries, length)
-                _normed(tag, new_keys, model[at + 11], floats[1], new_keys, num_keys, length)
-            turn = angles + rows[row + 1] * 2 * length * size
-            _rotate(tag, size, mine, num_queries + num_keys, length, turn)
-            place, capacity, keys = rows[row + 2], rows[row + 3], rows[row + ROW_FIELDS + 2 * layer]
-            values = rows[row + ROW_FIELDS + 2 * layer + 1]
-            _remember(tag, size, new_keys, num_keys, length, keys, capacity, place)
-            _remember(tag, size, new_values, num_keys, length, values, capacity, place)
-            begin = 0 if model[at + 12] == 0 else max(0, place + 1 - model[at + 12])
-            _attend(
-                tag, size, mine, keys, values, capacity, begin, place + 1, floats[2 + layer],
-                groups, num_keys, length, scores, attended + 4 * r * seen, packed,
+            _see(
+                tag, size, model, floats, rows, r * fields, layer, heads + 4 * r * width, angles,
+                scores, attended + 4 * r * seen, packed,
             )  # fmt: skip
         given = ready(tag, attended, n * seen, packed)
         product(

@@ -225,9 +225,7 @@ def _weighted(num_blocks: int) -> Any:
         return context.get_dummy_value()
 
     @intrinsic
-    def weighted(
-        typing: Any, tag: Any, rows: Any, stride: Any, weights: Any, count: Any, out: Any
-    ) -> Any:  # fmt: skip
+    def weighted(typing: Any, tag: Any, rows: Any, stride: Any, weights: Any, count: Any, out: Any) -> Any:
         return types.void(tag, rows, stride, weights, count, out), generate
 
     return weighted
