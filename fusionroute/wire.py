@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fusionroute.errors import FusionRouteError, invalid
+from fusionroute.number_formats import write_float32
 from fusionroute.rpc_errors import make_error
 from fusionroute.v1 import common_pb2, expert_pb2
 
@@ -136,10 +137,14 @@ class SharedPlace:
         num_bytes = rows.numel() * bytes_per_number(dtype)
         if not 0 < num_bytes <= self._num_bytes:
             return pack_rows(rows, dtype)
-        place = torch.frombuffer(
-            self._memory, dtype=_TORCH_DTYPES[dtype], count=rows.numel(), offset=self._offset
-        )
-        place.view(rows.shape).copy_(rows.detach())
+        if dtype == common_pb2.DTYPE_FLOAT32:
+            numbers = np.frombuffer(self._memory, np.float32, rows.numel(), self._offset)
+            write_float32(rows.detach(), numbers.reshape(rows.shape))
+        else:
+            place = torch.frombuffer(
+                self._memory, dtype=_TORCH_DTYPES[dtype], count=rows.numel(), offset=self._offset
+            )
+            place.view(rows.shape).copy_(rows.detach())
         num_rows, width = rows.shape
         matrix = common_pb2.Matrix(dtype=dtype, num_rows=num_rows, width=width, shared_offset=self._offset)
         return PackedRows(matrix, None)

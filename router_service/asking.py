@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from fusionroute import tracing
 from fusionroute.engine import Engine, StepCall
 from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
+from fusionroute.number_formats import as_float32
 from fusionroute.short_rows import ShortRow
 from router_service import metrics
 from router_service.hedging import hedged_step
@@ -307,7 +308,7 @@ class LocalModel:
             raise Unavailable(Reason.DEADLINE_PASSED, "the router's forward did not end in time") from None
         scores = outcome.head_scores
         return Answer(
-            rows=outcome.rows.float().numpy(),
+            rows=as_float32(outcome.rows),
             head_scores=None if scores is None else scores.numpy(),
             epoch=self.engine.facts.epoch,
             cache=self.name,

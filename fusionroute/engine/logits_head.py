@@ -15,17 +15,18 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fusionroute.engine.exact_tiles import ExactTiles, padded
-from fusionroute.engine.row_products import ASSUMED_ROWS, RowProducts, measuring_clock
+from fusionroute.engine.row_products import ASSUMED_ROWS, CLEARLY, RowProducts, measuring_clock
 
 LAYOUT_ROWS = (1, 4, 16, 64)
 """Numbers of rows that are tried; one between counts as the next lower, more than the last go by rows."""
 FEWEST_BYTES = 8 << 20
 """Smaller heads fit into the processor's caches, where the layouts differ little."""
 BUDGET_SECONDS = 1.0
-_TIMES = 3
+_TIMES = 6
 _WORTH = 0.9
 _HOPELESS = 1.5
-"""What takes so much longer than the fastest is not tried again."""
+"""What takes so much longer than the fastest, each of the first times, is not tried again."""
+_FIRST_TIMES = 2
 
 Layout = Callable[[Tensor, Tensor], Tensor]
 
@@ -64,7 +65,8 @@ class LogitsHead:
             return
         deadline = time.monotonic() + budget_seconds
         for count in LAYOUT_ROWS:
-            layout = _fastest(weight[:1].expand(count, -1).contiguous(), weight, layouts, deadline)
+            preferred = linear if kernel is None or count > ASSUMED_ROWS else kernel
+            layout = _fastest(weight[:1].expand(count, -1).contiguous(), weight, layouts, preferred, deadline)
             if layout is None:  # no time left
                 is_assumed = count == 1 or (count <= ASSUMED_ROWS and self.layouts[-1] == kernel)
                 layout = kernel if is_assumed and kernel is not None else linear
@@ -103,8 +105,10 @@ def by_two_columns(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(weight, hidden.expand(2, -1).t())[:, :1].t().contiguous()
 
 
-def _fastest(hidden: Tensor, weight: Tensor, layouts: Sequence[Layout], deadline: float) -> Layout | None:
-    """None if there was no time to try each of them twice."""
+def _fastest(
+    hidden: Tensor, weight: Tensor, layouts: Sequence[Layout], preferred: Layout, deadline: float
+) -> Layout | None:
+    """The preferred one unless another is worth it; None if there was no time to try each of them twice."""
     if hidden.shape[0] == 1 and by_columns in layouts:
         layouts = [*layouts, by_two_columns]
     seconds = [float("inf")] * len(layouts)
@@ -113,7 +117,7 @@ def _fastest(hidden: Tensor, weight: Tensor, layouts: Sequence[Layout], deadline
         if attempt > 1 and time.monotonic() > deadline:
             break
         for index, layout in enumerate(layouts):
-            if attempt > 1 and seconds[index] > _HOPELESS * min(seconds):
+            if attempt > _FIRST_TIMES and seconds[index] > _HOPELESS * min(seconds):
                 continue
             if attempt <= 1 and time.monotonic() > deadline:
                 return None
@@ -122,4 +126,5 @@ def _fastest(hidden: Tensor, weight: Tensor, layouts: Sequence[Layout], deadline
             if attempt:
                 seconds[index] = min(seconds[index], clock() - started)
     best = seconds.index(min(seconds))
-    return layouts[best] if seconds[best] < _WORTH * seconds[0] else linear
+    worth = _WORTH if preferred is linear else 1.0 / CLEARLY
+    return layouts[best] if seconds[best] < worth * seconds[layouts.index(preferred)] else preferred

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -32,11 +31,6 @@ def run_packed(model: LoadedModel, cache: KVCache, chunks: Sequence[Chunk]) -> F
         wanted.extend([column + index - chunk.start for index in chunk.wanted])
     exact = chunks[0].job.call.exact
     return model.forward(RaggedBatch(segments), token_ids, positions, wanted, exact=exact)
-
-
-def are_finite(rows: Tensor) -> list[bool]:
-    """Of each row. One pass over them; element by element it would cost half a millisecond at 128k columns."""
-    return [math.isfinite(total) for total in rows.sum(dim=1, dtype=torch.float32).tolist()]
 
 
 def joined(parts: list[Tensor]) -> Tensor:

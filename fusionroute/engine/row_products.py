@@ -26,11 +26,15 @@ from fusionroute.engine.crew import Crew, crew_of
 ROW_COUNTS = (1, 2, 4, 8, 16, 64)
 """Numbers of rows that are tried; more than the last are torch's."""
 ASSUMED_ROWS = 16
-"""Where there was no time to measure, kernels are taken to be faster for one row, and up to here if for fewer."""
+"""Up to here kernels are taken to be faster, where no measurement clearly says otherwise. Where there was no time for
+one, they are for one row, and for more if for fewer."""
 BUDGET_SECONDS = 1.0
 FEWEST_SHARED_BYTES = 4 << 20
 """Products of smaller weights are not divided among threads: waking one takes as long."""
 CHUNKS_PER_THREAD = 3
+CLEARLY = 1.3
+"""By how much torch has to be faster for few rows: other programs may disturb a measurement, and the kernels' lead is
+known to be larger than torch's would be."""
 _TIMES = 6
 _WORTH = 0.95
 
@@ -183,4 +187,4 @@ class RowProducts:
                     functional.linear(rows, weight)
                 if attempt:
                     seconds[is_ours] = min(seconds[is_ours], clock() - started)
-        return seconds[True] < _WORTH * seconds[False]
+        return seconds[True] < (CLEARLY if count <= ASSUMED_ROWS else _WORTH) * seconds[False]

@@ -23,7 +23,7 @@ from fusionroute.engine.hand_over import Answers, Inbox, SettledByLoop, deliver,
 from fusionroute.engine.idle_heap import IdleHeap
 from fusionroute.engine.kept_outcomes import KeptOutcomes
 from fusionroute.engine.model import ForwardOutput, LoadedModel
-from fusionroute.engine.packing import are_finite, joined, run_packed
+from fusionroute.engine.packing import joined, run_packed
 from fusionroute.engine.schedule import SHORT_TOKENS, Schedule
 from fusionroute.engine.session import StepCall
 from fusionroute.engine.sessions import NoRoomYet, SessionTable, room_taken
@@ -31,6 +31,7 @@ from fusionroute.engine.sharing import DONORS_SHARE, Sharing
 from fusionroute.engine.steps import Chunk, EngineLimits, Job, StepOutcome, not_finite
 from fusionroute.errors import FusionRouteError, InternalFault, Reason, Unavailable
 from fusionroute.fusion import choose
+from fusionroute.number_formats import are_finite, as_float32
 
 T = TypeVar("T")
 
@@ -331,7 +332,7 @@ class Worker:
         assert draft is not None and session is not None
         if len(job.drafted_ids) >= draft.num_tokens or not self.table.can_go_on(session, time.monotonic()):
             return
-        choice = choose(row.float().numpy(), draft.sampling, session.cached_length)
+        choice = choose(as_float32(row), draft.sampling, session.cached_length)
         if choice.logprob >= draft.least_logprob and choice.token_id not in draft.end_ids:
             job.go_on(choice.token_id)
 
