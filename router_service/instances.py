@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -280,15 +279,21 @@ class Instance:
         request = expert_pb2.CloseSessionRequest(session_id=session_id, fence=fence, may_share=True)
         return self.has_streams and self.line.let_go(request)
 
-    async def close_session(self, session_id: str, fence: int, *, may_share: bool = False) -> None:
+    async def close_session(self, session_id: str, fence: int, *, may_share: bool = False) -> bool:
         """Asks the expert to forget a session; an expert that does not answer will evict it in time.
 
         Args:
             may_share: other sessions may still begin with what was computed for it.
+
+        Returns:
+            Whether it has answered.
         """
         request = expert_pb2.CloseSessionRequest(session_id=session_id, fence=fence, may_share=may_share)
-        with contextlib.suppress(grpc.aio.AioRpcError):
+        try:
             await self.stub.CloseSession(request, timeout=CLOSE_SECONDS)
+        except grpc.aio.AioRpcError:
+            return False
+        return True
 
     async def close(self) -> None:
         """Ends the streams and closes the connection; steps that wait fail."""

@@ -75,7 +75,7 @@ class Output:
     type=click.Choice(POLICIES),
     help="What to do while an expert is not there; else as the router's settings say.",
 )
-@click.option("--exact", is_flag=True, help="Scores that are the same bits however they are computed; slower.")
+@click.option("--exact", is_flag=True, help="Scores that are the same bits however they are computed; may be slower.")
 @click.option(
     "--drafting",
     type=click.Choice(DRAFTING),

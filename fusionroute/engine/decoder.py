@@ -173,7 +173,14 @@ class Decoder:
     def _run_exact(
         self, batch: RaggedBatch, token_ids: Sequence[int], positions: Sequence[int], wanted: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Rows in multiples of a tile from the first operation on, so that each sees the same shapes in any forward."""
+        """By kernels, which compute each row alone, or by torch in tiles of agreeing sizes; never by measurement."""
+        if self._step is not None and self._step.is_for_exact:
+            self._step.allocate(batch)
+            hidden = self._step.hidden(batch, token_ids, positions)
+            if hidden is not None:
+                hidden = hidden if len(wanted) == len(token_ids) else hidden[torch.tensor(wanted)]
+                return self._head.exact(hidden), hidden
+        # Rows in multiples of a tile from the first operation on, so that each sees the same shapes in any forward.
         num_padding = padded(len(token_ids)) - len(token_ids)
         padding = [0] * num_padding
         cos, sin = self._rotary.at([*positions, *padding])

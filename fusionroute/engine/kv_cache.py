@@ -76,6 +76,14 @@ class SessionCache:
             ]
         return self._addresses
 
+    def allocate(self, num_layers: int, like: Tensor, heads: tuple[int, int]) -> None:
+        """Gives all layers buffers of so many heads and their size, for code that writes by addresses."""
+        num_heads, size = heads
+        for layer in range(num_layers):
+            if layer not in self._layers:
+                shape = (num_heads, _in_granules(self.capacity_tokens), size)
+                self._layers[layer] = like.new_empty(shape), like.new_empty(shape)
+
     def resize(self, capacity_tokens: int, cached_length: int) -> None:
         """Makes room for more or fewer tokens of its own, keeping those below `cached_length`."""
         self.capacity_tokens = capacity_tokens

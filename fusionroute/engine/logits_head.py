@@ -79,11 +79,15 @@ class LogitsHead:
         return self._capped(layout(hidden, self._weight))
 
     def exact(self, hidden: Tensor) -> Tensor:
-        """The same in exact tiles, for any n."""
+        """The same with bits that depend on a row alone, for any n."""
+        if self._products is not None and self._products.is_there:
+            return self._each_capped(self._products.by_kernel(hidden, self._weight))
         count = hidden.shape[0]
         if missing := padded(count) - count:
             hidden = torch.cat((hidden, hidden.new_zeros((missing, hidden.shape[1]))))
-        logits = self._tiles.linear(hidden, self._weight)[:count]
+        return self._each_capped(self._tiles.linear(hidden, self._weight)[:count])
+
+    def _each_capped(self, logits: Tensor) -> Tensor:
         for row in logits:  # tanh may round differently where it is vectorised and where not
             self._capped(row)
         return logits

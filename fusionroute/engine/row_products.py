@@ -157,6 +157,8 @@ class RowProducts:
         x = x.contiguous()
         num_rows, (num_outputs, length) = x.shape[0], weight.shape
         out = x.new_empty((num_rows, num_outputs))
+        if num_rows == 0:
+            return out
         addresses = (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), x.data_ptr(), out.data_ptr())
         if self._crew is None or num_outputs * length * weight.element_size() < FEWEST_SHARED_BYTES:
             self._kernel(*addresses, 0, num_outputs, num_outputs, length, num_rows)

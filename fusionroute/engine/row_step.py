@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from fusionroute.engine.decoder import Decoder
 
 MOST_ROWS = 64
+"""Of one call."""
+MOST_EXACT_THREADS = 4
+"""With more of them exact prompts are faster by torch, which divides them."""
 PAST_TOKENS = 64
 """Tokens cached before, where rows are measured."""
 _TIMES = 3
@@ -50,12 +53,14 @@ class RowStep:
 
     Attributes:
         most_rows: up to how many rows it is faster.
+        is_for_exact: whether it computes exact forwards, whatever is faster.
     """
 
     def __init__(self, decoder: Decoder, kernel: Kernel) -> None:
         from fusionroute.engine.row_step_kernels import LAYER_FIELDS, MODEL_FIELDS
 
         self.most_rows = 0
+        self.is_for_exact = torch.get_num_threads() <= MOST_EXACT_THREADS
         self._kernel = kernel
         self._rotary = decoder._rotary
         self._like = decoder._embeddings
@@ -63,6 +68,7 @@ class RowStep:
         final = decoder._final_norm
         first = decoder._layers[0]
         num_queries, num_keys = first._queries_and_keys
+        self._heads = num_keys, first.size
         inner = first._gate_up.shape[0] // 2
         self._kept: list[Tensor] = [decoder._embeddings, final.scale]  # what the addresses point to
         model = [self._num_layers, self._like.shape[1], inner, num_queries, num_keys, first.size]
@@ -82,10 +88,14 @@ class RowStep:
         self._floats = np.array(floats, np.float32)
 
     def hidden(self, batch: RaggedBatch, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor | None:
-        """Final hidden states [n, H]; None if it cannot compute this batch."""
+        """Final hidden states [n, H]; None if it cannot compute this batch.
+
+        A row's bits depend on its session's tokens alone: not on the rows beside it, nor on how its past was computed,
+        if that was computed so too.
+        """
         # What lies outside of a buffer is left to torch, which says so.
         is_inside = min(token_ids) >= 0 and max(token_ids) < self._like.shape[0] and min(positions) >= 0
-        if batch.exact or batch.is_shared or not is_inside:
+        if batch.is_shared or not is_inside:
             return None
         rows: list[int] = []
         for segment in batch.segments:
@@ -96,16 +106,18 @@ class RowStep:
                 place = segment.past + column - segment.start
                 rows += [token_ids[column], positions[column], place, *addresses]
         angles = self._rotary.table(max(positions) + 1)
+        table = np.array(rows, np.int64).reshape(len(token_ids), -1)
         out = self._like.new_empty((len(token_ids), self._like.shape[1]))
-        self._kernel(
-            self._model,
-            self._floats,
-            np.array(rows, np.int64),
-            angles.data_ptr(),
-            out.data_ptr(),
-            len(token_ids),
-        )
+        for start in range(0, len(token_ids), MOST_ROWS):
+            part = table[start : start + MOST_ROWS]
+            to = out[start:].data_ptr()
+            self._kernel(self._model, self._floats, part.reshape(-1), angles.data_ptr(), to, len(part))
         return out
+
+    def allocate(self, batch: RaggedBatch) -> None:
+        """Gives new sessions their buffers, which otherwise come with the first tokens that torch computes."""
+        for segment in batch.segments:
+            segment.cache.allocate(self._num_layers, self._like, self._heads)
 
     def choose(self, decoder: Decoder, deadline: float) -> None:
         """Measures up to how many rows it is faster than the decoder's layers, until a deadline (monotonic)."""

@@ -497,7 +497,8 @@ class GenerateRequest(_message.Message):
     """NEXT_BEST and ROUTER_ONLY mark the tokens that they change."""
     exact: _builtins.bool
     """Scores that are the same bits however steps are batched, repeated or drafted:
-    then the text is the same without the margin of docs/performance.md. Slower.
+    then the text is the same without the margin of docs/performance.md. Slower
+    where docs/decisions/0022 has no kernels for it.
     """
     drafting: Global___Drafting.ValueType
     """How to be faster; the text stays the same."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -17,6 +19,8 @@ from tests.equivalence import Case, Verdict
 from tests.reference import ReferenceToken
 
 MOST_PROBLEMS = 12
+TOLD_SECONDS = 5.0
+"""Until an expert that was away has heard of deletions."""
 
 
 @dataclass(slots=True)
@@ -208,7 +212,13 @@ async def _keys(stack: ChaosStack, streams: Sequence[Stream], *, only_wrong: boo
 
 
 async def _cached_sessions(stack: ChaosStack, names: set[str]) -> list[str]:
-    """Sessions that an expert holds although they were deleted, or cannot forget."""
+    """Sessions that an expert holds although they were deleted, or cannot forget.
+
+    One that was away when they were is told once the router knows it again.
+    """
+    give_up = time.monotonic() + TOLD_SECONDS
+    while await _held(stack, names) and time.monotonic() < give_up:
+        await asyncio.sleep(0.2)
     left = []
     for node in stack.experts:
         for session in await stack.sessions(node):
@@ -220,6 +230,10 @@ async def _cached_sessions(stack: ChaosStack, names: set[str]) -> list[str]:
                 f" ({'closable' if is_closed else 'not closable'})"
             )
     return left
+
+
+async def _held(stack: ChaosStack, names: set[str]) -> bool:
+    return any(each.session_id in names for node in stack.experts for each in await stack.sessions(node))
 
 
 def excerpt(logs: Mapping[str, str], most_lines: int = 40) -> list[str]:

@@ -13,6 +13,7 @@ from torch.nn.functional import linear, silu
 from fusionroute.engine import LoadedModel, prepare_model
 from fusionroute.engine.activations import by_rows
 from fusionroute.engine.attention import RaggedBatch, Segment
+from fusionroute.engine.decoder import Decoder
 from fusionroute.engine.exact_tiles import TILE, ExactTiles, agreeing_sizes
 from fusionroute.engine.kv_cache import SessionCache
 from fusionroute.engine.logits_head import LogitsHead, by_columns, by_two_columns
@@ -25,6 +26,13 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 Tick = list[tuple[int, int]]
 """Sessions of one forward, each with the number of its next tokens."""
+
+
+def own_decoder(model: LoadedModel) -> Decoder:
+    """What runs the model."""
+    network = model._network
+    assert isinstance(network, Decoder)
+    return network
 
 
 def exact_rows(
@@ -65,9 +73,10 @@ def random_ticks(rng: random.Random, num_sessions: int, most: int) -> list[Tick]
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_kernels", [True, False])
 @pytest.mark.parametrize("family", ["gemma2", "llama", "qwen2", "qwen3"])
 def test_rows_have_the_same_bits_however_they_are_batched_and_chunked(
-    family: str, dtype: torch.dtype
+    family: str, has_kernels: bool, dtype: torch.dtype
 ) -> None:
     rng = random.Random(family)
     hidden = tiny_model(family).config.hidden_size
@@ -76,6 +85,8 @@ def test_rows_have_the_same_bits_however_they_are_batched_and_chunked(
     model = prepare_model(
         tiny_model(family, intermediate_size=51).to(dtype), word_tokenizer(), name="tiny", heads=heads
     )
+    if not has_kernels:
+        own_decoder(model).drop_row_kernels()
     texts = [[rng.randrange(WIDTH) for _ in range(LENGTH)] for _ in range(4)]
     alone = [exact_rows(model, [text], [[(0, 1)]] * LENGTH)[0] for text in texts]
     for most in (2, LENGTH):
@@ -86,9 +97,45 @@ def test_rows_have_the_same_bits_however_they_are_batched_and_chunked(
 
 
 @torch.inference_mode()
+def test_by_kernels_neither_measurements_nor_threads_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(num_threads: int, most_rows: int) -> Tensor:
+        torch.set_num_threads(num_threads)
+        model = prepare_model(tiny_model("llama", intermediate_size=51), word_tokenizer(), name="tiny")
+        step = own_decoder(model)._step
+        assert step is not None and step.is_for_exact
+        step.most_rows = most_rows
+        # Each way of feeding them is another measurement's.
+        cache = SessionCache(LENGTH)
+        counts = (LENGTH - 1, 1) if most_rows else (1, LENGTH - 1)
+        found, start = [], 0
+        for count in counts:
+            batch, positions = RaggedBatch([Segment(cache, start, 0, count)]), range(start, start + count)
+            tokens = [(7 * each) % WIDTH for each in positions]
+            found.append(model.forward(batch, tokens, positions, range(count), exact=True).rows)
+            start += count
+        return torch.cat(found)
+
+    monkeypatch.setattr("fusionroute.engine.row_products.FEWEST_SHARED_BYTES", 1)  # the crew helps
+    before = torch.get_num_threads()
+    try:
+        wanted = rows(1, 0)
+        for num_threads, most_rows in ((1, 64), (2, 0), (3, 64)):
+            assert torch.equal(rows(num_threads, most_rows), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_with_many_threads_exact_forwards_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusionroute.engine.row_step.MOST_EXACT_THREADS", 0)
+    step = own_decoder(prepare_model(tiny_model("llama"), word_tokenizer(), name="tiny"))._step
+    assert step is not None and not step.is_for_exact
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_exact_rows_are_the_plain_ones_up_to_rounding(dtype: torch.dtype) -> None:
-    model = prepare_model(tiny_model("gemma2").to(dtype), word_tokenizer(), name="tiny")
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_exact_rows_are_the_plain_ones_up_to_rounding(family: str, dtype: torch.dtype) -> None:
+    model = prepare_model(tiny_model(family).to(dtype), word_tokenizer(), name="tiny")
     tokens, wanted = [5, 9, 2, 33, 60, 7], [5, 0, 3]
     rows = [
         model.forward(

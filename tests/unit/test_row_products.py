@@ -59,6 +59,11 @@ def test_products_differ_from_the_true_ones_by_their_rounding_only(
             )
 
 
+def test_no_rows_have_no_products() -> None:
+    weight = torch.randn(40, 16)
+    assert ready(weight).by_kernel(torch.empty(0, 16), weight).shape == (0, 40)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: torch.dtype) -> None:
