@@ -233,7 +233,10 @@ async def _cached_sessions(stack: ChaosStack, names: set[str]) -> list[str]:
 
 
 async def _held(stack: ChaosStack, names: set[str]) -> bool:
-    return any(each.session_id in names for node in stack.experts for each in await stack.sessions(node))
+    for node in stack.experts:
+        if any(each.session_id in names for each in await stack.sessions(node)):
+            return True
+    return False
 
 
 def excerpt(logs: Mapping[str, str], most_lines: int = 40) -> list[str]:
