@@ -174,11 +174,12 @@ class Decoder:
         self, batch: RaggedBatch, token_ids: Sequence[int], positions: Sequence[int], wanted: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """By kernels, which compute each row alone, or by torch in tiles of agreeing sizes; never by measurement."""
+        kept = torch.tensor(wanted, dtype=torch.long, device=self._embeddings.device)
         if self._step is not None and self._step.is_for_exact:
             self._step.allocate(batch)
-            hidden = self._step.hidden(batch, token_ids, positions)
-            if hidden is not None:
-                hidden = hidden if len(wanted) == len(token_ids) else hidden[torch.tensor(wanted)]
+            by_kernel = self._step.hidden(batch, token_ids, positions)
+            if by_kernel is not None:
+                hidden = by_kernel[kept]
                 return self._head.exact(hidden), hidden
         # Rows in multiples of a tile from the first operation on, so that each sees the same shapes in any forward.
         num_padding = padded(len(token_ids)) - len(token_ids)
@@ -187,8 +188,7 @@ class Decoder:
         activate = by_rows(self._activate)
         exact = self._tiles.linear
         run = Pass(batch, cos, sin, self._rotary.rotate, exact, exact, activate, num_padding)
-        hidden = self._hidden(run, [*token_ids, *padding], None)
-        hidden = hidden[torch.tensor(wanted, dtype=torch.long, device=hidden.device)]
+        hidden = self._hidden(run, [*token_ids, *padding], None)[kept]
         return self._head.exact(hidden), hidden
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
