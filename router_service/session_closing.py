@@ -89,7 +89,7 @@ class SessionCloser:
         while True:
             instances = {each.name: each for each in self.directory.instances.values()}
             loaded = {name: each.entry.model.epoch / 1000.0 for name, each in instances.items()}
-            untold = self._deletions.untold(loaded)
+            untold = self._deletions.untold(loaded, time.time())
             await asyncio.gather(*(self._tell_all(instances[name], untold[name]) for name in untold))
             await asyncio.sleep(TELL_AGAIN_SECONDS)
 

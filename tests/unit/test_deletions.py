@@ -17,37 +17,39 @@ NOW = 1_700_000_000.0
 
 def test_everybody_is_told_of_each_deletion_until_it_has_heard() -> None:
     known, loaded = Deletions(), {"a": NOW, "b": NOW}
-    assert known.untold(loaded) == {}
+    assert known.untold(loaded, NOW) == {}
     known.add("s1", NOW)
     known.add("s2", NOW + 1)
     known.told("a", "s1")
     known.told("nobody", "s1")
-    assert known.untold(loaded) == {"a": ["s2"], "b": ["s1", "s2"]}
+    assert known.untold(loaded, NOW) == {"a": ["s2"], "b": ["s1", "s2"]}
 
 
 def test_who_comes_back_is_told_of_what_was_deleted_since_its_model_was_loaded() -> None:
     known = Deletions()
-    known.untold({"a": NOW - 500})
+    known.untold({"a": NOW - 500}, NOW)
     known.add("before", NOW - 400)
     known.told("a", "before")
-    known.untold({})  # it has gone
+    known.untold({}, NOW)  # it has gone
     known.add("meanwhile", NOW)
     # Told once too often does no harm.
-    assert known.untold({"a": NOW - 500}) == {"a": ["before", "meanwhile"]}
-    assert known.untold({"new": NOW - 300}) == {"new": ["meanwhile"]}
-    assert known.untold({"clock ahead": NOW + CLOCKS_DIFFER_SECONDS}) == {"clock ahead": ["meanwhile"]}
+    assert known.untold({"a": NOW - 500}, NOW) == {"a": ["before", "meanwhile"]}
+    assert known.untold({"new": NOW - 300}, NOW) == {"new": ["meanwhile"]}
+    assert known.untold({"clock ahead": NOW + CLOCKS_DIFFER_SECONDS}, NOW) == {"clock ahead": ["meanwhile"]}
 
 
 def test_deletions_are_forgotten_in_time_and_beyond_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deletions, "MOST_REMEMBERED", 3)
     known, loaded = Deletions(), {"a": 0.0}
-    known.untold(loaded)
+    known.untold(loaded, NOW)
     for number in range(5):
         known.add(f"s{number}", NOW + number)
     known.add("s3", NOW + 5)  # deleted again
-    assert known.untold({"a": 0.0, "b": 0.0}) == {"a": ["s2", "s3", "s4"], "b": ["s2", "s4", "s3"]}
+    assert known.untold({"a": 0.0, "b": 0.0}, NOW) == {"a": ["s2", "s3", "s4"], "b": ["s2", "s4", "s3"]}
     known.add("later", NOW + 5 + REMEMBERED_SECONDS)
-    assert known.untold(loaded) == {"a": ["s3", "later"]}
+    assert known.untold(loaded, NOW) == {"a": ["s3", "later"]}
+    assert known.untold(loaded, NOW + 6 + REMEMBERED_SECONDS) == {"a": ["later"]}
+    assert known.untold(loaded, NOW + 6 + 2 * REMEMBERED_SECONDS) == {}
 
 
 class FakeInstance:
