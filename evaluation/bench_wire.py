@@ -1,7 +1,7 @@
 """What the way of a logits row between two processes costs, forwards and queues taken off, and how many bytes it is.
 
-A client of its own asks one expert whose forward is almost nothing: by unary calls, on a stream with rows in messages,
-on a stream with rows in shared memory, and for the highest logits only.
+A client of its own asks one expert whose forward is almost nothing: by unary calls; on a stream with rows in messages,
+with rows in shared memory, and for the highest logits only; and over the socket that a router uses on its own host.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from fusionroute.v1 import expert_pb2
 STEPS_PER_RUN = 50
 TOP_LOGITS = 256
 UNARY, STREAM, SHARED, SHORT = "unary", "stream", "stream, shared memory", f"stream, top {TOP_LOGITS} only"
-KINDS = (UNARY, STREAM, SHARED, SHORT)
-MOST_MS = {STREAM: 0.5, SHARED: 0.25}
+SOCKET, SOCKET_SHARED = "socket", "socket, shared memory"
+KINDS = (UNARY, STREAM, SHARED, SOCKET, SOCKET_SHARED, SHORT)
+MOST_MS = {SOCKET: 0.5, SOCKET_SHARED: 0.25}
+"""Of what the router uses on its own host: rows in shared memory, and in messages where there is no room."""
 LEAST_SHRINKING = 50.0
 
 Exchange = Callable[[expert_pb2.StepRequest], Awaitable[Reply]]
@@ -72,7 +74,12 @@ async def measure_wire(
             wire = await closing.enter_async_context(ExpertWire.open(address))
             plain = await closing.enter_async_context(wire.stream(shares_memory=False))
             shared = await closing.enter_async_context(wire.stream(shares_memory=True))
-            exchanges = {UNARY: wire.unary, STREAM: plain.step, SHARED: shared.step, SHORT: plain.step}
+            socket = await closing.enter_async_context(wire.line(shares_memory=False))
+            socket_shared = await closing.enter_async_context(wire.line(shares_memory=True))
+            exchanges = {
+                UNARY: wire.unary, STREAM: plain.step, SHARED: shared.step, SHORT: plain.step, SOCKET: socket.step,
+                SOCKET_SHARED: socket_shared.step,
+            }  # fmt: skip
             for kind in KINDS:
                 name = f"{dtype}, {kind}"
                 taken[name] = Taken()
@@ -114,7 +121,7 @@ def _way(
             timings = reply.response.timings
             all_seconds += seconds
             wire_seconds += seconds - timings.forward_seconds - timings.queue_seconds
-            num_bytes += request.ByteSize() + reply.response.ByteSize()
+            num_bytes += request.ByteSize() + reply.num_bytes
             ids.append(reply.best)
         await wire.close_session(session_id)
         taken.ids.append(ids)
@@ -150,7 +157,11 @@ def _report(
                 round(each.row_bytes),
             ])  # fmt: skip
         shrunk = whole.row_bytes / short.row_bytes
-        same = float(np.mean([a == b for a, b in zip(short.ids, whole.ids, strict=True)]))
+        same = float(np.mean([
+            mine == theirs
+            for kind in KINDS
+            for mine, theirs in zip(taken[f"{dtype}, {kind}"].ids, whole.ids, strict=True)
+        ]))  # fmt: skip
         findings += [
             Finding(
                 f"bytes of a whole row / of the short reply, {dtype}",
@@ -158,7 +169,7 @@ def _report(
                 at_least=LEAST_SHRINKING,
             ),
             Finding(
-                f"runs with the same best ids, short and whole, {dtype}", Spread.of([same]), at_least=1.0
+                f"runs with the same best ids in every way, {dtype}", Spread.of([same]), at_least=1.0
             ),
         ]
     first = next(iter(stacks.values()))

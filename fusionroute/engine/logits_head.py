@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fusionroute.engine.exact_tiles import ExactTiles, padded
-from fusionroute.engine.row_products import ASSUMED_ROWS, CLEARLY, RowProducts, measuring_clock
+from fusionroute.engine.row_products import ASSUMED_ROWS, CLEARLY, RowProducts, are_trusted, measuring_clock
 
 LAYOUT_ROWS = (1, 4, 16, 64)
 """Numbers of rows that are tried; one between counts as the next lower, more than the last go by rows."""
@@ -65,7 +65,7 @@ class LogitsHead:
             return
         deadline = time.monotonic() + budget_seconds
         for count in LAYOUT_ROWS:
-            preferred = linear if kernel is None or count > ASSUMED_ROWS else kernel
+            preferred = kernel if kernel is not None and are_trusted(count, weight) else linear
             layout = _fastest(weight[:1].expand(count, -1).contiguous(), weight, layouts, preferred, deadline)
             if layout is None:  # no time left
                 is_assumed = count == 1 or (count <= ASSUMED_ROWS and self.layouts[-1] == kernel)

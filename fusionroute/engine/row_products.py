@@ -26,15 +26,13 @@ from fusionroute.engine.crew import Crew, crew_of
 ROW_COUNTS = (1, 2, 4, 8, 16, 64)
 """Numbers of rows that are tried; more than the last are torch's."""
 ASSUMED_ROWS = 16
-"""Up to here kernels are taken to be faster, where no measurement clearly says otherwise. Where there was no time for
-one, they are for one row, and for more if for fewer."""
+"""Where there was no time to measure, kernels are taken to be faster for one row, and up to here if for fewer."""
 BUDGET_SECONDS = 1.0
 FEWEST_SHARED_BYTES = 4 << 20
 """Products of smaller weights are not divided among threads: waking one takes as long."""
 CHUNKS_PER_THREAD = 3
 CLEARLY = 1.3
-"""By how much torch has to be faster for few rows: other programs may disturb a measurement, and the kernels' lead is
-known to be larger than torch's would be."""
+"""By how much torch has to be faster where kernels are trusted."""
 _TIMES = 6
 _WORTH = 0.95
 
@@ -82,6 +80,14 @@ def compiled_kernel(module: str, name: str, dtype: torch.dtype) -> Any:
         log.warning("row_kernels_missing", why=f"{type(error).__name__}: {error}")
         return None
     return kernel
+
+
+def are_trusted(num_rows: int, weight: Tensor) -> bool:
+    """Whether kernels are faster by far as a rule: memory is the limit.
+
+    Other programs may disturb a measurement, those above all that start at the same time.
+    """
+    return num_rows <= ASSUMED_ROWS and weight.numel() * weight.element_size() >= FEWEST_SHARED_BYTES
 
 
 def measuring_clock() -> Callable[[], float]:
@@ -189,4 +195,4 @@ class RowProducts:
                     functional.linear(rows, weight)
                 if attempt:
                     seconds[is_ours] = min(seconds[is_ours], clock() - started)
-        return seconds[True] < (CLEARLY if count <= ASSUMED_ROWS else _WORTH) * seconds[False]
+        return seconds[True] < (CLEARLY if are_trusted(count, alike[0]) else _WORTH) * seconds[False]

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fusionroute.engine import logits_head
+from fusionroute.engine import logits_head, row_products
 from fusionroute.engine.logits_head import LogitsHead
 from fusionroute.engine.row_products import RowProducts
 
 ROWS = (1, 16, 64)
+WEIGHT_BYTES = 8 * 4 * 4
 
 
 class Clock:
@@ -38,6 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(logits_head, "measuring_clock", lambda: lambda: clock.now)
     monkeypatch.setattr(logits_head, "FEWEST_BYTES", 0)
+    monkeypatch.setattr(row_products, "FEWEST_SHARED_BYTES", WEIGHT_BYTES)
     for each in ("by_columns", "by_two_columns"):
         monkeypatch.setattr(logits_head, each, clock.layout(9.0))
     return clock
@@ -67,6 +69,15 @@ def test_for_few_rows_torch_has_to_be_clearly_faster_than_the_kernel(
     kernel = clock.layout(kernel_seconds)
     head = head_with(monkeypatch, clock.layout(torch_seconds), kernel)
     assert tuple(head.layouts[count] is kernel for count in ROWS) == is_kernel
+
+
+def test_for_small_weights_the_kernel_has_to_be_faster(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_products, "FEWEST_SHARED_BYTES", WEIGHT_BYTES + 1)
+    torchs = clock.layout(1.0)
+    head = head_with(monkeypatch, torchs, clock.layout(0.95))
+    assert head.layouts[1] is torchs
+    kernel = clock.layout(0.8)
+    assert head_with(monkeypatch, clock.layout(1.0), kernel).layouts[1] is kernel
 
 
 def test_one_disturbed_trial_decides_nothing(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
