@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fusionroute.errors import FusionRouteError, invalid
-from fusionroute.number_formats import write_float32
+from fusionroute.number_formats import widened, write_float32
 from fusionroute.rpc_errors import make_error
 from fusionroute.v1 import common_pb2, expert_pb2
 
@@ -176,10 +176,7 @@ def matrix_to_numpy(
     if matrix.dtype == common_pb2.DTYPE_FLOAT32:
         return np.frombuffer(held, dtype="<f4").reshape(shape)
     if matrix.dtype == common_pb2.DTYPE_BFLOAT16:
-        # A bfloat16 is the upper half of a float32.
-        widened = np.frombuffer(held, dtype="<u2").astype("<u4")
-        np.left_shift(widened, 16, out=widened)
-        return widened.view(np.float32).reshape(shape)
+        return widened(np.frombuffer(held, dtype="<u2")).reshape(shape)
     # torch converts float16 several times faster than numpy, but asks for a writable buffer.
     halves = torch.frombuffer(bytearray(held), dtype=_TORCH_DTYPES[matrix.dtype])
     converted: NDArray[np.float32] = halves.float().numpy().reshape(shape)

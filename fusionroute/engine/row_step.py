@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 64
 """Of one call."""
 MOST_EXACT_THREADS = 4
-"""With more of them exact prompts are faster by torch, which divides them."""
+"""With more of them exact prompts are left to torch, which divides them; where that is faster is a guess."""
 PAST_TOKENS = 64
 """Tokens cached before, where rows are measured."""
 _TIMES = 3
